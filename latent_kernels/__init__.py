@@ -1,0 +1,29 @@
+"""Fused operators for latent reasoning with reinforcement learning.
+
+Importable without Triton and without a GPU. Semantics and equation numbers: arXiv 2604.27998.
+"""
+
+from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
+from latent_kernels.fused_policy_loss import fused_policy_loss
+from latent_kernels.group_advantages import group_advantages
+from latent_kernels.latent_logprob import latent_logprob, latent_logprob_from_logits
+from latent_kernels.latent_step import latent_step, latent_step_from_logits
+from latent_kernels.mix_embeddings import mix_embeddings
+from latent_kernels.policy_loss import policy_loss
+from latent_kernels.project_with_noise import project_with_noise
+
+__version__ = "0.1.0"
+__all__ = [
+    "GroupAdvantages",
+    "LatentStep",
+    "PolicyStats",
+    "fused_policy_loss",
+    "group_advantages",
+    "latent_logprob",
+    "latent_logprob_from_logits",
+    "latent_step",
+    "latent_step_from_logits",
+    "mix_embeddings",
+    "policy_loss",
+    "project_with_noise",
+]

@@ -1,0 +1,36 @@
+"""The only place that decides which implementation of an operator runs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "eager")
+
+# Operators that have a Triton kernel in this version; `auto` means eager for all others.
+TRITON_OPS: frozenset[str] = frozenset()
+
+
+def triton_available() -> bool:
+    """Whether Triton can be imported here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def resolve(op: str, impl: str, tensor: Tensor) -> str:
+    """`"triton"` or `"eager"` for operator `op` on `tensor`'s device.
+
+    Raises ValueError for an unknown `impl`, RuntimeError (naming the remedy) where an explicit choice cannot run.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if op in TRITON_OPS and tensor.is_cuda and triton_available() else "eager"
+    if impl == "triton":
+        if op not in TRITON_OPS:
+            raise RuntimeError(f"{op} has no Triton kernel in this version; use impl='auto' or impl='eager'")
+        if not triton_available():
+            raise RuntimeError(f"impl='triton' for {op} needs Triton; `pip install triton` or use impl='auto'")
+        if not tensor.is_cuda:
+            raise RuntimeError(f"impl='triton' for {op} needs CUDA tensors, got {tensor.device}; use impl='auto'")
+    return impl

@@ -1,0 +1,208 @@
+"""The latent step without a sort of the vocabulary and without noise on it.
+
+Noise is bounded, so a token can be among the final K only if `lp + high >= theta`, theta being the K-th best score seen
+so far, and the set `{logit > frontier}` is a prefix of the sorted order, so that its exclusive cumulative mass under
+the global log-sum-exp is the nucleus rule. A round therefore looks at the groups with the highest maxima: every token
+above the next group's maximum (the frontier) is inside them. Rows whose answer could still lie below the frontier go to
+the next round with four times as many groups, in the last with all of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latent_kernels._noise import exponential_draws, gumbel_noise, noise_bounds
+from latent_kernels._types import LatentStep
+from latent_kernels.reference import best_first, mix, nucleus_mask, per_row
+
+GROUP = 32  # ids a group: every (V / 32)-th id, so that the maxima are a reduction over the outer axis
+FIRST_GROUPS = 96  # covers realistic rows (30 to 350 ids that matter) in one or two rounds
+GROWTH = 4
+ID_LIMIT = 1 << 40  # above any vocabulary id
+
+
+class NoiseSpec(NamedTuple):
+    """Noise of B rows: scale [B, 1] or 0-d, and either a Philox stream or injected draws [B, V]."""
+
+    kind: str
+    scale: Tensor
+    seed: int | Tensor | None
+    step: int | Tensor
+    row_ids: Tensor
+    exponential: Tensor | None
+
+    def rows(self, index: Tensor) -> NoiseSpec:
+        """The same noise for a subset of the rows."""
+        return self._replace(
+            scale=self.scale[index] if self.scale.ndim else self.scale,
+            row_ids=self.row_ids[index],
+            exponential=None if self.exponential is None else self.exponential[index],
+        )
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Scaled noise of ids [B, M]; padding ids beyond the vocabulary get any finite value."""
+        if self.exponential is not None:
+            draws = self.exponential.gather(-1, ids.clamp_max(self.exponential.shape[1] - 1))
+        else:
+            assert self.seed is not None
+            draws = exponential_draws(ids, self.row_ids, self.seed, self.step)
+        return gumbel_noise(draws, self.kind).to(self.scale.dtype) * self.scale
+
+
+class Prefix(NamedTuple):
+    """The best tokens of R rows, by (logit downwards, id upwards); what is not above the frontier is -inf padding."""
+
+    logits: Tensor  # [R, M]
+    ids: Tensor  # [R, M]
+    frontier: Tensor  # [R, 1] every token above it is in the prefix; -inf where all tokens are
+
+
+def grouped(logits: Tensor) -> Tensor:
+    """[B, V] as [B, GROUP, ceil(V / GROUP)], group j holding the ids congruent to j; the tail padded with -inf."""
+    tail = -logits.shape[1] % GROUP
+    padded = F.pad(logits, (0, tail), value=-torch.inf) if tail else logits
+    return padded.reshape(len(logits), GROUP, -1)
+
+
+def best_prefix(blocks: Tensor, maxima: Tensor, groups: int, top_k: int) -> Prefix:
+    """The tokens of the `groups` best groups that are above every other group. blocks [R, GROUP, S], maxima [R, S]."""
+    rows, _, stride = blocks.shape
+    offsets = torch.arange(GROUP, device=blocks.device).view(1, GROUP, 1) * stride
+    if groups >= stride:
+        ids = (offsets + torch.arange(stride, device=blocks.device)).reshape(1, -1).expand(rows, -1)
+        frontier = torch.full_like(maxima[:, :1], -torch.inf)
+        values = blocks.reshape(rows, -1)
+    else:
+        best, index = maxima.topk(groups + 1, dim=-1)
+        frontier = best[:, -1:]
+        index = index[:, :-1].sort(dim=-1).values.unsqueeze(1)
+        values = blocks.gather(2, index.expand(-1, GROUP, -1)).reshape(rows, -1)
+        ids = (offsets + index).reshape(rows, -1)
+        values = values.masked_fill(values <= frontier, -torch.inf)
+        width = max(top_k, int((values > frontier).sum(-1).max()))
+        kept = values.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
+        values, ids = values.gather(-1, kept), ids.gather(-1, kept)
+    # Ids ascend along the row here, so a stable sort leaves ties at the lower id.
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return Prefix(values, ids.gather(-1, order), frontier)
+
+
+def highest(logits: Tensor, blocks: Tensor, maxima: Tensor) -> Tensor:
+    """`logits.argmax(-1)` [B], read out of the best group where only one group holds the maximum."""
+    if not len(logits):
+        return logits.argmax(-1)
+    best, group = maxima.max(-1, keepdim=True)
+    if ((maxima == best).sum(-1) != 1).any():
+        return logits.argmax(-1)
+    column = blocks.gather(2, group.unsqueeze(1).expand(-1, GROUP, -1)).squeeze(2)
+    return column.argmax(-1) * maxima.shape[1] + group.squeeze(-1)
+
+
+def clean_top_k(blocks: Tensor, maxima: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k highest logits [R, top_k] and their ids, ties to the lower id."""
+    prefix = best_prefix(blocks, maxima, top_k, top_k)
+    tied = prefix.logits[:, top_k - 1] == -torch.inf
+    if tied.any():  # a tie across the frontier left fewer than top_k above it
+        prefix = best_prefix(blocks, maxima, maxima.shape[1], top_k)
+    return prefix.logits[:, :top_k], prefix.ids[:, :top_k]
+
+
+def noisy_round(
+    prefix: Prefix, log_z: Tensor, top_k: int, top_p: Tensor, noise: NoiseSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best noisy scores and ids [R, top_k] within a prefix, and the rows [R] that nothing outside it can change."""
+    low, high = noise_bounds(noise.kind)
+    log_probs = prefix.logits - log_z
+    whole = torch.isneginf(prefix.frontier)
+    candidate = nucleus_mask(log_probs, top_p, top_k) & ((prefix.logits > prefix.frontier) | whole)
+    # At least top_k scores reach the K-th clean log-prob plus the least noise: draw noise above that line only.
+    reach = log_probs + high * noise.scale >= log_probs[:, top_k - 1 : top_k] + low * noise.scale
+    width = max(top_k, int((candidate & reach).sum(-1).max()))  # both are prefixes: the widest row decides
+    mass = log_probs.double().exp().cumsum(-1)[:, -1:]
+    log_probs, ids, candidate = log_probs[:, :width], prefix.ids[:, :width], candidate[:, :width]
+    scores = torch.where(candidate, log_probs + noise.at(ids), -torch.inf)
+    # What is no candidate goes behind candidates of probability zero, whose scores are -inf too.
+    scores, ids = best_first(scores, torch.where(candidate, ids, ids + ID_LIMIT), top_k)
+    limit = per_row(top_p, mass)
+    nucleus_inside = (mass >= limit) & (limit < 1.0)
+    out_of_reach = scores[:, -1:] > prefix.frontier - log_z + high * noise.scale
+    enough = candidate.sum(-1, keepdim=True) >= top_k
+    return scores, ids % ID_LIMIT, (whole | (enough & (nucleus_inside | out_of_reach))).squeeze(-1)
+
+
+def next_groups(scores: Tensor, maxima: Tensor, log_z: Tensor, noise: NoiseSpec, groups: int) -> int:
+    """Groups that the rows still pending need: scores [R, top_k] so far, maxima [R, S], log_z [R, 1]."""
+    if not len(scores):
+        return groups
+    # The K-th best score only grows, so the groups that could beat today's are enough; none found yet reads as all.
+    _, high = noise_bounds(noise.kind)
+    line = scores[:, -1:] - high * noise.scale.max()
+    needed = int((maxima - log_z >= line).sum(-1).max())
+    return min(max(needed, groups + 1), groups * GROWTH, maxima.shape[1])
+
+
+def noisy_top_k(
+    blocks: Tensor, maxima: Tensor, log_z: Tensor, top_k: int, top_p: float | Tensor, noise: NoiseSpec
+) -> tuple[Tensor, Tensor]:
+    """Scores and ids [B, top_k] of the noisy rule, exact for every row."""
+    rows = len(maxima)
+    scores = blocks.new_empty(rows, top_k)
+    ids = torch.empty(rows, top_k, dtype=torch.int64, device=blocks.device)
+    pending = torch.arange(rows, device=blocks.device)
+    top_p = torch.as_tensor(top_p, dtype=torch.float64, device=blocks.device).expand(rows)
+    groups = max(FIRST_GROUPS, top_k)
+    while len(pending):
+        if len(pending) < rows:
+            inputs = blocks[pending], maxima[pending], log_z[pending], top_p[pending], noise.rows(pending)
+        else:
+            inputs = blocks, maxima, log_z, top_p, noise
+        prefix = best_prefix(inputs[0], inputs[1], groups, top_k)
+        found, found_ids, done = noisy_round(prefix, inputs[2], top_k, inputs[3], inputs[4])
+        scores[pending[done]], ids[pending[done]] = found[done], found_ids[done]
+        pending = pending[~done]
+        groups = next_groups(found[~done], inputs[1][~done], inputs[2][~done], noise, groups)
+    return scores, ids
+
+
+def latent_step_from_logits_eager(
+    logits: Tensor,
+    embedding: Tensor,
+    *,
+    top_k: int,
+    top_p: float | Tensor,
+    tau: float | Tensor,
+    noise: NoiseSpec,
+    latent_mask: Tensor | None,
+    end_token_id: int | None,
+) -> LatentStep:
+    """`latent_step_from_logits_ref` on float32 or float64 logits [B, V], by bounded noise instead of a sort."""
+    rows = len(logits)
+    blocks = grouped(logits)
+    maxima = blocks.amax(1)
+    top_token = highest(logits, blocks, maxima)
+    is_latent = torch.ones_like(top_token, dtype=torch.bool) if latent_mask is None else latent_mask.clone()
+    if end_token_id is not None:
+        is_latent &= top_token != end_token_id
+    log_z = logits.logsumexp(-1, keepdim=True)
+    scores = logits.new_empty(rows, top_k)
+    ids = torch.empty(rows, top_k, dtype=torch.int64, device=logits.device)
+    tau = torch.as_tensor(tau, dtype=logits.dtype, device=logits.device).expand(rows)
+    noisy = is_latent if noise.kind != "none" else torch.zeros_like(is_latent)
+    for index, is_noisy in ((noisy.nonzero().squeeze(-1), True), ((~noisy).nonzero().squeeze(-1), False)):
+        if not len(index):
+            continue
+        whole = len(index) == rows
+        part_blocks, part_maxima = (blocks, maxima) if whole else (blocks[index], maxima[index])
+        if is_noisy:
+            part_top_p = top_p[index] if isinstance(top_p, Tensor) and top_p.ndim else top_p
+            found = noisy_top_k(part_blocks, part_maxima, log_z[index], top_k, part_top_p, noise.rows(index))
+            scores[index], ids[index] = found
+        else:
+            best, ids[index] = clean_top_k(part_blocks, part_maxima, top_k)
+            scores[index] = best - log_z[index]
+    weights = (scores / torch.where(noisy, tau, 1.0).unsqueeze(-1)).softmax(-1)
+    return LatentStep(ids, scores.float(), weights.float(), mix(ids, weights, embedding), top_token, is_latent)

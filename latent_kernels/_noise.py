@@ -1,0 +1,67 @@
+"""Counter-based noise: Philox-4x32-10 words, exponential draws, clamped Gumbel noise.
+
+The noise of a token depends on (seed, step, row id, vocabulary id) only, so that it is the same in any batch, any
+order, any tiling and any implementation. The 32-bit arithmetic is emulated in int64, whose products wrap modulo 2^64
+and so keep the high word of a 32 x 32 bit product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0
+NOISE_KINDS = ("one_sided", "two_sided", "none")
+
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def draw_seed() -> int:
+    """A fresh 63-bit seed from torch's default CPU generator, so that `torch.manual_seed` governs it."""
+    return int(torch.randint(2**63 - 1, ()).item())
+
+
+def _multiply(value: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    product = value * multiplier
+    return (product >> 32) & _WORD, product & _WORD
+
+
+def philox_words(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """First output word of Philox-4x32-10 for every (row, id).
+
+    ids [B, M] or [M] int64, row_ids [B] int64, seed and step an int or a 0-d int64 tensor. Returns [B, M] int64 in
+    [0, 2^32). Key = (seed low, seed high); counter = (id, row low, row high, step).
+    """
+    rows = row_ids.unsqueeze(-1)
+    c0, c1, c2, c3 = ids & _WORD, rows & _WORD, (rows >> 32) & _WORD, step & _WORD
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0
+
+
+def uniform(words: Tensor) -> Tensor:
+    """Uniform draws in (0, 1], `(x + 0.5) / 2^32` rounded once to float32, as the kernels compute it."""
+    return words.to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def exponential_draws(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """Exp(1) draws [B, M] float32, `-log(u)`."""
+    return -torch.log(uniform(philox_words(ids, row_ids, seed, step)))
+
+
+def gumbel_noise(exponential: Tensor, kind: str) -> Tensor:
+    """Clamped Gumbel noise (Eq. 12-13): `clamp(-log(e), -1.5, 3)`, shifted to [0, 4.5] when one-sided."""
+    noise = torch.clamp(-torch.log(exponential), GUMBEL_LOW, GUMBEL_HIGH)
+    return noise - GUMBEL_LOW if kind == "one_sided" else noise
+
+
+def noise_bounds(kind: str) -> tuple[float, float]:
+    """Smallest and largest value of `gumbel_noise`."""
+    return (0.0, GUMBEL_HIGH - GUMBEL_LOW) if kind == "one_sided" else (GUMBEL_LOW, GUMBEL_HIGH)

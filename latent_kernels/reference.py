@@ -1,0 +1,322 @@
+"""The operators as the paper writes them, in plain PyTorch: the specification that every implementation is held
+against.
+
+Nothing here is fast and much of it sorts or holds [N, V]. Computation is in float32, or in float64 for float64 inputs.
+Equation numbers are those of arXiv 2604.27998.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_kernels._noise import exponential_draws, gumbel_noise
+from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
+
+HARD = -100  # marks the unused components of a hard row
+EXPONENT_MAX = 40.0  # exp(40)^2 is finite in float32, so that a gradient norm over such margins is too
+MARGIN_MAX = 1e4  # a target of probability zero under the policy: a large finite margin instead of infinity
+LOG_RATIO_MAX = 20.0
+KL_MAX = 10.0
+STD_EPSILON = 1e-6
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def per_row(value: float | Tensor, like: Tensor) -> Tensor:
+    """A float or a [B] tensor as a [B, 1] (or 0-d) tensor of `like`'s dtype and device."""
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return value.unsqueeze(-1) if value.ndim == 1 else value
+
+
+def nucleus_mask(sorted_log_probs: Tensor, top_p: float | Tensor, top_k: int) -> Tensor:
+    """Candidates C among log-probs sorted downwards [B, M] (a prefix of the vocabulary's order): [B, M] bool.
+
+    In C: probability mass strictly before the token `< top_p`, and always the first top_k. `top_p = 1` keeps all.
+    Mass is summed in float64, so that it does not depend on the order of a tile's sums.
+    """
+    probs = sorted_log_probs.double().exp()
+    before = probs.cumsum(-1) - probs
+    limit = per_row(top_p, before)
+    rank = torch.arange(sorted_log_probs.shape[-1], device=probs.device)
+    return (before < limit) | (limit >= 1.0) | (rank < top_k)
+
+
+def best_first(scores: Tensor, ids: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k highest scores and their ids, ties to the lower id. Both [B, M], in any order."""
+    ids, order = ids.sort(dim=-1)
+    scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return scores[:, :top_k], ids.gather(-1, order)[:, :top_k]
+
+
+def latent_step_from_logits_ref(
+    logits: Tensor,  # [B, V]
+    embedding: Tensor,  # [V, D']
+    *,
+    top_k: int = 10,
+    top_p: float | Tensor = 0.95,
+    tau: float | Tensor = 1.0,
+    noise: str = "one_sided",
+    noise_scale: float | Tensor = 1.0,
+    seed: int | Tensor = 0,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    exponential: Tensor | None = None,
+    latent_mask: Tensor | None = None,
+    end_token_id: int | None = None,
+) -> LatentStep:
+    """The latent step by the plain rule: a full sort, the nucleus, noise on the whole vocabulary (Eq. 1, 12-14)."""
+    logits = logits.to(compute_dtype(logits))
+    rows, vocab = logits.shape
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
+    ids = torch.arange(vocab, device=logits.device).expand(rows, vocab)
+    top_token = logits.argmax(-1)
+    is_latent = torch.ones_like(top_token, dtype=torch.bool) if latent_mask is None else latent_mask.clone()
+    if end_token_id is not None:
+        is_latent &= top_token != end_token_id
+
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    clean_ids = order[:, :top_k]
+    clean_scores = log_probs.gather(-1, clean_ids)
+    clean_weights = clean_scores.softmax(-1)
+    if noise == "none":
+        kept_scores, kept_ids, weights = clean_scores, clean_ids, clean_weights
+    else:
+        if exponential is None:
+            row_ids = torch.arange(rows, device=logits.device) if row_ids is None else row_ids
+            exponential = exponential_draws(ids, row_ids, seed, step)
+        shift = gumbel_noise(exponential, noise).to(logits.dtype) * per_row(noise_scale, logits)
+        in_nucleus = torch.zeros_like(order, dtype=torch.bool)
+        in_nucleus.scatter_(-1, order, nucleus_mask(log_probs.gather(-1, order), top_p, top_k))
+        # A candidate of probability zero beats what is outside the nucleus only by its id: keep it ahead.
+        outside_last = torch.where(in_nucleus, ids, ids + vocab)
+        scores = torch.where(in_nucleus, log_probs + shift, -torch.inf)
+        kept_scores, kept_ids = best_first(scores, outside_last, top_k)
+        kept_ids = kept_ids % vocab
+        weights = (kept_scores / per_row(tau, logits)).softmax(-1)
+        noisy = is_latent.unsqueeze(-1)
+        kept_scores = torch.where(noisy, kept_scores, clean_scores)
+        kept_ids = torch.where(noisy, kept_ids, clean_ids)
+        weights = torch.where(noisy, weights, clean_weights)
+    mixture = mix(kept_ids, weights, embedding)
+    return LatentStep(kept_ids, kept_scores.float(), weights.float(), mixture, top_token, is_latent)
+
+
+def is_hard(ids: Tensor) -> Tensor:
+    """Rows of ids [N, K] that stand for one text token: -100 behind the first component. [N] bool; none where K = 1."""
+    return (ids[:, 1:] == HARD).any(-1)
+
+
+def mixture_weights(ids: Tensor, scores: Tensor, tau: float | Tensor) -> Tensor:
+    """`softmax(scores / tau)` [N, K]; (1, 0, ..., 0) on hard rows, whatever their scores hold."""
+    first = torch.full_like(scores, -torch.inf)
+    first[:, :1] = 0.0
+    return torch.where(is_hard(ids).unsqueeze(-1), first, scores / per_row(tau, scores)).softmax(-1)
+
+
+def mix(ids: Tensor, weights: Tensor, embedding: Tensor) -> Tensor:
+    """`sum_k weights_k embedding[ids_k]` [N, D], summed in the weights' dtype one component at a time."""
+    out = torch.zeros(len(ids), embedding.shape[1], dtype=weights.dtype, device=weights.device)
+    for k in range(ids.shape[1]):
+        out = out + weights[:, k : k + 1] * embedding[ids[:, k].clamp_min(0)].to(weights.dtype)
+    return out.to(embedding.dtype)
+
+
+def mix_embeddings_ref(ids: Tensor, scores: Tensor, embedding: Tensor, *, tau: float | Tensor = 1.0) -> Tensor:
+    """Replay of a trajectory (Eq. 1): `softmax(scores / tau)`-mixtures, E[ids[0]] on hard rows. [N, D]."""
+    weights = mixture_weights(ids, scores.to(compute_dtype(embedding, scores)), tau)
+    return mix(ids, weights, embedding)
+
+
+def margin_coefficients(margin: Tensor, advantages: Tensor | None, margin_gradient: str) -> Tensor:
+    """c_k [N, K] of SPEC 4 (Eq. 15-17): K times the gradient of the surrogate in the policy's log-prob of component
+    k."""
+    coefficients = 1.0 - torch.exp(-margin.clamp_min(-EXPONENT_MAX))
+    if advantages is None or margin_gradient == "none":
+        return coefficients
+    flipped = 1.0 - torch.exp(-margin.abs())
+    replaced = flipped if margin_gradient == "aligned" else -flipped
+    crossed = (margin < 0) & (advantages <= 0).unsqueeze(-1)
+    return torch.where(crossed, replaced, coefficients)
+
+
+def component_margins(scores: Tensor, log_probs: Tensor) -> Tensor:
+    """d_k = score_k - lp_k [N, K], at most MARGIN_MAX; 0 (no update) where the target itself has probability zero."""
+    return torch.where(torch.isneginf(scores), 0.0, (scores - log_probs).clamp_max(MARGIN_MAX))
+
+
+def surrogate(margin: Tensor) -> Tensor:
+    """f [N] = mean_k(-d_k - exp(-d_k)), the exponent held at EXPONENT_MAX (Eq. 15)."""
+    return (-margin - torch.exp(-margin.clamp_min(-EXPONENT_MAX))).mean(-1)
+
+
+def latent_logprob_from_logits_ref(
+    logits: Tensor,  # [N, V]
+    ids: Tensor,  # [N, K]
+    scores: Tensor,  # [N, K]
+    *,
+    temperature: float = 1.0,
+    advantages: Tensor | None = None,
+    margin_gradient: str = "aligned",
+) -> Tensor:
+    """Log-prob of text rows and surrogate log-prob of latent rows [N] (Eq. 15-17); autograd gives SPEC 4's gradient."""
+    logits = logits.to(compute_dtype(logits))
+    token = ids[:, :1]
+    text = (logits / temperature).log_softmax(-1).gather(-1, token).squeeze(-1)
+    log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
+    margin = component_margins(scores.to(logits.dtype), log_probs).detach()
+    coefficients = margin_coefficients(margin, advantages, margin_gradient)
+    # Straight-through: the surrogate's value, the coefficients' gradient. Neutral components are masked out of the sum,
+    # since the gradient of an unreachable log-prob is not a number.
+    reachable = torch.where(coefficients != 0, log_probs, 0.0)
+    latent = surrogate(margin) + (coefficients * (reachable - reachable.detach())).mean(-1)
+    return torch.where(is_hard(ids), text, latent)
+
+
+def group_advantages_ref(
+    rewards: Tensor,  # [R]
+    group_ids: Tensor,  # [R]
+    *,
+    invalid_mask: Tensor | None = None,
+    invalid: str = "exclude",
+    normalize_std: bool = True,
+    mean_logprob: Tensor | None = None,
+    first_token: str = "best_of_correct",
+) -> GroupAdvantages:
+    """Group-relative advantages (Eq. 9-11, 18-21), one group at a time."""
+    rewards = rewards.to(compute_dtype(rewards))
+    broken = torch.zeros_like(rewards, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
+    advantages, mean, std = torch.zeros_like(rewards), torch.zeros_like(rewards), torch.ones_like(rewards)
+    first_step = torch.zeros_like(rewards)
+    for group in group_ids.unique():
+        member = group_ids == group
+        counted = member & ~broken if invalid == "exclude" else member
+        if counted.sum() > 1:
+            mean[member], std[member] = rewards[counted].mean(), rewards[counted].std()
+        scale = std + STD_EPSILON if normalize_std else 1.0
+        kept = counted if invalid != "zero" else member & ~broken
+        advantages = torch.where(kept, (rewards - mean) / scale, advantages)
+        first = torch.where(member, advantages, 0.0)
+        correct = member & (advantages > 0)
+        if first_token != "all" and correct.any():
+            assert mean_logprob is not None
+            winner = torch.where(correct, mean_logprob, -torch.inf).argmax()
+            losers = (correct if first_token == "best_of_correct" else member).clone()
+            losers[winner] = False
+            first = first.masked_fill(losers, 0.0)
+        first_step = first_step + first
+    return GroupAdvantages(advantages.float(), first_step.float(), mean.float(), std.float())
+
+
+def token_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ref_logprob: Tensor | None,
+    kl_coef: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate of every step plus its KL penalty (Eq. 22-23), and the terms of the statistics. Any shape."""
+    log_ratio = (logprob - old_logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    loss = torch.maximum(plain, clipped)
+    terms = {"clip_fraction": clipped > plain, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        terms["dual_clip_fraction"] = (advantages < 0) & (loss > bound)
+        loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
+    if ref_logprob is not None:
+        gap = (ref_logprob - logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+        terms["kl"] = (gap.exp() - gap - 1.0).clamp(-KL_MAX, KL_MAX)
+        loss = loss + kl_coef * terms["kl"]
+    return loss, {name: term.detach().to(loss.dtype) for name, term in terms.items()}
+
+
+def aggregation_weights(mask: Tensor, aggregation: str) -> Tensor:
+    """Weight of every step [R, T] in the loss, 0 where masked; `(weights * loss).sum()` is the aggregate."""
+    rows, steps = mask.shape
+    if aggregation == "token-mean":
+        return mask / mask.sum().clamp_min(1.0)
+    weights = mask / max(rows, 1)
+    if aggregation == "seq-mean-token-mean":
+        return weights / mask.sum(-1, keepdim=True).clamp_min(1.0)
+    return weights / max(steps, 1) if aggregation == "seq-mean-token-sum-norm" else weights
+
+
+def policy_stats(terms: dict[str, Tensor], mask: Tensor, weights: Tensor, margin_crossed: Tensor | None) -> PolicyStats:
+    """Statistics from the terms of `token_loss`, all [R, T] or all flattened alike."""
+    count = mask.sum().clamp_min(1.0)
+    zero = torch.zeros((), dtype=torch.float32, device=mask.device)
+
+    def mean(name: str) -> Tensor:
+        return (terms[name] * mask).sum().float() / count if name in terms else zero
+
+    return PolicyStats(
+        clip_fraction=mean("clip_fraction"),
+        dual_clip_fraction=mean("dual_clip_fraction"),
+        approx_kl=mean("approx_kl"),
+        abs_log_ratio=mean("abs_log_ratio"),
+        kl=(terms["kl"] * weights).sum().float() if "kl" in terms else zero,
+        margin_crossed=torch.full_like(zero, torch.nan) if margin_crossed is None else margin_crossed,
+    )
+
+
+def policy_loss_ref(
+    logprob: Tensor,  # [R, T]
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    aggregation: str = "token-mean",
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> tuple[Tensor, PolicyStats]:
+    """Clipped, dual-clipped policy loss and its statistics (Eq. 22-23). Masked steps may hold anything, NaN
+    included."""
+    dtype = compute_dtype(logprob)
+    keep = mask.bool()
+    logprob, old_logprob, advantages = (torch.where(keep, x.to(dtype), 0.0) for x in (logprob, old_logprob, advantages))
+    if ref_logprob is not None:
+        ref_logprob = torch.where(keep, ref_logprob.to(dtype), 0.0)
+    loss, terms = token_loss(
+        logprob, old_logprob, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        ref_logprob=ref_logprob, kl_coef=kl_coef,
+    )  # fmt: skip
+    weights = aggregation_weights(keep.to(dtype), aggregation)
+    return (loss * weights).sum(), policy_stats(terms, keep.float(), weights, None)
+
+
+def project_with_noise_ref(
+    hidden: Tensor,  # [B, D]
+    weight: Tensor,  # [D', D]
+    bias: Tensor | None = None,
+    *,
+    noise: str = "one_sided",
+    noise_scale: float | Tensor = 1.0,
+    seed: int | Tensor = 0,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    exponential: Tensor | None = None,
+) -> Tensor:
+    """`hidden @ weight.T + bias + noise_scale * g` [B, D'], g the clamped Gumbel noise of SPEC 2.3 per output unit."""
+    dtype = compute_dtype(hidden, weight)
+    out = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        out = out + bias.to(dtype)
+    if noise != "none":
+        if exponential is None:
+            row_ids = torch.arange(len(hidden), device=hidden.device) if row_ids is None else row_ids
+            exponential = exponential_draws(torch.arange(len(weight), device=hidden.device), row_ids, seed, step)
+        out = out + gumbel_noise(exponential, noise).to(dtype) * per_row(noise_scale, out)
+    return out.to(hidden.dtype)
