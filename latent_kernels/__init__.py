@@ -3,6 +3,7 @@
 Importable without Triton and without a GPU. Semantics and equation numbers: arXiv 2604.27998.
 """
 
+from latent_kernels._noise import philox_uniform
 from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
 from latent_kernels.fused_policy_loss import fused_policy_loss
 from latent_kernels.group_advantages import group_advantages
@@ -24,6 +25,7 @@ __all__ = [
     "latent_step",
     "latent_step_from_logits",
     "mix_embeddings",
+    "philox_uniform",
     "policy_loss",
     "project_with_noise",
 ]

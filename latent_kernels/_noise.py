@@ -56,6 +56,17 @@ def exponential_draws(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: in
     return -torch.log(uniform(philox_words(ids, row_ids, seed, step)))
 
 
+def philox_uniform(row_ids: Tensor, *, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """One uniform draw in (0, 1) a row [B] float64: the word of (seed, step, row, id 0), for text tokens of row
+    streams.
+
+    A row is either latent or text at a step, so the draw is never used twice. row_ids [B] int64; seed and step an int
+    or a 0-d int64 tensor.
+    """
+    words = philox_words(torch.zeros(1, dtype=torch.int64, device=row_ids.device), row_ids, seed, step)
+    return (words.squeeze(-1).double() + 0.5) * 2.0**-32
+
+
 def gumbel_noise(exponential: Tensor, kind: str) -> Tensor:
     """Clamped Gumbel noise (Eq. 12-13): `clamp(-log(e), -1.5, 3)`, shifted to [0, 4.5] when one-sided."""
     noise = torch.clamp(-torch.log(exponential), GUMBEL_LOW, GUMBEL_HIGH)

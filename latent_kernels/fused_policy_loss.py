@@ -153,6 +153,8 @@ def fused_policy_loss(
     flat_ids, flat_scores = ids.flatten(0, 1), scores.flatten(0, 1)
     check_logprob_options(flat_ids, flat_scores, len(flat_ids), hidden, temperature, None, margin_gradient)
     resolve("fused_policy_loss", impl, hidden)
+    if not torch.is_grad_enabled():  # else the forward pass takes gradients that no backward pass will ask for
+        hidden, lm_head = hidden.detach(), lm_head.detach()
     dtype = compute_dtype(hidden, lm_head)
     keep = mask.bool()
     weights = aggregation_weights(keep.to(dtype), aggregation).flatten()

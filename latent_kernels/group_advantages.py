@@ -8,7 +8,7 @@ from torch import Tensor
 from latent_kernels._backend import resolve
 from latent_kernels._types import GroupAdvantages
 from latent_kernels._validate import INTEGERS, check_choice, check_tensor
-from latent_kernels.reference import STD_EPSILON, compute_dtype
+from latent_kernels.reference import STD_EPSILON
 
 INVALID_MODES = ("exclude", "zero", "keep")
 FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
@@ -36,7 +36,7 @@ def group_advantages(
         first_token: whose advantage is 0 at the first response step: "best_of_correct" (every positive row but the
             winner), "best_of_group" (every row but the winner, where there is one), "all" (nobody's).
 
-    A group with one counted row has mean 0 and std 1. Returns float32 (float64 rewards are computed in float64).
+    A group with one counted row has mean 0 and std 1. Computed in float64, returned in float32.
     Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
     """
     check_tensor("rewards", rewards, [None])
@@ -51,7 +51,7 @@ def group_advantages(
         raise ValueError(f"first_token={first_token!r} needs mean_logprob; give it or use first_token='all'")
     resolve("group_advantages", impl, rewards)
 
-    rewards = rewards.to(compute_dtype(rewards))
+    rewards = rewards.double()  # so that a group of equal float32 rewards has exactly its own mean
     segment = _segments(group_ids)
     broken = torch.zeros_like(segment, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
     counted = (~broken if invalid == "exclude" else torch.ones_like(broken)).to(rewards.dtype)

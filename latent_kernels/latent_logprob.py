@@ -37,7 +37,7 @@ class _FromLogits(torch.autograd.Function):
         ctx.spec = spec
         ctx.save_for_backward(logits)
         out = torch.empty(len(logits), dtype=dtype, device=logits.device)
-        for part in row_chunks(*logits.shape, dtype):
+        for part in row_chunks(len(logits), logits.shape[1], dtype):
             out[part] = logprob_rows_(logits[part].to(dtype, copy=True), spec.rows(part)).logprob
         return out
 
@@ -46,7 +46,7 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        for part in row_chunks(*logits.shape, grad.dtype):
+        for part in row_chunks(len(logits), logits.shape[1], grad.dtype):
             chunk = logits[part].to(grad.dtype, copy=True)
             state = logprob_rows_(chunk, ctx.spec.rows(part))
             out[part] = logits_gradient_(chunk, state, grad[part])
@@ -157,5 +157,7 @@ def latent_logprob(
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     check_logprob_options(ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient)
     resolve("latent_logprob", impl, hidden)
+    if not torch.is_grad_enabled():  # else the forward pass takes gradients that no backward pass will ask for
+        hidden, lm_head = hidden.detach(), lm_head.detach()
     out: Tensor = _FromHidden.apply(hidden, lm_head, LogprobSpec(ids, scores, advantages, temperature, margin_gradient))
     return out

@@ -167,7 +167,8 @@ def latent_logprob_from_logits_ref(
     token = ids[:, :1]
     text = (logits / temperature).log_softmax(-1).gather(-1, token).squeeze(-1)
     log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
-    margin = component_margins(scores.to(logits.dtype), log_probs).detach()
+    targets = torch.where(is_hard(ids).unsqueeze(-1), -torch.inf, scores.to(logits.dtype))  # text rows have none
+    margin = component_margins(targets, log_probs).detach()
     coefficients = margin_coefficients(margin, advantages, margin_gradient)
     # Straight-through: the surrogate's value, the coefficients' gradient. Neutral components are masked out of the sum,
     # since the gradient of an unreachable log-prob is not a number.
@@ -187,7 +188,7 @@ def group_advantages_ref(
     first_token: str = "best_of_correct",
 ) -> GroupAdvantages:
     """Group-relative advantages (Eq. 9-11, 18-21), one group at a time."""
-    rewards = rewards.to(compute_dtype(rewards))
+    rewards = rewards.double()
     broken = torch.zeros_like(rewards, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
     advantages, mean, std = torch.zeros_like(rewards), torch.zeros_like(rewards), torch.ones_like(rewards)
     first_step = torch.zeros_like(rewards)

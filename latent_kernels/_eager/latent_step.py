@@ -65,7 +65,7 @@ def grouped(logits: Tensor) -> Tensor:
     """[B, V] as [B, GROUP, ceil(V / GROUP)], group j holding the ids congruent to j; the tail padded with -inf."""
     tail = -logits.shape[1] % GROUP
     padded = F.pad(logits, (0, tail), value=-torch.inf) if tail else logits
-    return padded.reshape(len(logits), GROUP, -1)
+    return padded.reshape(len(logits), GROUP, padded.shape[1] // GROUP)
 
 
 def best_prefix(blocks: Tensor, maxima: Tensor, groups: int, top_k: int) -> Prefix:

@@ -32,10 +32,11 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def back_project(grad: Tensor, weight: Tensor) -> Tensor:
     """`grad @ weight` [n, D] for grad [n, V] in float32 or float64, accumulated in that dtype."""
-    if weight.dtype == grad.dtype:
-        return grad @ weight
-    out = torch.zeros(len(grad), weight.shape[1], dtype=grad.dtype, device=grad.device)
-    for start in (blocks := _blocks(weight)):
-        part = slice(start, start + blocks.step)
-        out.addmm_(grad[:, part], weight[part].to(grad.dtype))
-    return out
+    with torch.autocast(grad.device.type, enabled=False):
+        if weight.dtype == grad.dtype:
+            return grad @ weight
+        out = torch.zeros(len(grad), weight.shape[1], dtype=grad.dtype, device=grad.device)
+        for start in (blocks := _blocks(weight)):
+            part = slice(start, start + blocks.step)
+            out.addmm_(grad[:, part], weight[part].to(grad.dtype))
+        return out

@@ -1,0 +1,232 @@
+"""Every option of the trainer, with its meaning. Names are TRL's `GRPOConfig` names wherever TRL has one."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """An option or configuration file that cannot be used, in one line with the remedy."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its documentation."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class SamplingOptions:
+    """How a response is sampled."""
+
+    latent: bool = option(True, "Reason in latent steps; False is plain text through the same code.")
+    latent_top_k: int = option(10, "Mixture size K of a latent step; match the warm start's.")
+    latent_top_p: float = option(0.95, "Nucleus mass of latent candidates.")
+    tau: float = option(1.0, "Gumbel-softmax temperature of the mixture weights.")
+    noise: Literal["one_sided", "two_sided", "none"] = option("one_sided", "Noise of latent steps while sampling.")
+    noise_scale: float = option(1.0, "Factor on the noise.")
+    temperature: float = option(0.6, "Sampling temperature of text tokens; 0 is greedy.")
+    top_p: float = option(0.95, "Nucleus mass of text tokens.")
+    top_k: int = option(30, "Candidates of text tokens; 0 is all.")
+
+    def check(self) -> None:
+        """Raise ConfigError for the first option out of range."""
+        require(self.latent_top_k >= 2, "latent_top_k", self.latent_top_k, "a mixture needs at least 2 components")
+        require(0 <= self.latent_top_p <= 1, "latent_top_p", self.latent_top_p, "give a mass between 0 and 1")
+        require(self.tau > 0, "tau", self.tau, "give a positive temperature")
+        require(self.noise_scale >= 0, "noise_scale", self.noise_scale, "give 0 or more")
+        require(self.temperature >= 0, "temperature", self.temperature, "give 0 (greedy) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "give a mass in (0, 1]")
+        require(self.top_k >= 0, "top_k", self.top_k, "give 0 (all) or more")
+
+
+@dataclass
+class LatentSampling(SamplingOptions):
+    """Sampling options of `generate_latent`, with the ids that it needs of the tokenizer."""
+
+    max_new_tokens: int = option(128, "Limit of a response, latent and text steps together.")
+    end_token_id: int | None = option(None, "First token of the end marker; needed for latent responses.")
+    eos_token_id: tuple[int, ...] | int | None = option(None, "Ids that end a response; default: the model's.")
+    seed: int = option(0, "Seed of the noise streams.")
+
+
+@dataclass
+class ModelOptions:
+    """Which model, in what precision, on what device."""
+
+    model_name_or_path: str = option("", "Model folder or Hub name.")
+    end_marker: str = option("</think>", "Text whose first token ends a latent run.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the parameters.")
+    device: str | None = option(None, "Device; default: the GPU if there is one.")
+
+
+@dataclass
+class DataOptions:
+    """Which rows."""
+
+    dataset: str = option("", "Training data: JSON, JSONL or Parquet file, or Hub name (name:config).")
+    dataset_split: str = option("train", "Split of a Hub dataset.")
+    prompt_column: str | None = option(None, "Column of the question, for data in no known format.")
+    answer_column: str | None = option(None, "Column of the answer, for data in no known format.")
+    chain_column: str | None = option(None, "Column of the chain of thought, for data in no known format.")
+    limit: int | None = option(None, "Use only the first rows.")
+
+
+@dataclass
+class RunOptions:
+    """What every training run has."""
+
+    output_dir: str = option("runs/latent", "Folder for checkpoints and metrics.")
+    seed: int = option(0, "Seed of data order, sampling and noise.")
+    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option("constant_with_warmup", "A transformers scheduler name.")
+    warmup_steps: int = option(0, "Optimizer steps of linear warm-up.")
+    weight_decay: float = option(0.0, "AdamW weight decay.")
+    adam_beta1: float = option(0.9, "AdamW beta1.")
+    adam_beta2: float = option(0.999, "AdamW beta2.")
+    max_grad_norm: float = option(1.0, "Gradient clipping norm; 0 is none.")
+    per_device_train_batch_size: int = option(32, "Responses in one forward and backward pass.")
+    gradient_accumulation_steps: int = option(1, "Such passes an optimizer step.")
+    max_steps: int = option(-1, "Steps; -1 goes by num_train_epochs.")
+    num_train_epochs: float = option(1.0, "Passes over the data where max_steps is -1.")
+    max_prompt_length: int | None = option(None, "Longest prompt in tokens; a longer one is an error.")
+    max_completion_length: int = option(128, "Limit of a response, latent and text steps together.")
+    logging_steps: int = option(1, "Steps between lines of metrics.")
+    save_steps: int = option(500, "Steps between checkpoints; 0 saves at the end only.")
+    report_to: list[str] = option([], "Extra sinks: tensorboard.")
+
+    def check_run(self) -> None:
+        """Raise ConfigError for the first option out of range."""
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "give a positive rate")
+        require(self.max_steps != 0, "max_steps", self.max_steps, "give 1 or more, or -1 to go by epochs")
+        require(self.logging_steps >= 1, "logging_steps", self.logging_steps, "give 1 or more")
+        for sink in self.report_to:
+            require(sink == "tensorboard", "report_to", sink, "tensorboard is the one extra sink")
+
+
+@dataclass
+class LatentSFTConfig(RunOptions, DataOptions, ModelOptions):
+    """Latent-SFT, the warm start: chain-of-thought tokens become latent targets (arXiv 2510.15522)."""
+
+    latent: bool = option(True, "False keeps the chain as text: the warm start of the text baseline.")
+    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.")
+    compression: int = option(2, "Consecutive chain tokens that one latent step stands for.")
+    gumbel_scale: float = option(0.0, "Gumbel noise on the latent inputs (0 is none), a step towards sampled mixtures.")
+    answer_template: str = option("\\boxed{{{answer}}}", "Text of the visible answer, a Python format of {answer}.")
+    freeze_embeddings: bool = option(False, "Keep the embedding table (and a tied head) as it is.")
+
+    def __post_init__(self) -> None:
+        self.check_run()
+        require(self.compression >= 1, "compression", self.compression, "give 1 or more")
+        require(self.gumbel_scale >= 0, "gumbel_scale", self.gumbel_scale, "give 0 or more")
+        require("{answer}" in self.answer_template, "answer_template", self.answer_template, "it must hold {answer}")
+
+
+@dataclass
+class LatentGRPOConfig(SamplingOptions, RunOptions, DataOptions, ModelOptions):
+    """Latent-GRPO. Defaults are the paper's, at a batch that a small card takes."""
+
+    reward_funcs: list[str] = option(["accuracy"], "Rewards: accuracy, exact_match, module:function, file.py:function.")
+    reward_weights: list[float] | None = option(None, "Weights of the rewards; default 1 each.")
+    eval_dataset: str | None = option(None, "Evaluation data, as dataset.")
+    eval_steps: int = option(0, "Steps between evaluations; 0 is none.")
+    eval_limit: int | None = option(None, "Use only the first evaluation rows.")
+    num_generations: int = option(8, "Responses a prompt, G.")
+    generation_batch_size: int = option(64, "Responses a rollout, prompts times G.")
+    num_iterations: int = option(1, "Passes over a rollout (PPO epochs).")
+    group_filter: bool = option(True, "Drop groups whose rewards are all equal and sample again (dynamic sampling).")
+    max_generation_batches: int = option(50, "Rollouts a step at most; then train on what there is.")
+    invalid: Literal["exclude", "zero", "keep"] = option(
+        "exclude", "Responses cut off by the limit, see group_advantages."
+    )
+    first_token: Literal["best_of_correct", "best_of_group", "all"] = option(
+        "best_of_correct", "Whose advantage counts at the first response step."
+    )
+    scale_rewards: Literal["group", "none"] = option("group", "Divide by the group's standard deviation, or not.")
+    margin_gradient: Literal["aligned", "released", "none"] = option("aligned", "Backward coefficient past the target.")
+    loss_on: Literal["all", "latent", "text"] = option("all", "Response steps that carry the policy loss.")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = option(
+        "dapo", "dapo: mean over tokens; grpo: over responses of their token means; dr_grpo: token sums over the limit."
+    )
+    epsilon: float = option(0.2, "Clip below.")
+    epsilon_high: float | None = option(None, "Clip above; default epsilon.")
+    delta: float | None = option(3.0, "Dual clip of negative advantages; null is none.")
+    beta: float = option(0.0, "Coefficient of the k3 KL to the initial model.")
+    old_logprobs: Literal["recompute", "rollout"] = option("recompute", "Old log-probs: by the trainer, or as sampled.")
+    freeze_embeddings: bool = option(True, "Keep the embedding table (and a tied head) as it is.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or true for the newest in output_dir.")
+    log_completions: int = option(0, "Responses printed at every logged step.")
+
+    def __post_init__(self) -> None:
+        self.check()
+        self.check_run()
+        require(self.num_generations >= 1, "num_generations", self.num_generations, "give 1 or more")
+        require(
+            self.generation_batch_size >= 1 and self.generation_batch_size % self.num_generations == 0,
+            "generation_batch_size", self.generation_batch_size, f"give a multiple of num_generations
+            {self.num_generations}",
+        )  # fmt: skip
+        require(
+            self.max_generation_batches >= 1, "max_generation_batches", self.max_generation_batches, "give 1 or more"
+        )
+        require(
+            not (self.latent and self.noise == "none"), "noise", self.noise, "latent training needs noise to explore"
+        )
+        require(
+            self.temperature > 0, "temperature", self.temperature, "training needs sampled text; 0 is for evaluation"
+        )
+
+    def sampling(self) -> LatentSampling:
+        """The sampling options alone."""
+        return LatentSampling(
+            **{f.name: getattr(self, f.name) for f in fields(SamplingOptions)},
+            max_new_tokens=self.max_completion_length,
+        )
+
+
+def require(holds: bool, name: str, value: Any, remedy: str) -> None:
+    """ConfigError naming the option and its value unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}: {remedy}")
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """A sentence about an unknown key, with the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def read_yaml(path: str, config_class: type) -> dict[str, Any]:
+    """Options from a YAML file or a named recipe; ConfigError for unknown keys and files that are not a mapping."""
+    named = resources.files("latent_grpo.recipes") / f"{path}.yaml"
+    try:
+        text = named.read_text() if named.is_file() and not Path(path).exists() else Path(path).read_text("utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the config {path!r}: {error.__class__.__name__}; recipes: {recipes()}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of options, got {type(values).__name__}")
+    known = [f.name for f in fields(config_class)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: {unknown_key(str(key), known)}")
+    return values
+
+
+def recipes() -> str:
+    """Names of the shipped recipes."""
+    folder = resources.files("latent_grpo.recipes")
+    return ", ".join(sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml")))

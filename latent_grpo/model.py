@@ -1,0 +1,175 @@
+"""What latent reasoning needs of a Hugging Face causal LM: its body, its tables, its end marker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be used, in one line with the remedy."""
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a local folder or Hub name, padding on the left; ModelError if it cannot be loaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {path!r}: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {path!r} has no end-of-sequence token; set eos_token in its config")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(path: str, dtype: str = "float32", device: str | None = None) -> Any:
+    """A causal LM in `dtype` on `device` (default: the GPU if there is one), checked for latent steps; safetensors
+    only."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error
+    model = model.to(device)
+    check_compatible(model)
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def embedding_table(model: Any) -> Tensor:
+    """Input embedding weight E [V, D]."""
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
+
+
+def lm_head(model: Any) -> Tensor:
+    """LM-head weight W [V, D]."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`hidden @ weight.T` in float32 [B, V]; on a GPU accumulated and returned in float32 from 16-bit inputs."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.dtype == weight.dtype:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
+
+
+def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
+    """Last hidden states [B, L, D] (after the final norm) of input embeddings [B, L, D].
+
+    attention_mask [B, past + L], position_ids [B, L]; `cache` is extended in place where given.
+    """
+    out = model.base_model(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position of every token [B, L] of a left-padded batch; 0 on padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@torch.no_grad()
+def check_compatible(model: Any) -> None:
+    """ModelError unless `logits == body(E[ids]) @ W.T`, which is what a latent step computes with.
+
+    It fails for models that scale embeddings outside the table, bias the head, or scale or cap the logits.
+    """
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise ModelError(f"{type(model).__name__} has no LM-head weight; latent reasoning needs a causal LM")
+    table = embedding_table(model)
+    ids = torch.arange(min(4, len(table)), device=table.device).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    was_training = model.training
+    model.eval()
+    wanted = model(input_ids=ids, attention_mask=mask).logits.float()
+    got = F.linear(body(model, table[ids], mask, positions(mask)), head.weight).float()
+    model.train(was_training)
+    if not torch.allclose(got, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max())):
+        raise ModelError(
+            f"{type(model).__name__} does more than `body(E[ids]) @ W.T` (scaled embeddings, a biased head, scaled or "
+            "capped logits); latent steps are not defined for it here, use a Llama- or Qwen-like model"
+        )
+
+
+def end_marker_ids(tokenizer: Any, marker: str) -> list[int]:
+    """Token ids of the end marker; the first one ends a latent run. ModelError where the tokenizer cannot spell it."""
+    ids = list(tokenizer.encode(marker, add_special_tokens=False)) if marker else []
+    spelled = tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
+    if not ids or tokenizer.unk_token_id in ids or spelled.replace(" ", "") != marker.replace(" ", ""):
+        raise ModelError(
+            f"the tokenizer has no end marker {marker!r} (it reads back as {spelled!r}); "
+            "choose one that it knows with --end_marker, or add the token"
+        )
+    if ids[0] == tokenizer.eos_token_id:
+        raise ModelError(
+            f"the end marker {marker!r} begins with the end-of-sequence token; choose another --end_marker"
+        )
+    return ids
+
+
+def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a response: the tokenizer's and the generation config's."""
+    extra = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    extra = extra if isinstance(extra, list) else [] if extra is None else [extra]
+    vocab = len(embedding_table(model))
+    return tuple(sorted({tokenizer.eos_token_id, *(i for i in extra if i < vocab)}))
+
+
+def format_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> str:
+    """The text that the model continues: through the chat template where the tokenizer has one."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: list[Any], device: torch.device, max_length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and mask [P, L] of prompts; ModelError for one that is longer than `max_length` tokens."""
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if max_length is not None and len(row) > max_length:
+            raise ModelError(
+                f"a prompt has {len(row)} tokens, over max_prompt_length {max_length}: {str(prompt)[:60]!r}; "
+                "raise it or shorten the data"
+            )
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    """Token ids of one formatted prompt; a chat template brings its own special tokens."""
+    special = not getattr(tokenizer, "chat_template", None)
+    ids: list[int] = tokenizer(format_prompt(tokenizer, prompt), add_special_tokens=special)["input_ids"]
+    return ids

@@ -1,0 +1,204 @@
+"""Latent-SFT, the warm start (arXiv 2510.15522): chain-of-thought tokens become latent targets.
+
+`compression` consecutive chain tokens are one latent target, the uniform distribution over them. Its input is their
+embedding mixture, optionally perturbed by Gumbel noise as sampling will; its loss is KL(target || model). The end
+marker, the answer and EOS carry cross-entropy. Both are means over the positions of a batch, added over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from latent_grpo.checkpoint import graceful_interrupt, save_model
+from latent_grpo.config import LatentSFTConfig
+from latent_grpo.data import DataError
+from latent_grpo.metrics import Metrics, progress_bar
+from latent_grpo.model import body, embedding_table, end_marker_ids, lm_head, positions, prompt_ids
+from latent_grpo.optim import Updater
+
+LOSS_CHUNK = 1024  # rows of logits alive at a time
+
+
+@dataclass
+class Example:
+    """One training text: a prompt, and the components of every response element (one id for a text token)."""
+
+    prompt: list[int]
+    response: list[list[int]]
+
+
+@dataclass
+class SFTBatch:
+    """Padded examples: B rows, L elements, C components an element. Prompts are left-padded, responses right-padded."""
+
+    ids: Tensor  # [B, L, C], 0 where unused
+    weights: Tensor  # [B, L, C], 0 where unused
+    mask: Tensor  # [B, L]
+    response: Tensor  # [B, L] bool, elements that carry a loss
+
+
+def build_example(tokenizer: Any, row: Any, args: LatentSFTConfig, marker: list[int]) -> Example:
+    """Tokens of a row with prompt, chain and answer."""
+    chain = tokenizer(row["chain"], add_special_tokens=False)["input_ids"]
+    width = args.compression if args.latent else 1
+    latents = [chain[i : i + width] for i in range(0, len(chain), width)]
+    answer = tokenizer(args.answer_template.format(answer=row["answer"]), add_special_tokens=False)["input_ids"]
+    return Example(
+        prompt_ids(tokenizer, row["prompt"]), latents + [[i] for i in [*marker, *answer, tokenizer.eos_token_id]]
+    )
+
+
+def build_examples(tokenizer: Any, rows: Sequence[Any], args: LatentSFTConfig) -> list[Example]:
+    """Every row that fits the limits; DataError where a row has no chain, or none fits."""
+    marker = end_marker_ids(tokenizer, args.end_marker)
+    examples = []
+    for number, row in enumerate(rows, 1):
+        if not row.get("chain"):
+            raise DataError(
+                f"row {number} has no chain of thought; Latent-SFT needs one, name its column with --chain_column"
+            )
+        example = build_example(tokenizer, row, args, marker)
+        fits_prompt = args.max_prompt_length is None or len(example.prompt) <= args.max_prompt_length
+        if fits_prompt and len(example.response) <= args.max_completion_length:
+            examples.append(example)
+    if not examples:
+        raise DataError("no row fits max_prompt_length and max_completion_length; raise them")
+    return examples
+
+
+def collate(examples: Sequence[Example], device: torch.device) -> SFTBatch:
+    """Pad examples to one batch."""
+    left = max(len(e.prompt) for e in examples)
+    right = max(len(e.response) for e in examples)
+    components = max(len(element) for e in examples for element in e.response)
+    ids = torch.zeros(len(examples), left + right, components, dtype=torch.int64)
+    weights = torch.zeros(ids.shape)
+    response = torch.zeros(ids.shape[:2], dtype=torch.bool)
+    for b, example in enumerate(examples):
+        elements = [[i] for i in example.prompt] + example.response
+        start = left - len(example.prompt)
+        for place, element in enumerate(elements, start):
+            ids[b, place, : len(element)] = torch.tensor(element)
+            weights[b, place, : len(element)] = 1.0 / len(element)
+        response[b, left : left + len(example.response)] = True
+    return SFTBatch(*(x.to(device) for x in (ids, weights, (weights.sum(-1) > 0).long(), response)))
+
+
+def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float, generator: torch.Generator) -> Tensor:
+    """Input embeddings [B, L, D]: mixtures of the targets, Gumbel-perturbed on latent elements where asked."""
+    weights = batch.weights
+    if gumbel_scale > 0:
+        draws = torch.empty(weights.shape).exponential_(generator=generator).to(weights.device)
+        noise = (-draws.log()).clamp(-1.5, 3.0) * gumbel_scale
+        perturbed = (weights.log() + noise).nan_to_num(neginf=-torch.inf).softmax(-1).nan_to_num(0.0)
+        weights = torch.where((weights > 0).sum(-1, keepdim=True) > 1, perturbed, weights)
+    return (weights.unsqueeze(-1) * table[batch.ids].float()).sum(2).to(table.dtype)
+
+
+def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Sum over rows of KL(target || model), which is the cross-entropy where the target is one token. 0-d float32.
+
+    hidden [N, D], ids and weights [N, C]; logits are recomputed in the backward pass, LOSS_CHUNK rows at a time.
+    """
+
+    def rows(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        log_probs = torch.nn.functional.linear(hidden, head).float().log_softmax(-1).gather(-1, ids)
+        return (weights * (weights.clamp_min(1e-30).log() - log_probs)).sum()
+
+    # Equal ids in one target are one component of their summed weight.
+    same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
+    first = torch.tril(same, -1).logical_and(weights.unsqueeze(-2) > 0).any(-1)
+    weights = torch.where(first, 0.0, (same * weights.unsqueeze(-2)).sum(-1)) * (weights > 0)
+    parts = zip(hidden.split(LOSS_CHUNK), ids.split(LOSS_CHUNK), weights.split(LOSS_CHUNK), strict=True)
+    return torch.stack([checkpoint(rows, h, i, w, use_reentrant=False) for h, i, w in parts]).sum()
+
+
+def forward(
+    model: Any, batch: SFTBatch, gumbel_scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, ids and weights of the response elements [N, ...], each predicted from what stands before it."""
+    embeds = input_mixtures(batch, embedding_table(model), gumbel_scale, generator)
+    hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
+    carried = batch.response[:, 1:]
+    return hidden[carried], batch.ids[:, 1:][carried], batch.weights[:, 1:][carried]
+
+
+class LatentSFTTrainer:
+    """Trains the warm start. rows: dicts with prompt, chain and answer."""
+
+    def __init__(self, model: Any, args: LatentSFTConfig, train_dataset: Sequence[Any], processing_class: Any) -> None:
+        self.model, self.args, self.tokenizer = model, args, processing_class
+        self.output_dir = Path(args.output_dir)
+        self.examples = build_examples(processing_class, train_dataset, args)
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        epochs = round(args.num_train_epochs * len(self.examples) / size)
+        self.total_steps = args.max_steps if args.max_steps > 0 else max(1, epochs)
+        self.updater = Updater(model, args, self.total_steps, args.freeze_embeddings)
+        self.generator = torch.Generator().manual_seed(args.seed)
+
+    def train(self) -> dict[str, float]:
+        """Run to the last step and save; the last step's metrics. KeyboardInterrupt, model saved, on SIGINT."""
+        metrics = Metrics(self.output_dir / "metrics.jsonl", self.args.report_to)
+        values: dict[str, float] = {}
+        self.model.train()
+        with graceful_interrupt() as interrupt, progress_bar("Latent-SFT ", self.total_steps) as bar:
+            for step, indices in enumerate(self.batches(), 1):
+                values = self.step(indices)
+                if step % self.args.logging_steps == 0:
+                    metrics.write({"phase": "sft", "step": step, **values})
+                bar.advance(f"loss {values['loss']:.3f}")
+                if interrupt.requested or step == self.total_steps:
+                    break
+        metrics.close()
+        save_model(self.output_dir, self.model, self.tokenizer)
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        return values
+
+    def batches(self) -> Any:
+        """Indices of every step's examples, a new order every epoch, without end."""
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        left: list[int] = []
+        while True:
+            while len(left) < size:
+                left += torch.randperm(len(self.examples), generator=self.generator).tolist()
+            yield left[:size]
+            left = left[size:]
+
+    def step(self, indices: list[int]) -> dict[str, float]:
+        """One optimizer step over the examples of `indices`."""
+        args = self.args
+        chosen = [self.examples[i] for i in indices]
+        elements = sum(len(e.response) for e in chosen)
+        total = 0.0
+        for start in range(0, len(chosen), args.per_device_train_batch_size):
+            batch = collate(chosen[start : start + args.per_device_train_batch_size], self.model.device)
+            hidden, ids, weights = forward(self.model, batch, args.gumbel_scale, self.generator)
+            loss = target_loss(hidden, lm_head(self.model), ids, weights) / elements
+            loss.backward()
+            total += float(loss.detach())
+        learning_rate = self.updater.learning_rate
+        return {"loss": total, "grad_norm": self.updater.step(), "learning_rate": learning_rate}
+
+
+@torch.no_grad()
+def gold_chain_accuracy(model: Any, examples: Sequence[Example], batch_size: int = 256) -> float:
+    """Share of examples whose text (end marker, answer, EOS) is read out right, greedily, after the gold latents."""
+    model.eval()
+    right = 0
+    for start in range(0, len(examples), batch_size):
+        chosen = examples[start : start + batch_size]
+        batch = collate(chosen, model.device)
+        embeds = input_mixtures(batch, embedding_table(model), 0.0, torch.Generator())
+        hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
+        guess = torch.nn.functional.linear(hidden, lm_head(model)).argmax(-1)
+        text = batch.response[:, 1:] & ((batch.weights[:, 1:] > 0).sum(-1) == 1)
+        right += int(((guess == batch.ids[:, 1:, 0]) | ~text).all(-1).sum())
+    return right / max(1, len(examples))
