@@ -170,11 +170,9 @@ class LatentGRPOConfig(SamplingOptions, RunOptions, DataOptions, ModelOptions):
         self.check()
         self.check_run()
         require(self.num_generations >= 1, "num_generations", self.num_generations, "give 1 or more")
-        require(
-            self.generation_batch_size >= 1 and self.generation_batch_size % self.num_generations == 0,
-            "generation_batch_size", self.generation_batch_size, f"give a multiple of num_generations
-            {self.num_generations}",
-        )  # fmt: skip
+        whole = self.generation_batch_size >= 1 and self.generation_batch_size % self.num_generations == 0
+        remedy = f"give a multiple of num_generations {self.num_generations}"
+        require(whole, "generation_batch_size", self.generation_batch_size, remedy)
         require(
             self.max_generation_batches >= 1, "max_generation_batches", self.max_generation_batches, "give 1 or more"
         )

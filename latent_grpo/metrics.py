@@ -17,7 +17,11 @@ from latent_grpo.config import ConfigError
 class Metrics:
     """Appends one JSON object a step to `path`; forwards numbers to TensorBoard where that is reported to."""
 
-    def __init__(self, path: Path, report_to: list[str]) -> None:
+    def __init__(self, path: Path, report_to: list[str], *, resume: bool = False) -> None:
+        if path.exists() and not resume:
+            raise ConfigError(
+                f"output_dir {str(path.parent)!r} already holds a run; resume it or choose another folder"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ class ModelError(ValueError):
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a local folder or Hub name, padding on the left; ModelError if it cannot be loaded."""
+    check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -32,6 +34,7 @@ def load_tokenizer(path: str) -> Any:
 def load_model(path: str, dtype: str = "float32", device: str | None = None) -> Any:
     """A causal LM in `dtype` on `device` (default: the GPU if there is one), checked for latent steps; safetensors
     only."""
+    check_path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     transformers_logging.disable_progress_bar()
     try:
@@ -44,6 +47,12 @@ def load_model(path: str, dtype: str = "float32", device: str | None = None) -> 
     model = model.to(device)
     check_compatible(model)
     return model
+
+
+def check_path(path: str) -> None:
+    """ModelError for what can only be a folder and is none."""
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise ModelError(f"the model folder {path!r} does not exist; give a folder or a Hub name")
 
 
 def first_line(error: BaseException) -> str:

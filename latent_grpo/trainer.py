@@ -73,9 +73,8 @@ class LatentGRPOTrainer:
         self.model = load_model(model, args.dtype, args.device) if isinstance(model, str) else model
         self.device = self.model.device
         functions = reward_funcs if reward_funcs is not None else args.reward_funcs
-        self.reward_funcs = [
-            resolve_reward(f) for f in (functions if isinstance(functions, list | tuple) else [functions])
-        ]
+        chosen = [functions] if isinstance(functions, str) or callable(functions) else list(functions)
+        self.reward_funcs = [resolve_reward(f) for f in chosen]
         if not train_dataset:
             raise ValueError("train_dataset is empty; give rows with a 'prompt' column")
         self.rows, self.eval_rows = train_dataset, eval_dataset
@@ -105,7 +104,7 @@ class LatentGRPOTrainer:
         choice = resume_from_checkpoint if resume_from_checkpoint is not None else args.resume_from_checkpoint
         if choice:
             self.resume(find_checkpoint(self.output_dir, choice))
-        metrics = Metrics(self.output_dir / "metrics.jsonl", args.report_to)
+        metrics = Metrics(self.output_dir / "metrics.jsonl", args.report_to, resume=bool(choice))
         values: dict[str, float] = {}
         with graceful_interrupt() as interrupt, progress_bar("Latent-GRPO", self.total_steps, self.step) as bar:
             while self.step < self.total_steps:
@@ -131,7 +130,8 @@ class LatentGRPOTrainer:
         args, started = self.args, time.perf_counter()
         rollouts: list[Rollout] = []
         rewards: list[Tensor] = []
-        kept_groups, seen_groups, seen_rewards = 0, 0, []
+        seen_rewards: list[Tensor] = []
+        kept_groups, seen_groups = 0, 0
         for _ in range(args.max_generation_batches):
             rollout, reward = self.sample()
             groups = reward.view(-1, args.num_generations)
@@ -197,7 +197,7 @@ class LatentGRPOTrainer:
 
     def next_prompts(self) -> list[int]:
         """Indices of the next prompts: every epoch a new order, a function of (seed, epoch) alone."""
-        chosen = []
+        chosen: list[int] = []
         for position in range(self.prompts_seen, self.prompts_seen + self.prompts_per_batch):
             epoch, offset = divmod(position, len(self.rows))
             if not chosen or offset == 0:

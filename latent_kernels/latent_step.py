@@ -68,6 +68,8 @@ def latent_step_from_logits(
     check_noise(rows, vocab, logits, noise, noise_scale, seed, step, row_ids, exponential)
     if latent_mask is not None:
         check_tensor("latent_mask", latent_mask, [rows], (torch.bool,), like=logits)
+    if end_token_id is not None and (isinstance(end_token_id, bool) or not isinstance(end_token_id, int)):
+        raise TypeError(f"end_token_id must be an int, got {type(end_token_id).__name__}")
     if end_token_id is not None and not 0 <= end_token_id < vocab:
         raise ValueError(f"end_token_id must be between 0 and {vocab - 1}, got {end_token_id}")
     resolve("latent_step", impl, logits)

@@ -58,7 +58,8 @@ class Prefix(NamedTuple):
 
     logits: Tensor  # [R, M]
     ids: Tensor  # [R, M]
-    frontier: Tensor  # [R, 1] every token above it is in the prefix; -inf where all tokens are
+    frontier: Tensor  # [R, 1] every token above it is in the prefix; -inf where all finite tokens are
+    whole: bool  # all tokens are in the prefix, those at -inf as well
 
 
 def grouped(logits: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def best_prefix(blocks: Tensor, maxima: Tensor, groups: int, top_k: int) -> Pref
     """The tokens of the `groups` best groups that are above every other group. blocks [R, GROUP, S], maxima [R, S]."""
     rows, _, stride = blocks.shape
     offsets = torch.arange(GROUP, device=blocks.device).view(1, GROUP, 1) * stride
-    if groups >= stride:
+    whole = groups >= stride
+    if whole:
         ids = (offsets + torch.arange(stride, device=blocks.device)).reshape(1, -1).expand(rows, -1)
         frontier = torch.full_like(maxima[:, :1], -torch.inf)
         values = blocks.reshape(rows, -1)
@@ -88,7 +90,7 @@ def best_prefix(blocks: Tensor, maxima: Tensor, groups: int, top_k: int) -> Pref
         values, ids = values.gather(-1, kept), ids.gather(-1, kept)
     # Ids ascend along the row here, so a stable sort leaves ties at the lower id.
     values, order = values.sort(dim=-1, descending=True, stable=True)
-    return Prefix(values, ids.gather(-1, order), frontier)
+    return Prefix(values, ids.gather(-1, order), frontier, whole)
 
 
 def highest(logits: Tensor, blocks: Tensor, maxima: Tensor) -> Tensor:
@@ -117,8 +119,7 @@ def noisy_round(
     """Best noisy scores and ids [R, top_k] within a prefix, and the rows [R] that nothing outside it can change."""
     low, high = noise_bounds(noise.kind)
     log_probs = prefix.logits - log_z
-    whole = torch.isneginf(prefix.frontier)
-    candidate = nucleus_mask(log_probs, top_p, top_k) & ((prefix.logits > prefix.frontier) | whole)
+    candidate = nucleus_mask(log_probs, top_p, top_k) & ((prefix.logits > prefix.frontier) | prefix.whole)
     # At least top_k scores reach the K-th clean log-prob plus the least noise: draw noise above that line only.
     reach = log_probs + high * noise.scale >= log_probs[:, top_k - 1 : top_k] + low * noise.scale
     width = max(top_k, int((candidate & reach).sum(-1).max()))  # both are prefixes: the widest row decides
@@ -131,7 +132,7 @@ def noisy_round(
     nucleus_inside = (mass >= limit) & (limit < 1.0)
     out_of_reach = scores[:, -1:] > prefix.frontier - log_z + high * noise.scale
     enough = candidate.sum(-1, keepdim=True) >= top_k
-    return scores, ids % ID_LIMIT, (whole | (enough & (nucleus_inside | out_of_reach))).squeeze(-1)
+    return scores, ids % ID_LIMIT, ((enough & (nucleus_inside | out_of_reach)) | prefix.whole).squeeze(-1)
 
 
 def next_groups(scores: Tensor, maxima: Tensor, log_z: Tensor, noise: NoiseSpec, groups: int) -> int:

@@ -1,0 +1,1 @@
+"""Benchmarks of the fused operators: `python -m bench --help`."""

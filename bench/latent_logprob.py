@@ -1,0 +1,194 @@
+"""`latent_logprob`, forward and gradient in hidden, against PyTorch that holds [N, V]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.common import (
+    Operator,
+    Outputs,
+    Parameters,
+    Problem,
+    Provider,
+    Shape,
+    compare,
+    compiled,
+    free_memory,
+    ours,
+    tolerance,
+)
+from latent_kernels import latent_logprob
+from latent_kernels.reference import (
+    HARD,
+    component_margins,
+    is_hard,
+    latent_logprob_from_logits_ref,
+    margin_coefficients,
+    surrogate,
+)
+
+TOP_K, TEMPERATURE, LATENT_SHARE = 10, 0.6, 0.5
+LOGIT_STD = 2.0
+BLOCK = 128  # rows alive at a time in the check
+
+
+class Trajectory(NamedTuple):
+    """N response steps and the head that scores them."""
+
+    hidden: Tensor  # [N, D], requires a gradient
+    lm_head: Tensor  # [V, D], frozen
+    ids: Tensor  # [N, K]
+    scores: Tensor  # [N, K]
+    old_logprob: Tensor  # [N], near the policy's own
+    advantages: Tensor  # [N]
+
+
+Logprob = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, lm_head, ids, scores, advantages -> [N]
+
+
+def make_ids(rows: int, vocab: int, latent_share: float, device: torch.device) -> Tensor:
+    """Distinct ids [N, K]; -100 behind the first on the rows that are text steps, which come last."""
+    start = torch.randint(vocab, (rows, 1), device=device)
+    ids = (start + (vocab // TOP_K) * torch.arange(TOP_K, device=device)) % vocab
+    ids[round(latent_share * rows) :, 1:] = HARD
+    return ids
+
+
+def make_trajectory(parameters: Parameters, device: torch.device, dtype: torch.dtype) -> Trajectory:
+    """Random states whose targets lie one-sided noise above an estimate of the policy's log-probs.
+
+    Logits are normal, so that log-sum-exp is about log V plus half their variance: no [N, V] is needed to place the
+    targets, and the ratios to the old policy spread around the clip range.
+    """
+    rows, vocab, width = parameters["rows"], parameters["vocab"], parameters["hidden"]
+    hidden = torch.randn(rows, width, device=device).to(dtype)
+    lm_head = (torch.randn(vocab, width, device=device).mul_(LOGIT_STD / width**0.5)).to(dtype)
+    ids = make_ids(rows, vocab, parameters["latent_share"], device)
+    picked = torch.einsum("nd,nkd->nk", hidden.float(), lm_head[ids.clamp_min(0)].float())
+    log_vocab = torch.log(torch.tensor(float(vocab)))
+    noise = 4.5 * torch.rand(rows, TOP_K, device=device)
+    scores = picked - log_vocab - LOGIT_STD**2 / 2 + noise
+    text = picked[:, 0] / TEMPERATURE - log_vocab - (LOGIT_STD / TEMPERATURE) ** 2 / 2
+    policy = torch.where(is_hard(ids), text, surrogate(noise))
+    drift = torch.where(torch.rand(rows, device=device) < 0.2, 0.6, 0.03) * torch.randn(rows, device=device).sign()
+    advantages = torch.randn(rows, device=device)
+    return Trajectory(hidden.requires_grad_(), lm_head, ids, scores, policy - drift, advantages)
+
+
+def one_softmax(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
+    """A careful composition: one product, one log_softmax at each row's temperature, K log-probs gathered. [N]."""
+    hard = is_hard(ids)
+    logits = (hidden @ lm_head.T).float() * torch.where(hard, 1.0 / TEMPERATURE, 1.0).unsqueeze(-1)
+    log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
+    margin = component_margins(scores, log_probs).detach()
+    coefficients = margin_coefficients(margin, advantages, "aligned")
+    latent = surrogate(margin) + (coefficients * (log_probs - log_probs.detach())).mean(-1)
+    return torch.where(hard, log_probs[:, 0], latent)
+
+
+def reference(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
+    """The reference on whole logits, which takes a log_softmax for text rows and one for latent rows. [N]."""
+    return latent_logprob_from_logits_ref(
+        hidden @ lm_head.T, ids, scores, temperature=TEMPERATURE, advantages=advantages
+    )
+
+
+def in_blocks(trajectory: Trajectory, upstream: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probs [N] and dHidden [N, D] by the reference in float32, a block of rows at a time.
+
+    `upstream` gives the gradient of all log-probs [N] from their values.
+    """
+    hidden, lm_head = trajectory.hidden.detach().float(), trajectory.lm_head.float()
+
+    def block(part: slice, states: Tensor) -> Tensor:
+        return reference(states, lm_head, trajectory.ids[part], trajectory.scores[part], trajectory.advantages[part])
+
+    parts = [slice(start, start + BLOCK) for start in range(0, len(hidden), BLOCK)]
+    with torch.no_grad():
+        logprob = torch.cat([block(part, hidden[part]) for part in parts])
+    slope = upstream(logprob)
+    gradients: list[Tensor] = []
+    for part in parts:
+        states = hidden[part].requires_grad_()
+        gradients += torch.autograd.grad(block(part, states), states, slope[part])
+    return logprob, torch.cat(gradients)
+
+
+def logprob_cost(parameters: Parameters, dtype: torch.dtype) -> tuple[int, int]:
+    """Least bytes and FLOPs of the log-probs and dHidden: the head twice, hidden and its gradient, two products."""
+    rows, vocab, hidden = parameters["rows"], parameters["vocab"], parameters["hidden"]
+    return (2 * vocab + 2 * rows) * hidden * dtype.itemsize, 4 * rows * vocab * hidden
+
+
+def naive_shortage(parameters: Parameters, device: torch.device) -> str | None:
+    """Why the providers that hold [N, V] cannot run for want of memory; None where they can."""
+    needed = 5 * parameters["rows"] * parameters["vocab"] * 4
+    free = free_memory(device)
+    return (
+        None if free is None or needed <= free else f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+    )
+
+
+def cases(shape: Shape) -> list[Parameters]:
+    """2048 steps (96 on the tiny shape), half of them latent, none masked."""
+    return [
+        {
+            "rows": 96 if shape.name == "tiny" else 2048,
+            "vocab": shape.vocab,
+            "hidden": shape.hidden,
+            "top_k": TOP_K,
+            "latent_share": LATENT_SHARE,
+            "temperature": TEMPERATURE,
+        }
+    ]
+
+
+def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
+    """Outputs: log-probs [N], and dHidden [N, D] for an upstream gradient of the advantages."""
+    trajectory = make_trajectory(parameters, device, dtype)
+    hidden, lm_head, ids, scores, _, advantages = trajectory
+    shortage = naive_shortage(parameters, device)
+
+    def provider(logprob: Logprob, name: str = "eager", unavailable: str | None = None) -> Provider:
+        def run() -> Outputs:
+            out = logprob(hidden, lm_head, ids, scores, advantages)
+            return out.detach(), *torch.autograd.grad(out, hidden, advantages)
+
+        return Provider(name, run, unavailable=unavailable)
+
+    def naive(logprob: Logprob, name: str = "eager") -> Provider:
+        return provider(logprob, name, shortage)
+
+    def make(impl: str) -> Provider:
+        return provider(
+            lambda hidden, lm_head, ids, scores, advantages: latent_logprob(
+                hidden, lm_head, ids, scores, temperature=TEMPERATURE, advantages=advantages, impl=impl
+            )
+        )
+
+    expected: list[Tensor] = []
+
+    def check(outputs: Outputs) -> str | None:
+        if not expected:
+            expected.extend(in_blocks(trajectory, lambda logprob: advantages))
+        return compare("logprob", outputs[0], expected[0], tolerance(dtype)) or compare(
+            "dHidden", outputs[1], expected[1], tolerance(dtype)
+        )
+
+    return Problem(
+        [
+            naive(one_softmax),
+            naive(reference, "reference"),
+            *compiled(naive, one_softmax, compile),
+            *ours("latent_logprob", make, device),
+        ],
+        check,
+        *logprob_cost(parameters, dtype),
+    )
+
+
+LATENT_LOGPROB = Operator("latent_logprob", cases, build, measure_memory=True)

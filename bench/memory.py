@@ -1,0 +1,37 @@
+"""Peak memory of one provider in a process of its own: `python -m bench.memory REQUEST`, REQUEST in JSON.
+
+Prints the bytes. Started by `bench.common.peak_extra_in_fresh_process`: in a process that has already run other
+providers, memory that the allocator kept from them would hide what this one needs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from bench.common import DTYPES, SHAPES, Parameters, Run, peak_extra_bytes
+from bench.operators import OPERATORS
+
+
+def measure(request: dict[str, Any]) -> int:
+    """Bytes that the requested provider needs beyond its inputs, its outputs included."""
+    torch.manual_seed(0)
+    torch.set_num_threads(request["threads"])
+    device, dtype = torch.device("cpu"), DTYPES[request["dtype"]]
+    operator = OPERATORS[request["op"]]
+
+    def run_of(parameters: Parameters) -> Run:
+        problem = operator.build(parameters, device, dtype, request["compile"])
+        return next(provider.run for provider in problem.providers if provider.name == request["provider"])
+
+    # The first call loads code and starts threads, which are no part of what an input needs.
+    for parameters in operator.cases(SHAPES["tiny"]):
+        run_of(parameters)()
+    return peak_extra_bytes(run_of(request["parameters"]), device)
+
+
+if __name__ == "__main__":
+    print(measure(json.loads(sys.argv[1])))

@@ -1,0 +1,22 @@
+"""The benchmarks by the name of their operator."""
+
+from bench.fused_policy_loss import FUSED_POLICY_LOSS
+from bench.group_advantages import GROUP_ADVANTAGES
+from bench.latent_logprob import LATENT_LOGPROB
+from bench.latent_step import LATENT_STEP
+from bench.mix_embeddings import MIX_EMBEDDINGS
+from bench.policy_loss import POLICY_LOSS
+from bench.project_with_noise import PROJECT_WITH_NOISE
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        LATENT_STEP,
+        MIX_EMBEDDINGS,
+        LATENT_LOGPROB,
+        FUSED_POLICY_LOSS,
+        POLICY_LOSS,
+        GROUP_ADVANTAGES,
+        PROJECT_WITH_NOISE,
+    )
+}

@@ -1,0 +1,14 @@
+"""`latent-grpo` and `python -m latent_grpo`."""
+
+import sys
+
+from latent_grpo.cli import main
+
+
+def run() -> None:
+    """Exit with the command's code."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,304 @@
+"""The command line: `latent-grpo COMMAND`, or `python -m latent_grpo COMMAND`.
+
+Exit codes: 0 done, 1 a failure while running, 2 bad arguments or input (one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that suggest the nearest flag."""
+
+    def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            from latent_grpo.config import unknown_key
+
+            known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+            message = unknown_key(unknown[0].split("=")[0].lstrip("-"), known)
+        self.exit(INPUT_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def config_parser(prog: str, config_class: type, description: str) -> Any:
+    """A parser with a flag for every field of a configuration dataclass, and --config."""
+    from transformers import HfArgumentParser
+
+    class ConfigParser(HfArgumentParser):
+        """transformers' dataclass parser with our one-line errors."""
+
+        error = Parser.error
+
+    parser = ConfigParser(
+        config_class, prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", help="YAML file of options, or the name of a recipe; flags override it.")
+    return parser
+
+
+def parse_config(prog: str, config_class: type, description: str, argv: Sequence[str]) -> Any:
+    """A configuration from --config and flags."""
+    from latent_grpo.config import read_yaml
+
+    parser = config_parser(prog, config_class, description)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    if path:
+        # Strings go through the flag's own conversion, since YAML reads 1e-6 as one.
+        values = read_yaml(path, config_class)
+        numbers = {k: str(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        parser.set_defaults(**{**values, **numbers})
+    namespace = parser.parse_args(argv)
+    return config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
+
+
+def load_dataset_rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+    """Rows of `source` with the columns that `args` names."""
+    from latent_grpo.data import load_rows
+
+    return load_rows(
+        source, split=split, prompt_column=args.prompt_column, answer_column=args.answer_column,
+        chain_column=args.chain_column, limit=limit,
+    )  # fmt: skip
+
+
+def require_given(prog: str, **values: Any) -> None:
+    """ConfigError naming the first option that was left empty."""
+    from latent_grpo.config import ConfigError
+
+    for name, value in values.items():
+        if not value:
+            raise ConfigError(f"{name} is not given; set --{name} or put it into the --config file")
+
+
+def command_sft(prog: str, argv: Sequence[str]) -> int:
+    """Latent-SFT warm start."""
+    from latent_grpo.config import LatentSFTConfig
+    from latent_grpo.model import load_model, load_tokenizer
+    from latent_grpo.sft import LatentSFTTrainer
+
+    args = parse_config(prog, LatentSFTConfig, "Latent-SFT: the warm start that creates the latent manifold.", argv)
+    require_given(prog, model_name_or_path=args.model_name_or_path, dataset=args.dataset)
+    rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_model(args.model_name_or_path, args.dtype, args.device)
+    values = LatentSFTTrainer(model, args, rows, tokenizer).train()
+    print(f"saved {args.output_dir} (loss {values['loss']:.4f})")
+    return 0
+
+
+def command_train(prog: str, argv: Sequence[str]) -> int:
+    """Latent-GRPO, or text GRPO with --latent False."""
+    from latent_grpo.config import LatentGRPOConfig
+    from latent_grpo.trainer import LatentGRPOTrainer
+
+    args = parse_config(prog, LatentGRPOConfig, "Latent-GRPO (arXiv 2604.27998); text GRPO with --latent False.", argv)
+    require_given(prog, model_name_or_path=args.model_name_or_path, dataset=args.dataset)
+    rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
+    evaluation = load_dataset_rows(args, args.eval_dataset, "test", args.eval_limit) if args.eval_dataset else None
+    trainer = LatentGRPOTrainer(args.model_name_or_path, None, args, rows, evaluation)
+    values = trainer.train()
+    print(f"saved {args.output_dir} (reward {values.get('reward', float('nan')):.3f})")
+    return 0
+
+
+def sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of commands that sample from a finished model."""
+    parser.add_argument("--model", required=True, help="model folder or Hub name")
+    parser.add_argument("--mode", choices=("latent", "text"), default="latent", help="reason in latent or text steps")
+    parser.add_argument("--latent_top_k", type=int, default=10, help="mixture size K")
+    parser.add_argument("--tau", type=float, default=1.0, help="Gumbel-softmax temperature")
+    parser.add_argument("--noise_scale", type=float, default=1.0, help="factor on the noise")
+    parser.add_argument("--temperature", type=float, default=0.6, help="temperature of text tokens where sampled")
+    parser.add_argument("--max_completion_length", type=int, default=128, help="limit of a response")
+    parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
+    parser.add_argument("--device", default=None, help="device; default: the GPU if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+
+
+def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and sampling options from `sampling_flags`."""
+    from latent_grpo.config import LatentSampling, require
+    from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+
+    require(args.max_completion_length >= 1, "max_completion_length", args.max_completion_length, "give 1 or more")
+    tokenizer = load_tokenizer(args.model)
+    latent = args.mode == "latent"
+    end = end_marker_ids(tokenizer, args.end_marker)[0] if latent else None
+    model = load_model(args.model, args.dtype, args.device)
+    sampling = LatentSampling(
+        latent=latent, latent_top_k=args.latent_top_k, tau=args.tau, noise_scale=args.noise_scale,
+        temperature=args.temperature, max_new_tokens=args.max_completion_length, end_token_id=end,
+        eos_token_id=eos_ids(model, tokenizer), seed=args.seed,
+    )  # fmt: skip
+    sampling.check()
+    vocab = len(lm_head(model))
+    require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
+    return model, tokenizer, sampling
+
+
+def command_eval(prog: str, argv: Sequence[str]) -> int:
+    """Pass@1, pass@k and reasoning tokens on one or more files."""
+    parser = Parser(
+        prog=prog, description="Evaluate a model: Pass@1 noise-free, pass@k under noise.", allow_abbrev=False
+    )
+    sampling_flags(parser)
+    parser.add_argument("--data", nargs="+", required=True, help="JSON, JSONL or Parquet files, or Hub names")
+    parser.add_argument("--split", default="test", help="split of Hub datasets")
+    parser.add_argument("--pass-at", "--pass_at", default="1", help="comma-separated k, as 1,8,32")
+    parser.add_argument("--limit", type=int, default=None, help="only the first rows of each file")
+    parser.add_argument("--batch_size", type=int, default=64, help="problems decoded together")
+    parser.add_argument("--out", default=None, help="write results as JSON")
+    for column in ("prompt_column", "answer_column", "chain_column"):
+        parser.add_argument(f"--{column}", default=None, help="for data in no known format")
+    args = parser.parse_args(argv)
+    from latent_grpo.config import ConfigError, require
+    from latent_grpo.evaluate import evaluate
+
+    require(args.batch_size >= 1, "batch_size", args.batch_size, "give 1 or more")
+    try:
+        tries = [int(k) for k in args.pass_at.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"pass-at is {args.pass_at!r}: give whole numbers, as 1,8,32") from error
+    require(min(tries) >= 1, "pass-at", args.pass_at, "give 1 or more")
+    data = {source: load_dataset_rows(args, source, args.split, args.limit) for source in args.data}
+    model, tokenizer, sampling = load_for_sampling(args)
+    results = {
+        source: evaluate(
+            model, tokenizer, rows, sampling, pass_at=tries, batch_size=args.batch_size, end_marker=args.end_marker,
+            show_progress=True,
+        )
+        for source, rows in data.items()
+    }  # fmt: skip
+    Console().print(results_table(results))
+    if args.out:
+        Path(args.out).write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def results_table(results: dict[str, dict[str, Any]]) -> Table:
+    """One line a data set."""
+    names = [n for n in next(iter(results.values())) if n not in ("samples", "problems")]
+    table = Table(title="Evaluation")
+    for column in ("data", "problems", *names):
+        table.add_column(column.replace("_", " "), justify="left" if column == "data" else "right")
+    for source, result in results.items():
+        table.add_row(Path(source).name, str(result["problems"]), *(f"{result[n]:.3f}" for n in names))
+    return table
+
+
+def command_generate(prog: str, argv: Sequence[str]) -> int:
+    """Answer one prompt and show every latent step as its mixture."""
+    parser = Parser(
+        prog=prog, description="Answer a prompt, each latent step shown as its mixture.", allow_abbrev=False
+    )
+    sampling_flags(parser)
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--sample", action="store_true", help="with noise; default is noise-free and greedy")
+    parser.add_argument("--top", type=int, default=4, help="components shown of every mixture")
+    args = parser.parse_args(argv)
+    from dataclasses import replace
+
+    from latent_grpo.model import encode_prompts
+    from latent_grpo.rollout import generate_latent
+    from latent_grpo.show import print_response
+
+    model, tokenizer, sampling = load_for_sampling(args)
+    if not args.sample:
+        sampling = replace(sampling, noise="none", temperature=0.0)
+    rollout = generate_latent(model, *encode_prompts(tokenizer, [args.prompt], model.device), sampling)
+    print_response(tokenizer, rollout, 0, args.end_marker, top=args.top)
+    return 0
+
+
+def command_quickstart(prog: str, argv: Sequence[str]) -> int:
+    """The whole job on an embedded default."""
+    about = "Latent-SFT, Latent-GRPO and evaluation of a tiny model on made-up word problems: minutes on a CPU."
+    parser = Parser(prog=prog, description=about, allow_abbrev=False)
+    parser.add_argument("--out", default="runs/quickstart", help="folder for checkpoints, metrics and curves")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems, model, sampling and noise")
+    parser.add_argument(
+        "--loss_on", choices=("all", "latent", "text"), default="all", help="steps carrying the policy loss"
+    )
+    args = parser.parse_args(argv)
+    from latent_grpo.quickstart import quickstart
+
+    quickstart(Path(args.out), seed=args.seed, loss_on=args.loss_on)
+    return 0
+
+
+def command_doctor(prog: str, argv: Sequence[str]) -> int:
+    """Environment, Triton and GPU, end marker, train/rollout parity, memory estimate."""
+    parser = Parser(prog=prog, description="Check the environment and, with --model, a model.", allow_abbrev=False)
+    parser.add_argument("--model", default=None, help="model folder or Hub name to check")
+    parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
+    args = parser.parse_args(argv)
+    from latent_grpo.doctor import doctor
+
+    return doctor(args.model, args.end_marker, args.dtype)
+
+
+COMMANDS: dict[str, Callable[[str, Sequence[str]], int]] = {
+    "quickstart": command_quickstart,
+    "sft": command_sft,
+    "train": command_train,
+    "eval": command_eval,
+    "generate": command_generate,
+    "doctor": command_doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:<11} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items())
+    parser = Parser(
+        prog="latent-grpo", description="Latent reasoning with reinforcement learning (arXiv 2604.27998).",
+        epilog=f"commands:\n{listing}\n\n`latent-grpo COMMAND --help` documents every flag.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    command = parser.parse_args(argv[:1]).command
+    try:
+        return COMMANDS[command](f"latent-grpo {command}", argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError) as error:
+        if not is_input_error(error):
+            raise
+        print(f"latent-grpo {command}: {error}", file=sys.stderr)
+        return INPUT_ERROR
+    except Exception as error:
+        from latent_grpo.reward import RewardError
+
+        if not isinstance(error, RewardError):
+            raise
+        print(f"latent-grpo {command}: {error}", file=sys.stderr)
+        return FAILURE
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether an error is about what the user gave, and so worth one line instead of a traceback."""
+    from latent_grpo.config import ConfigError
+    from latent_grpo.data import DataError
+    from latent_grpo.model import ModelError
+
+    return isinstance(error, ConfigError | DataError | ModelError)

@@ -1,0 +1,137 @@
+"""The embedded toy task of ``latent-grpo quickstart``: word problems, a word-level tokenizer and a tiny Llama.
+
+A problem names a person who has some objects and gains or loses a few more; the question is how many there are now:
+
+    prompt   "Mia has 7 shells. wins 9, gets 7, gets 8. How many now?"
+    chain    "7 9 7 8"                  operands: every number of the story, in its order
+             "9 16 7 23 8 31"           running: each change and the total after it
+    answer   "31"
+
+Numbers are single tokens, so with two chain tokens a latent step the operands chain is the latent tokens {7, 9} and
+{7, 8}, and the running chain is {9, 16}, {7, 23}, {8, 31}: one change and the total after it a step. Everything is made
+on the spot from seeds; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Eva", "Max")
+OBJECTS = ("apples", "coins", "books", "cards", "shells", "stamps", "pens", "nuts")
+GAIN_VERBS = ("buys", "finds", "gets", "wins")
+LOSS_VERBS = ("loses", "sells", "eats", "gives")
+FILLER_WORDS = ("has", "How", "many", "now", ".", ",", "?")
+NUMBERS = 100  # 0 .. 99 are tokens
+
+PAD_TOKEN = "<pad>"
+UNK_TOKEN = "<unk>"
+EOS_TOKEN = "<eos>"
+END_OF_THINKING = "</think>"
+
+
+@dataclass(frozen=True)
+class World:
+    """What the problems look like. The defaults are the quickstart's."""
+
+    min_changes: int = 2
+    max_changes: int = 4
+    max_operand: int = 9
+    max_total: int = 50
+    subtraction: bool = False
+    chain: Literal["operands", "running"] = "operands"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_changes <= self.max_changes:
+            raise ValueError(f"need 1 <= min_changes <= max_changes, got {self.min_changes} and {self.max_changes}")
+        if not 1 <= self.max_operand <= self.max_total < NUMBERS:
+            raise ValueError(
+                f"need 1 <= max_operand <= max_total < {NUMBERS}, got {self.max_operand} and {self.max_total}"
+            )
+        if not self.subtraction and self.max_operand * (self.max_changes + 1) > self.max_total:
+            raise ValueError(
+                f"{self.max_changes + 1} operands of up to {self.max_operand} can exceed max_total = {self.max_total}; "
+                "raise max_total or set subtraction=True"
+            )
+        if self.chain not in ("operands", "running"):
+            raise ValueError(f"chain must be 'operands' or 'running', got {self.chain!r}")
+
+
+def make_problems(
+    n: int, *, seed: int, exclude: Collection[str] = (), world: World | None = None
+) -> list[dict[str, str]]:
+    """`n` problems with distinct prompts, the same for the same seed.
+
+    `exclude` holds prompts that must not occur, such as those of a held-out set. Each row has `prompt`, `chain`
+    (whitespace-separated numbers) and `answer`. ValueError where the world seems to hold fewer than `n` more prompts.
+    """
+    world = world or World()
+    rng = random.Random(seed)
+    seen = set(exclude)
+    rows: list[dict[str, str]] = []
+    misses = 0
+    while len(rows) < n:
+        row = _problem(rng, world)
+        if row["prompt"] in seen:
+            misses += 1
+            if misses > 1000 + 20 * n:
+                raise ValueError(f"found only {len(rows)} distinct problems of n = {n}; widen the world or lower n")
+            continue
+        seen.add(row["prompt"])
+        rows.append(row)
+    return rows
+
+
+def _problem(rng: random.Random, world: World) -> dict[str, str]:
+    changes = rng.randint(world.min_changes, world.max_changes)
+    total = rng.randint(1, world.max_operand)
+    story = f"{rng.choice(NAMES)} has {total} {rng.choice(OBJECTS)}."
+    operands, running, clauses = [total], [], []
+    for _ in range(changes):
+        change = rng.randint(1, world.max_operand)
+        gain = not world.subtraction or total < change or (total + change <= world.max_total and rng.random() < 0.5)
+        total += change if gain else -change
+        clauses.append(f"{rng.choice(GAIN_VERBS if gain else LOSS_VERBS)} {change}")
+        operands.append(change)
+        running += [change, total]
+    chain = operands if world.chain == "operands" else running
+    prompt = f"{story} {', '.join(clauses)}. How many now?"
+    return {"prompt": prompt, "chain": " ".join(map(str, chain)), "answer": str(total)}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the world: one token a word, a number or a punctuation mark, `</think>` one token.
+
+    There is no BOS token. `</think>` is not a special token: it survives `skip_special_tokens=True`, as it does with
+    the tokenizers of released reasoning models.
+    """
+    words = [PAD_TOKEN, UNK_TOKEN, EOS_TOKEN, END_OF_THINKING, *map(str, range(NUMBERS))]
+    words += [*NAMES, *OBJECTS, *GAIN_VERBS, *LOSS_VERBS, *FILLER_WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK_TOKEN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_tokens([AddedToken(END_OF_THINKING, special=False, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD_TOKEN, unk_token=UNK_TOKEN, eos_token=EOS_TOKEN,
+        padding_side="left", model_max_length=128, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
+    """A randomly initialised float32 Llama of 0.66 million parameters with tied embeddings.
+
+    The global random state of torch is left as it was.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).float()

@@ -1,0 +1,118 @@
+"""Fixtures that every test module shares."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30, print_blob=True)
+settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+    config.addinivalue_line("markers", "golden(name): run once for each case of shared/golden/NAME.npz (`golden_case`)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise `golden_case` over the cases of the file that the `golden` marker names."""
+    if "golden_case" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("golden")
+    assert marker is not None, "a test with golden_case needs @pytest.mark.golden(name)"
+    path = SHARED / "golden" / f"{marker.args[0]}.npz"
+    if not path.exists():
+        missing = pytest.param(None, marks=pytest.mark.skip(reason=f"golden vectors {path.name} are not here"))
+        metafunc.parametrize("golden_case", [missing], ids=["missing"])
+        return
+    cases = golden_cases(path)
+    metafunc.parametrize("golden_case", list(cases.values()), ids=list(cases))
+
+
+def golden_cases(path: Path) -> dict[str, dict[str, Any]]:
+    """`{case: {name: tensor or string}}` of a .npz whose keys are `c<case>_<name>`."""
+    cases: dict[str, dict[str, Any]] = {}
+    with np.load(path) as arrays:
+        for key in arrays.files:
+            case, _, name = key.partition("_")
+            value = arrays[key]
+            cases.setdefault(case, {})[name] = str(value) if value.dtype.kind == "U" else torch.from_numpy(value)
+    for case, values in cases.items():
+        values["case"] = case
+    return cases
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared material next to the repository; skips where it is not there."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the folder {SHARED.name!r} with shared material is not next to the repository")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same state of the random generators."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+class Trajectory(NamedTuple):
+    """Rows that mix text and latent steps over logits [N, V]."""
+
+    logits: Tensor  # [N, V]
+    ids: Tensor  # [N, K], -100 behind the token of a text row
+    scores: Tensor  # [N, K]
+    advantages: Tensor  # [N], of both signs and zero
+
+
+def _make_trajectory(
+    rows: int = 12,
+    vocab: int = 33,
+    top_k: int = 4,
+    *,
+    margins: str = "mixed",
+    text_rows: bool = True,
+    logits: Tensor | None = None,
+    seed: int = 0,
+) -> Trajectory:
+    """A float64 trajectory. margins: "positive" (as one-sided noise gives them), or "mixed" (d_k of both signs)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    logits = 2.0 * normal(rows, vocab) if logits is None else logits.double()
+    ids = torch.stack([torch.randperm(vocab, generator=generator)[:top_k] for _ in range(rows)])
+    margin = normal(rows, top_k)
+    margin = margin.abs() + 0.05 if margins == "positive" else margin + 0.05 * margin.sign()
+    scores = logits.log_softmax(-1).gather(-1, ids) + margin
+    if text_rows:
+        ids[1::3, 1:] = -100
+    advantages = normal(rows)
+    advantages[::5] = 0.0
+    return Trajectory(logits, ids, scores, advantages)
+
+
+@pytest.fixture(scope="session")
+def make_trajectory() -> Callable[..., Trajectory]:
+    """`make_trajectory(rows, vocab, top_k, margins=..., text_rows=..., logits=..., seed=...)`."""
+    return _make_trajectory
