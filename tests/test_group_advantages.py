@@ -113,7 +113,9 @@ def unequal_groups() -> dict[str, Any]:
 
 
 def brute(data: dict[str, Any], **options: Any) -> GroupAdvantages:
-    return by_hand(*(data[name].tolist() for name in ("rewards", "group_ids", "invalid_mask", "mean_logprob")), **options)
+    return by_hand(
+        *(data[name].tolist() for name in ("rewards", "group_ids", "invalid_mask", "mean_logprob")), **options
+    )
 
 
 @PUBLIC_AND_REFERENCE
@@ -180,7 +182,9 @@ def test_advantages_of_a_group_do_not_depend_on_the_other_groups(data, mode):
 @PUBLIC_AND_REFERENCE
 def test_first_token_selection_by_hand(operator):
     rewards = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    data = dict(rewards=rewards, group_ids=torch.zeros(4, dtype=torch.int64), mean_logprob=torch.tensor([-2.0, -1, 0, -3]))
+    data = dict(
+        rewards=rewards, group_ids=torch.zeros(4, dtype=torch.int64), mean_logprob=torch.tensor([-2.0, -1, 0, -3])
+    )
     a = 0.5 / (math.sqrt(1 / 3) + 1e-6)
     for first_token, first in {
         "best_of_correct": [0.0, a, -a, -a],

@@ -1,4 +1,4 @@
-"""The latent step: golden vectors, the eager path (no sort, bounded noise) against the plain rule, and its properties."""
+"""The latent step: golden vectors, the eager path (no sort, bounded noise) against the plain rule, properties."""
 
 from __future__ import annotations
 
@@ -94,8 +94,10 @@ def make_logits(kind: str, rows: int, vocab: int) -> Tensor:
     if kind == "bf16-rounded":
         return (4.0 * logits).bfloat16().float()
     if kind == "mostly-masked":
-        return (3.0 * logits).masked_fill(torch.rand(rows, vocab) < 0.8, -torch.inf).index_fill(
-            1, torch.tensor([vocab - 1]), 0.5
+        return (
+            (3.0 * logits)
+            .masked_fill(torch.rand(rows, vocab) < 0.8, -torch.inf)
+            .index_fill(1, torch.tensor([vocab - 1]), 0.5)
         )
     if kind == "three-finite":
         kept = torch.tensor([vocab - 1, 3, vocab // 2])

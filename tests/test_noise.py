@@ -1,4 +1,4 @@
-"""The noise: Philox words against independent arithmetic and Triton, and the distribution of the clamped Gumbel draws."""
+"""The noise: Philox words against independent arithmetic and Triton, the distribution of the clamped Gumbel draws."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from latent_kernels._noise import (
     exponential_draws,
     gumbel_noise,
     noise_bounds,
+    philox_uniform,
     philox_words,
     uniform,
 )
@@ -179,9 +180,7 @@ def test_draws_follow_the_clamped_gumbel_distribution(axis):
 
 def test_one_sided_noise_is_two_sided_noise_shifted_to_zero():
     draws = exponential_draws(torch.arange(1000), torch.arange(3), 1, 0)
-    torch.testing.assert_close(
-        gumbel_noise(draws, "one_sided"), gumbel_noise(draws, "two_sided") + 1.5, rtol=0, atol=0
-    )
+    torch.testing.assert_close(gumbel_noise(draws, "one_sided"), gumbel_noise(draws, "two_sided") + 1.5, rtol=0, atol=0)
 
 
 def test_fresh_seeds_follow_torch_manual_seed():
@@ -191,3 +190,19 @@ def test_fresh_seeds_follow_torch_manual_seed():
     assert [draw_seed() for _ in range(3)] == first
     assert len(set(first)) == 3
     assert all(0 <= seed < 2**63 for seed in first)
+
+
+def test_uniform_draw_of_a_row_is_the_word_of_id_zero():
+    rows = torch.tensor([0, 5, -1, 1 << 40])
+    draws = philox_uniform(rows, seed=3, step=4)
+    words = philox_words(torch.zeros(1, dtype=torch.int64), rows, 3, 4).squeeze(-1)
+    assert draws.dtype == torch.float64
+    assert torch.equal(draws, (words.double() + 0.5) / WORD)
+    assert torch.equal(draws, philox_uniform(rows, seed=torch.tensor(3), step=torch.tensor(4)))
+
+
+def test_uniform_draws_of_rows_are_uniform():
+    draws = philox_uniform(torch.arange(1 << 16), seed=1, step=2)
+    assert 0 < draws.min() < draws.max() < 1
+    observed, expected = torch.histc(draws, 32, 0.0, 1.0), (1 << 16) / 32
+    assert ((observed - expected).square() / expected).sum().item() < chi_squared_bound(31)

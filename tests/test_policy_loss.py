@@ -148,9 +148,7 @@ def test_low_precision_is_computed_in_float32(dtype, aggregation):
     assert losses[0].dtype == torch.float32
     torch.testing.assert_close(losses[0].double(), losses[1], rtol=tol.FLOAT32, atol=tol.FLOAT32)
     assert gradients[0].dtype == dtype
-    torch.testing.assert_close(
-        gradients[0].double(), gradients[1], rtol=torch.finfo(dtype).eps, atol=tol.FLOAT32
-    )
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=torch.finfo(dtype).eps, atol=tol.FLOAT32)
 
 
 @PUBLIC_AND_REFERENCE
