@@ -515,6 +515,7 @@ def environment(settings: Settings, roofline: Roofline) -> dict[str, Any]:
         "device": _device_name(settings.device),
         "device_type": settings.device.type,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "cpu_count": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -552,7 +553,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Environment and rows; schema in the README of the format: {"schema", "environment", "rows": [Row]}."""
+    """An object with the schema's number, the environment, and the rows, each with the fields of `Row`."""
     content = {"schema": SCHEMA, "environment": report.environment, "rows": [asdict(row) for row in report.rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -78,17 +78,20 @@ def collate(examples: Sequence[Example], device: torch.device) -> SFTBatch:
     left = max(len(e.prompt) for e in examples)
     right = max(len(e.response) for e in examples)
     components = max(len(element) for e in examples for element in e.response)
-    ids = torch.zeros(len(examples), left + right, components, dtype=torch.int64)
-    weights = torch.zeros(ids.shape)
-    response = torch.zeros(ids.shape[:2], dtype=torch.bool)
-    for b, example in enumerate(examples):
+    empty = [0] * components
+    ids, weights = [], []
+    for example in examples:
         elements = [[i] for i in example.prompt] + example.response
-        start = left - len(example.prompt)
-        for place, element in enumerate(elements, start):
-            ids[b, place, : len(element)] = torch.tensor(element)
-            weights[b, place, : len(element)] = 1.0 / len(element)
-        response[b, left : left + len(example.response)] = True
-    return SFTBatch(*(x.to(device) for x in (ids, weights, (weights.sum(-1) > 0).long(), response)))
+        before = [empty] * (left - len(example.prompt))
+        after = [empty] * (right - len(example.response))
+        padding = [[0] * (components - len(e)) for e in elements]
+        ids.append([*before, *(e + p for e, p in zip(elements, padding, strict=True)), *after])
+        shares = [[1.0 / len(e)] * len(e) + p for e, p in zip(elements, padding, strict=True)]
+        weights.append([*before, *shares, *after])
+    weight = torch.tensor(weights, dtype=torch.float32)
+    mask = weight.sum(-1) > 0
+    response = mask & (torch.arange(left + right) >= left)
+    return SFTBatch(*(x.to(device) for x in (torch.tensor(ids), weight, mask.long(), response)))
 
 
 def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latent_grpo.checkpoint import find_checkpoint, graceful_interrupt, load_checkpoint, save_checkpoint, save_model
-from latent_grpo.config import LatentGRPOConfig
+from latent_grpo.config import ConfigError, LatentGRPOConfig, require
 from latent_grpo.evaluate import evaluate
 from latent_grpo.loss import mean_logprob, replay, replay_logprob, response_mask, step_advantages
 from latent_grpo.metrics import Metrics, progress_bar
@@ -74,17 +74,18 @@ class LatentGRPOTrainer:
         self.device = self.model.device
         functions = reward_funcs if reward_funcs is not None else args.reward_funcs
         chosen = [functions] if isinstance(functions, str) or callable(functions) else list(functions)
-        self.reward_funcs = [resolve_reward(f) for f in chosen]
+        try:
+            self.reward_funcs = [resolve_reward(f) for f in chosen]
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if not train_dataset:
-            raise ValueError("train_dataset is empty; give rows with a 'prompt' column")
+            raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
         self.rows, self.eval_rows = train_dataset, eval_dataset
         self.sampling = replace(args.sampling(), eos_token_id=eos_ids(self.model, self.tokenizer))
         if args.latent:
             self.sampling.end_token_id = end_marker_ids(self.tokenizer, args.end_marker)[0]
-            if args.latent_top_k > len(lm_head(self.model)):
-                raise ValueError(
-                    f"latent_top_k is {args.latent_top_k}, over the vocabulary of {len(lm_head(self.model))}"
-                )
+            vocab = len(lm_head(self.model))
+            require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
         per_epoch = max(1, len(self.rows) // self.prompts_per_batch)
         self.total_steps = args.max_steps if args.max_steps > 0 else max(1, round(per_epoch * args.num_train_epochs))

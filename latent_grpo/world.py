@@ -1,15 +1,16 @@
-"""The embedded toy task of ``latent-grpo quickstart``: word problems, a word-level tokenizer and a tiny Llama.
+"""The embedded task of `latent-grpo quickstart`: word problems, a word-level tokenizer and a tiny Llama.
 
-A problem names a person who has some objects and gains or loses a few more; the question is how many there are now:
+A problem names a person who has some objects and gains and loses some a few times; the question is how many there are
+now:
 
-    prompt   "Mia has 7 shells. wins 9, gets 7, gets 8. How many now?"
-    chain    "7 9 7 8"                  operands: every number of the story, in its order
-             "9 16 7 23 8 31"           running: each change and the total after it
-    answer   "31"
+    prompt   "Mia has 7 shells. wins 9, loses 4. How many now?"
+    chain    "16 12"           the running totals, in the order of the story
+    answer   "12"
 
-Numbers are single tokens, so with two chain tokens a latent step the operands chain is the latent tokens {7, 9} and
-{7, 8}, and the running chain is {9, 16}, {7, 23}, {8, 31}: one change and the total after it a step. Everything is made
-on the spot from seeds; nothing is downloaded.
+Two chain tokens make one latent step, so a latent label is an even mixture of two consecutive totals and does not say
+which of them is the later one. A warm start on such labels knows its sums and is imprecise in its mixtures: the answer
+is one of the two. Reinforcement can learn to weigh the mixture so that the answer can be read out of it. Everything is
+made on the spot from seeds; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -42,25 +42,16 @@ class World:
 
     min_changes: int = 2
     max_changes: int = 4
-    max_operand: int = 9
-    max_total: int = 50
-    subtraction: bool = False
-    chain: Literal["operands", "running"] = "operands"
+    max_operand: int = 5
+    max_total: int = 12
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_changes <= self.max_changes:
             raise ValueError(f"need 1 <= min_changes <= max_changes, got {self.min_changes} and {self.max_changes}")
-        if not 1 <= self.max_operand <= self.max_total < NUMBERS:
+        if not 1 <= 2 * self.max_operand <= self.max_total < NUMBERS:
             raise ValueError(
-                f"need 1 <= max_operand <= max_total < {NUMBERS}, got {self.max_operand} and {self.max_total}"
+                f"need 2 <= 2 * max_operand <= max_total < {NUMBERS}, got {self.max_operand} and {self.max_total}"
             )
-        if not self.subtraction and self.max_operand * (self.max_changes + 1) > self.max_total:
-            raise ValueError(
-                f"{self.max_changes + 1} operands of up to {self.max_operand} can exceed max_total = {self.max_total}; "
-                "raise max_total or set subtraction=True"
-            )
-        if self.chain not in ("operands", "running"):
-            raise ValueError(f"chain must be 'operands' or 'running', got {self.chain!r}")
 
 
 def make_problems(
@@ -89,18 +80,17 @@ def make_problems(
 
 
 def _problem(rng: random.Random, world: World) -> dict[str, str]:
-    changes = rng.randint(world.min_changes, world.max_changes)
     total = rng.randint(1, world.max_operand)
     story = f"{rng.choice(NAMES)} has {total} {rng.choice(OBJECTS)}."
-    operands, running, clauses = [total], [], []
-    for _ in range(changes):
+    totals, clauses = [total], []
+    for _ in range(rng.randint(world.min_changes, world.max_changes)):
         change = rng.randint(1, world.max_operand)
-        gain = not world.subtraction or total < change or (total + change <= world.max_total and rng.random() < 0.5)
+        gain = total < change or (total + change <= world.max_total and rng.random() < 0.5)
         total += change if gain else -change
         clauses.append(f"{rng.choice(GAIN_VERBS if gain else LOSS_VERBS)} {change}")
-        operands.append(change)
-        running += [change, total]
-    chain = operands if world.chain == "operands" else running
+        totals.append(total)
+    # An even number of totals, so that every latent step is a pair: the first amount is left out where that is odd.
+    chain = totals[len(totals) % 2 :]
     prompt = f"{story} {', '.join(clauses)}. How many now?"
     return {"prompt": prompt, "chain": " ".join(map(str, chain)), "answer": str(total)}
 
