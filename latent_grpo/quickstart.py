@@ -32,18 +32,22 @@ TRAIN_PROBLEMS, HELD_OUT_PROBLEMS, WATCHED_PROBLEMS, SHOWN_PROBLEMS = 20_000, 1_
 def sft_config(out: Path, seed: int) -> LatentSFTConfig:
     """Options of the warm start."""
     return LatentSFTConfig(
-        output_dir=str(out / "latent-sft"), seed=seed, compression=2, answer_template="{answer}", max_steps=400,
-        learning_rate=2e-3, lr_scheduler_type="linear", warmup_steps=20, per_device_train_batch_size=64,
-        gumbel_scale=0.5, max_completion_length=16,
+        output_dir=str(out / "latent-sft"), seed=seed, compression=2, answer_template="{answer}", max_steps=170,
+        learning_rate=3e-3, lr_scheduler_type="linear", warmup_steps=20, per_device_train_batch_size=64,
+        gumbel_scale=1.0, max_completion_length=16,
     )  # fmt: skip
 
 
 def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
-    """Options of the reinforcement. K = 2, the chain tokens that a latent step stands for."""
+    """Options of the reinforcement. K = 2, the chain tokens that a latent step stands for.
+
+    No first-token selection: a response has one to three latent steps, so the first one is too large a part of it.
+    """
     return LatentGRPOConfig(
-        output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=100,
-        learning_rate=3e-5, num_generations=8, generation_batch_size=512, per_device_train_batch_size=512,
-        max_generation_batches=1, max_completion_length=12, old_logprobs="rollout", eval_steps=20, save_steps=0,
+        output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=200,
+        learning_rate=3e-4, num_generations=8, generation_batch_size=512, per_device_train_batch_size=256,
+        max_generation_batches=1, max_completion_length=12, first_token="all", old_logprobs="rollout", eval_steps=20,
+        save_steps=0,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> SFTBatch:
         after = [empty] * (right - len(example.response))
         padding = [[0] * (components - len(e)) for e in elements]
         ids.append([*before, *(e + p for e, p in zip(elements, padding, strict=True)), *after])
-        shares = [[1.0 / len(e)] * len(e) + p for e, p in zip(elements, padding, strict=True)]
+        shares = [[1.0 / len(e)] * len(e) + [0.0] * len(p) for e, p in zip(elements, padding, strict=True)]
         weights.append([*before, *shares, *after])
     weight = torch.tensor(weights, dtype=torch.float32)
     mask = weight.sum(-1) > 0

@@ -42,8 +42,8 @@ class World:
 
     min_changes: int = 2
     max_changes: int = 4
-    max_operand: int = 5
-    max_total: int = 12
+    max_operand: int = 3
+    max_total: int = 10
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_changes <= self.max_changes:

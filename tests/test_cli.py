@@ -35,12 +35,14 @@ def world(tmp_path_factory):
 
 def train_arguments(world: Path, out: Path, *extra: str) -> list[str]:
     return [
-        "train", "--model_name_or_path", str(world / "model"), "--dataset", str(world / "data.jsonl"), "--output_dir", str(out),
+        "train", "--model_name_or_path", str(world / "model"), "--dataset", str(world / "data.jsonl"),
+        "--output_dir", str(out),
         "--latent_top_k", "2", "--generation_batch_size", "8", "--num_generations", "4", "--max_completion_length", "6",
         "--max_generation_batches", "1", "--no_group_filter", *extra,
     ]  # fmt: skip
 
 
+READY = ("--model_name_or_path", "{world}/model", "--dataset", "{world}/data.jsonl")
 MISTAKES = {
     "unknown command": ["trian"],
     "unknown flag": ["train", "--learning_rat", "1"],
@@ -52,24 +54,24 @@ MISTAKES = {
     "empty data": ["train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/empty.jsonl"],
     "broken data": ["train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/broken.jsonl"],
     "no chain": ["sft", "--model_name_or_path", "{world}/model", "--dataset", "{world}/plain.jsonl"],
-    "K over V": ["train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/data.jsonl", "--latent_top_k", "5000"],
-    "K of one": ["train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/data.jsonl", "--latent_top_k", "1"],
+    "K over V": ["train", *READY, "--latent_top_k", "5000"],
+    "K of one": ["train", *READY, "--latent_top_k", "1"],
     "bad number": ["train", "--learning_rate", "fast"],
     "bad choice": ["train", "--invalid", "maybe"],
     "no end marker": ["eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--end_marker", "<stop>"],
     "no end marker in training": [
-        "train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/data.jsonl", "--end_marker", "<stop>",
+        "train", *READY, "--end_marker", "<stop>",
     ],
     "output folder is a file": [
-        "train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/data.jsonl", "--output_dir", "{world}/data.jsonl/x",
+        "train", *READY, "--output_dir", "{world}/data.jsonl/x",
         "--latent_top_k", "2",
     ],
     "no checkpoint": [
-        "train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/data.jsonl", "--output_dir", "{world}/new",
+        "train", *READY, "--output_dir", "{world}/new",
         "--latent_top_k", "2", "--resume_from_checkpoint", "true",
     ],
     "unknown reward": [
-        "train", "--model_name_or_path", "{world}/model", "--dataset", "{world}/data.jsonl", "--reward_funcs", "acuracy",
+        "train", *READY, "--reward_funcs", "acuracy",
     ],
     "bad pass-at": ["eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--pass-at", "one"],
 }  # fmt: skip

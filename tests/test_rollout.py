@@ -147,7 +147,9 @@ def test_concatenated_rollouts_keep_their_rows(model, prompts):
     ids, mask = prompts
     options = sampling(model, prompts)
     parts = [
-        generate_latent(model, ids[i : i + 1], mask[i : i + 1], options, num_generations=2, row_ids=torch.arange(2 * i, 2 * i + 2))
+        generate_latent(
+            model, ids[i : i + 1], mask[i : i + 1], options, num_generations=2, row_ids=torch.arange(2 * i, 2 * i + 2)
+        )
         for i in range(3)
     ]  # fmt: skip
     joined = concatenate(parts)

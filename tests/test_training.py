@@ -1,0 +1,278 @@
+"""Latent-SFT and Latent-GRPO as whole: losses, switches, metrics, what is learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSampling, LatentSFTConfig, LatentSFTTrainer
+from latent_grpo.config import ConfigError
+from latent_grpo.data import DataError
+from latent_grpo.evaluate import evaluate, pass_at_k
+from latent_grpo.model import ModelError, check_compatible, end_marker_ids
+from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, input_mixtures, target_loss
+from latent_grpo.world import World, make_model, make_problems, make_tokenizer
+
+ROWS = make_problems(64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def grpo(tmp_path, tokenizer, reward="accuracy", rows=ROWS, **options) -> LatentGRPOTrainer:
+    base = dict(
+        output_dir=str(tmp_path / "run"), latent_top_k=2, generation_batch_size=16, num_generations=4, max_steps=1,
+        per_device_train_batch_size=16, max_completion_length=8, max_generation_batches=1, group_filter=False,
+    )  # fmt: skip
+    args = LatentGRPOConfig(**{**base, **options})
+    return LatentGRPOTrainer(make_model(tokenizer, seed=0), reward, args, rows, None, tokenizer)
+
+
+def first_digit_even(completions, **kwargs):
+    """A reward with both values in most groups of an untrained model."""
+    return [float(sum(map(ord, text)) % 2) for text in completions]
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_held_out_problems_are_disjoint_and_answers_are_the_last_total():
+    rows = make_problems(300, seed=5)
+    assert len({row["prompt"] for row in rows}) == 300
+    other = make_problems(100, seed=6, exclude={row["prompt"] for row in rows})
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in other}
+    for row in rows:
+        assert row["chain"].split()[-1] == row["answer"]
+        assert len(row["chain"].split()) % 2 == 0
+
+
+def test_a_world_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="max_total"):
+        World(max_operand=9, max_total=10)
+
+
+def test_tokenizer_and_model_survive_saving(tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = make_model(tokenizer, seed=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = ROWS[0]["prompt"] + " </think> 12"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_sft_targets_are_groups_of_chain_tokens(tokenizer):
+    args = LatentSFTConfig(compression=2, answer_template="{answer}")
+    row = {"prompt": "Mia has 3 coins.", "chain": "3 7 5", "answer": "5"}
+    (example,) = build_examples(tokenizer, [row], args)
+    ids = tokenizer.convert_tokens_to_ids
+    assert example.response == [[ids("3"), ids("7")], [ids("5")], [ids("</think>")], [ids("5")], [ids("<eos>")]]
+    batch = collate([example], torch.device("cpu"))
+    table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(0))
+    mixtures = input_mixtures(batch, table, 0.0, torch.Generator())
+    start = len(example.prompt)
+    torch.testing.assert_close(mixtures[0, start], (table[ids("3")] + table[ids("7")]) / 2)
+    torch.testing.assert_close(mixtures[0, start + 1], table[ids("5")])
+
+
+def test_sft_loss_is_the_divergence_to_the_target_and_its_gradient_is_right():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 6, generator=generator, requires_grad=True)
+    head = torch.randn(11, 6, generator=generator)
+    ids = torch.tensor([[2, 5], [4, 4], [7, 0]])
+    weights = torch.tensor([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
+    loss = target_loss(hidden, head, ids, weights)
+    log_probs = (hidden @ head.T).log_softmax(-1)
+    expected = -log_probs[1, 4] - log_probs[2, 7]
+    expected = expected + 0.5 * (torch.log(torch.tensor(0.5)) - log_probs[0, 2])
+    expected = expected + 0.5 * (torch.log(torch.tensor(0.5)) - log_probs[0, 5])
+    torch.testing.assert_close(loss, expected)
+    got, wanted = (torch.autograd.grad(value, hidden, retain_graph=True)[0] for value in (loss, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_sft_learns_and_saves(tokenizer, tmp_path):
+    args = LatentSFTConfig(
+        output_dir=str(tmp_path / "sft"), max_steps=25, learning_rate=3e-3, per_device_train_batch_size=32,
+        answer_template="{answer}", max_completion_length=16,
+    )  # fmt: skip
+    LatentSFTTrainer(make_model(tokenizer, seed=0), args, ROWS, tokenizer).train()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").open()]
+    assert losses[-1] < 0.7 * losses[0]
+    assert (tmp_path / "sft" / "model.safetensors").exists()
+
+
+def test_sft_without_a_chain_says_so(tokenizer):
+    with pytest.raises(DataError, match="chain"):
+        build_examples(tokenizer, [{"prompt": "a", "answer": "1"}], LatentSFTConfig())
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, tmp_path):
+    for loss_type in ("dapo", "grpo", "dr_grpo"):
+        found = []
+        for size in (16, 4):
+            trainer = grpo(
+                tmp_path, tokenizer, first_digit_even, loss_type=loss_type, first_token="all",
+                per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, invalid="keep",
+            )  # fmt: skip
+            batch, _ = trainer.collect()
+            trainer.accumulate(batch, torch.arange(16))
+            found.append(gradients(trainer.model))
+        assert found[0].abs().max() > 0
+        torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5 * float(found[0].abs().max()))
+
+
+def test_loss_on_latent_and_text_steps_add_up_to_all(tokenizer, tmp_path):
+    grads = {}
+    for part in ("all", "latent", "text"):
+        trainer = grpo(tmp_path, tokenizer, first_digit_even, loss_on=part, loss_type="dr_grpo", invalid="keep")
+        batch, _ = trainer.collect()
+        assert batch.rollout.is_latent.any()
+        trainer.accumulate(batch, torch.arange(16))
+        grads[part] = gradients(trainer.model)
+    assert grads["latent"].abs().max() > 0
+    torch.testing.assert_close(
+        grads["latent"] + grads["text"], grads["all"], rtol=1e-3, atol=1e-5 * float(grads["all"].abs().max())
+    )
+
+
+def test_embeddings_stay_as_they_are(tokenizer, tmp_path):
+    trainer = grpo(tmp_path, tokenizer, first_digit_even, learning_rate=1e-2, invalid="keep")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert not any("embed_tokens" in name for name in changed)
+
+
+def test_text_mode_learns_a_reward_through_the_same_code(tokenizer, tmp_path):
+    def likes_eos(completion_ids, **kwargs):
+        return [1.0 if len(ids) < 8 else 0.0 for ids in completion_ids]
+
+    trainer = grpo(
+        tmp_path, tokenizer, likes_eos, latent=False, max_steps=25, learning_rate=3e-3, generation_batch_size=64,
+        per_device_train_batch_size=64, invalid="keep", top_k=0, top_p=1.0, temperature=1.0,
+    )  # fmt: skip
+    trainer.train()
+    rewards = [json.loads(line)["reward"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+def test_groups_that_agree_are_dropped_and_sampled_again(tokenizer, tmp_path):
+    calls = []
+
+    def reward(prompts, completions, **kwargs):
+        calls.append(len(prompts))
+        return [float(i % 4 == 0) if i < 8 else 1.0 for i in range(len(prompts))]  # two of four groups disagree
+
+    trainer = grpo(tmp_path, tokenizer, reward, group_filter=True, max_generation_batches=5)
+    batch, values = trainer.collect()
+    assert len(calls) == 2
+    assert values["groups_kept"] == 0.5
+    assert len(batch.rewards) == 16
+    assert (batch.rewards.view(4, 4).std(-1) > 0).all()
+
+
+def test_an_exhausted_filter_warns_and_trains_on_what_there_is(tokenizer, tmp_path):
+    trainer = grpo(
+        tmp_path, tokenizer, lambda prompts, **kw: [1.0] * len(prompts), group_filter=True, max_generation_batches=2
+    )
+    with pytest.warns(UserWarning, match="0 of 4 groups after 2"):
+        values = trainer.train()
+    assert values["loss"] == 0.0
+
+
+def test_non_finite_gradients_are_skipped_and_counted(tokenizer, tmp_path):
+    trainer = grpo(tmp_path, tokenizer, first_digit_even, invalid="keep", max_steps=2)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
+    with pytest.warns(UserWarning, match="update skipped"):
+        values = trainer.train()
+    assert values["skipped_updates"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_metrics_of_a_step(tokenizer, tmp_path):
+    grpo(tmp_path, tokenizer, first_digit_even).train()
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    for name in (
+        "reward", "reward_std", "groups_kept", "response_length", "latent_length", "latent_share", "mixture_entropy",
+        "clip_fraction", "margin_crossed", "grad_norm", "logprob_gap", "time_rollout", "time_update", "tokens_per_second",
+    ):  # fmt: skip
+        assert isinstance(row[name], float), name
+    assert row["logprob_gap"] < 1e-4
+
+
+def test_the_reference_model_is_loaded_only_for_a_penalty(tokenizer, tmp_path):
+    assert grpo(tmp_path, tokenizer).reference is None
+    trainer = grpo(tmp_path, tokenizer, first_digit_even, beta=0.1, max_steps=3, learning_rate=1e-2, invalid="keep")
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert abs(rows[0]["kl"]) < 1e-6
+    assert rows[-1]["kl"] > 1e-5
+
+
+def test_pass_at_k_is_unbiased():
+    assert pass_at_k(4, 1, 1) == 0.25
+    assert pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)
+    assert pass_at_k(4, 0, 4) == 0.0
+    with pytest.raises(ValueError, match="pass@5"):
+        pass_at_k(4, 1, 5)
+
+
+def test_evaluation_counts_every_problem_once(tokenizer):
+    model = make_model(tokenizer, seed=0)
+    sampling = LatentSampling(
+        latent_top_k=2, max_new_tokens=6, end_token_id=end_marker_ids(tokenizer, "</think>")[0],
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    always = lambda completions, **kwargs: [1.0] * len(completions)  # noqa: E731
+    result = evaluate(model, tokenizer, ROWS[:10], sampling, pass_at=(1, 2), batch_size=4, reward=always)
+    assert result["problems"] == 10
+    assert result["pass_at_1"] == result["pass@2"] == 1.0
+    assert 0 <= result["truncation_rate"] <= 1
+    assert 0 < result["response_length"] <= 6
+
+
+def test_reading_out_of_the_gold_chain_is_zero_before_training(tokenizer):
+    examples = build_examples(tokenizer, ROWS, LatentSFTConfig(answer_template="{answer}"))
+    assert gold_chain_accuracy(make_model(tokenizer, seed=0), examples) < 0.2
+
+
+def test_models_that_do_more_than_a_product_are_refused(tokenizer):
+    model = make_model(tokenizer, seed=0)
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(torch.nn.Linear(head.in_features, head.out_features, bias=True))
+    with pytest.raises(ModelError, match="biased head"):
+        check_compatible(model)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("tau", 0.0),
+        ("latent_top_k", 1),
+        ("generation_batch_size", 9),
+        ("noise", "none"),
+        ("temperature", 0.0),
+        ("max_steps", 0),
+    ],
+)
+def test_options_out_of_range_are_named(option, value):
+    with pytest.raises(ConfigError, match=f"{option} is {value!r}"):
+        LatentGRPOConfig(**{option: value})
+
+
+def test_sampling_options_reach_the_rollout():
+    config = LatentGRPOConfig(latent_top_k=3, tau=0.5, max_completion_length=7)
+    assert replace(config.sampling(), seed=1).latent_top_k == 3
+    assert config.sampling().max_new_tokens == 7
