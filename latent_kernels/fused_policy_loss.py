@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from latent_kernels._backend import resolve
 from latent_kernels._eager.linear import back_project, project
-from latent_kernels._eager.rows import LogprobSpec, logits_gradient_, logprob_rows_, row_chunks
+from latent_kernels._eager.rows import LogprobSpec, chunk_buffer, logits_gradient_, logprob_rows_, row_chunks
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_tensor
 from latent_kernels.latent_logprob import check_logprob_options
@@ -73,10 +73,12 @@ class _Fused(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         sums: dict[str, Tensor] = {}
         crossed, components = loss.new_zeros(()), loss.new_zeros(())
-        for part in row_chunks(len(active), len(lm_head), dtype):
+        chunks = row_chunks(len(active), len(lm_head), dtype)
+        buffer = chunk_buffer(chunks, len(lm_head), hidden, dtype)
+        for part in chunks:
             index = active[part]
             chunk = hidden[index]
-            logits = project(chunk, lm_head)
+            logits = project(chunk, lm_head, buffer[: len(chunk)])
             state = logprob_rows_(logits, rows.rows(index))
             spec = loss_spec.rows(index)
             value, grad, terms = _chunk_loss(state.logprob, spec)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from latent_kernels._backend import resolve
 from latent_kernels._eager.linear import back_project, project
-from latent_kernels._eager.rows import LogprobSpec, logits_gradient_, logprob_rows_, row_chunks
+from latent_kernels._eager.rows import LogprobSpec, chunk_buffer, logits_gradient_, logprob_rows_, row_chunks
 from latent_kernels._validate import check_choice, check_range, check_rows, check_tensor
 from latent_kernels.reference import compute_dtype
 
@@ -62,8 +62,10 @@ class _FromHidden(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         slope = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
         out = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        for part in row_chunks(len(hidden), len(lm_head), dtype):
-            logits = project(hidden[part], lm_head)
+        chunks = row_chunks(len(hidden), len(lm_head), dtype)
+        buffer = chunk_buffer(chunks, len(lm_head), hidden, dtype)
+        for part in chunks:
+            logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
             state = logprob_rows_(logits, spec.rows(part))
             out[part] = state.logprob
             if slope is not None:
@@ -81,8 +83,10 @@ class _FromHidden(torch.autograd.Function):
         if saved:
             hidden, lm_head = saved
             head_grad = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
-            for part in row_chunks(len(hidden), len(lm_head), grad.dtype):
-                logits = project(hidden[part], lm_head)
+            chunks = row_chunks(len(hidden), len(lm_head), grad.dtype)
+            buffer = chunk_buffer(chunks, len(lm_head), hidden, grad.dtype)
+            for part in chunks:
+                logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
                 state = logprob_rows_(logits, ctx.spec.rows(part))
                 head_grad.addmm_(logits_gradient_(logits, state, grad[part]).T, hidden[part].to(grad.dtype))
             head_grad = head_grad.to(lm_head.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -24,18 +25,30 @@ def tokenizer():
     return make_tokenizer()
 
 
-def grpo(tmp_path, tokenizer, reward="accuracy", rows=ROWS, **options) -> LatentGRPOTrainer:
+@pytest.fixture(scope="module")
+def warm(tokenizer, tmp_path_factory):
+    """A model that has learned the form of a response and little else, so that rewards disagree within a group."""
+    args = LatentSFTConfig(
+        output_dir=str(tmp_path_factory.mktemp("warm")), max_steps=40, learning_rate=3e-3, answer_template="{answer}",
+    )  # fmt: skip
+    model = make_model(tokenizer, seed=0)
+    LatentSFTTrainer(model, args, ROWS, tokenizer).train()
+    return model
+
+
+def grpo(tmp_path, tokenizer, reward="accuracy", model=None, rows=ROWS, **options) -> LatentGRPOTrainer:
     base = dict(
         output_dir=str(tmp_path / "run"), latent_top_k=2, generation_batch_size=16, num_generations=4, max_steps=1,
         per_device_train_batch_size=16, max_completion_length=8, max_generation_batches=1, group_filter=False,
     )  # fmt: skip
     args = LatentGRPOConfig(**{**base, **options})
-    return LatentGRPOTrainer(make_model(tokenizer, seed=0), reward, args, rows, None, tokenizer)
+    model = make_model(tokenizer, seed=0) if model is None else copy.deepcopy(model)
+    return LatentGRPOTrainer(model, reward, args, rows, None, tokenizer)
 
 
-def first_digit_even(completions, **kwargs):
-    """A reward with both values in most groups of an untrained model."""
-    return [float(sum(map(ord, text)) % 2) for text in completions]
+def even(completions, **kwargs):
+    """A reward with both values in most groups of the warm model."""
+    return [float(sum(map(ord, text)) % 2 == 0) for text in completions]
 
 
 def gradients(model) -> torch.Tensor:
@@ -116,12 +129,12 @@ def test_sft_without_a_chain_says_so(tokenizer):
         build_examples(tokenizer, [{"prompt": "a", "answer": "1"}], LatentSFTConfig())
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, tmp_path):
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, warm, tmp_path):
     for loss_type in ("dapo", "grpo", "dr_grpo"):
         found = []
         for size in (16, 4):
             trainer = grpo(
-                tmp_path, tokenizer, first_digit_even, loss_type=loss_type, first_token="all",
+                tmp_path, tokenizer, even, warm, loss_type=loss_type, first_token="all",
                 per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, invalid="keep",
             )  # fmt: skip
             batch, _ = trainer.collect()
@@ -131,10 +144,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, tmp_path)
         torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5 * float(found[0].abs().max()))
 
 
-def test_loss_on_latent_and_text_steps_add_up_to_all(tokenizer, tmp_path):
+def test_loss_on_latent_and_text_steps_add_up_to_all(tokenizer, warm, tmp_path):
     grads = {}
     for part in ("all", "latent", "text"):
-        trainer = grpo(tmp_path, tokenizer, first_digit_even, loss_on=part, loss_type="dr_grpo", invalid="keep")
+        trainer = grpo(tmp_path, tokenizer, even, warm, loss_on=part, loss_type="dr_grpo", invalid="keep")
         batch, _ = trainer.collect()
         assert batch.rollout.is_latent.any()
         trainer.accumulate(batch, torch.arange(16))
@@ -145,8 +158,8 @@ def test_loss_on_latent_and_text_steps_add_up_to_all(tokenizer, tmp_path):
     )
 
 
-def test_embeddings_stay_as_they_are(tokenizer, tmp_path):
-    trainer = grpo(tmp_path, tokenizer, first_digit_even, learning_rate=1e-2, invalid="keep")
+def test_embeddings_stay_as_they_are(tokenizer, warm, tmp_path):
+    trainer = grpo(tmp_path, tokenizer, even, warm, learning_rate=1e-2, invalid="keep")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
@@ -191,8 +204,8 @@ def test_an_exhausted_filter_warns_and_trains_on_what_there_is(tokenizer, tmp_pa
     assert values["loss"] == 0.0
 
 
-def test_non_finite_gradients_are_skipped_and_counted(tokenizer, tmp_path):
-    trainer = grpo(tmp_path, tokenizer, first_digit_even, invalid="keep", max_steps=2)
+def test_non_finite_gradients_are_skipped_and_counted(tokenizer, warm, tmp_path):
+    trainer = grpo(tmp_path, tokenizer, even, warm, invalid="keep", max_steps=2)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
     with pytest.warns(UserWarning, match="update skipped"):
@@ -201,20 +214,21 @@ def test_non_finite_gradients_are_skipped_and_counted(tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def test_metrics_of_a_step(tokenizer, tmp_path):
-    grpo(tmp_path, tokenizer, first_digit_even).train()
+def test_metrics_of_a_step(tokenizer, warm, tmp_path):
+    grpo(tmp_path, tokenizer, even, warm).train()
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     for name in (
         "reward", "reward_std", "groups_kept", "response_length", "latent_length", "latent_share", "mixture_entropy",
-        "clip_fraction", "margin_crossed", "grad_norm", "logprob_gap", "time_rollout", "time_update", "tokens_per_second",
+        "clip_fraction", "margin_crossed", "grad_norm", "logprob_gap", "time_rollout", "time_update",
+        "tokens_per_second",
     ):  # fmt: skip
         assert isinstance(row[name], float), name
     assert row["logprob_gap"] < 1e-4
 
 
-def test_the_reference_model_is_loaded_only_for_a_penalty(tokenizer, tmp_path):
+def test_the_reference_model_is_loaded_only_for_a_penalty(tokenizer, warm, tmp_path):
     assert grpo(tmp_path, tokenizer).reference is None
-    trainer = grpo(tmp_path, tokenizer, first_digit_even, beta=0.1, max_steps=3, learning_rate=1e-2, invalid="keep")
+    trainer = grpo(tmp_path, tokenizer, even, warm, beta=0.1, max_steps=3, learning_rate=1e-2, invalid="keep")
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert abs(rows[0]["kl"]) < 1e-6

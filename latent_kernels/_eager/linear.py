@@ -7,26 +7,29 @@ from torch import Tensor
 
 from latent_kernels.reference import compute_dtype
 
-BLOCK_ELEMENTS = 4 * 1024 * 1024  # elements of the head that are alive in float32 at a time
+BLOCK_ROWS = 4096  # rows of the head in one product: bounds the float32 copy, and the buffer that MKL packs into
 
 
-def _blocks(weight: Tensor) -> range:
-    return range(0, len(weight), max(1, BLOCK_ELEMENTS // max(1, weight.shape[1])))
+def _blocks(weight: Tensor) -> list[slice]:
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, len(weight), BLOCK_ROWS)]
 
 
-def project(hidden: Tensor, weight: Tensor) -> Tensor:
-    """`hidden @ weight.T` [n, V] for hidden [n, D], weight [V, D]: float32, or float64 for float64 inputs."""
+def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """`hidden @ weight.T` [n, V] for hidden [n, D], weight [V, D]: float32, or float64 for float64 inputs.
+
+    `out` [n, V] is written where it is given.
+    """
     dtype = compute_dtype(hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if weight.dtype == dtype:
-            return hidden.to(dtype) @ weight.T
-        if weight.is_cuda and hidden.dtype == weight.dtype:
-            return torch.mm(hidden, weight.T, out_dtype=dtype)
+    if out is None:
         out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if weight.is_cuda and weight.dtype == dtype:
+            return torch.mm(hidden.to(dtype), weight.T, out=out)
+        if weight.is_cuda and hidden.dtype == weight.dtype:
+            return out.copy_(torch.mm(hidden, weight.T, out_dtype=dtype))
         hidden = hidden.to(dtype)
-        for start in (blocks := _blocks(weight)):
-            part = slice(start, start + blocks.step)
-            out[:, part] = hidden @ weight[part].to(dtype).T
+        for part in _blocks(weight):
+            torch.mm(hidden, weight[part].to(dtype).T, out=out[:, part])
         return out
 
 
@@ -36,7 +39,6 @@ def back_project(grad: Tensor, weight: Tensor) -> Tensor:
         if weight.dtype == grad.dtype:
             return grad @ weight
         out = torch.zeros(len(grad), weight.shape[1], dtype=grad.dtype, device=grad.device)
-        for start in (blocks := _blocks(weight)):
-            part = slice(start, start + blocks.step)
+        for part in _blocks(weight):
             out.addmm_(grad[:, part], weight[part].to(grad.dtype))
         return out

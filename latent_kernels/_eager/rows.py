@@ -13,13 +13,19 @@ from torch import Tensor
 
 from latent_kernels.reference import component_margins, is_hard, margin_coefficients, surrogate
 
-CHUNK_BYTES = 48 * 1024 * 1024  # one chunk of logits: 5% of [2048, 128256] in float32
+CHUNK_BYTES = 96 * 1024 * 1024  # one chunk of logits, 196 rows of 128,256 in float32: fewer are slow to multiply
 
 
 def row_chunks(rows: int, vocab: int, dtype: torch.dtype) -> list[slice]:
     """Slices of equal length (the last shorter) whose logits take about CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // (vocab * dtype.itemsize))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def chunk_buffer(chunks: list[slice], vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The one buffer [n, V] that every chunk's logits are written to, so that no two are ever alive."""
+    rows = max((part.stop - part.start for part in chunks), default=0)
+    return torch.empty(rows, vocab, dtype=dtype, device=like.device)
 
 
 class LogprobSpec(NamedTuple):
