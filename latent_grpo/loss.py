@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,7 +23,7 @@ def replay(model: Any, rollout: Rollout) -> Tensor:
     table, mask = embedding_table(model), rollout.prompt_mask
     where = positions(mask)
     cache = DynamicCache(config=model.config)
-    prompt = body(model, table[rollout.prompt_ids], mask, where, cache)[:, -1]
+    prompt = body(model, F.embedding(rollout.prompt_ids, table), mask, where, cache)[:, -1]
     first = prompt[rollout.prompt_index].unsqueeze(1)
     rows, steps, components = rollout.ids.shape
     if steps == 1:

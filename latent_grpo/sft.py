@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -102,7 +103,8 @@ def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float, generato
         noise = (-draws.log()).clamp(-1.5, 3.0) * gumbel_scale
         perturbed = (weights.log() + noise).nan_to_num(neginf=-torch.inf).softmax(-1).nan_to_num(0.0)
         weights = torch.where((weights > 0).sum(-1, keepdim=True) > 1, perturbed, weights)
-    return (weights.unsqueeze(-1) * table[batch.ids].float()).sum(2).to(table.dtype)
+    # F.embedding and not indexing: its gradient adds up in one order, whatever the number of threads.
+    return (weights.unsqueeze(-1) * F.embedding(batch.ids, table).float()).sum(2).to(table.dtype)
 
 
 def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> T
     """
 
     def rows(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        log_probs = torch.nn.functional.linear(hidden, head).float().log_softmax(-1).gather(-1, ids)
+        log_probs = F.linear(hidden, head).float().log_softmax(-1).gather(-1, ids)
         return (weights * (weights.clamp_min(1e-30).log() - log_probs)).sum()
 
     # Equal ids in one target are one component of their summed weight.
@@ -201,7 +203,7 @@ def gold_chain_accuracy(model: Any, examples: Sequence[Example], batch_size: int
         batch = collate(chosen, model.device)
         embeds = input_mixtures(batch, embedding_table(model), 0.0, torch.Generator())
         hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
-        guess = torch.nn.functional.linear(hidden, lm_head(model)).argmax(-1)
+        guess = F.linear(hidden, lm_head(model)).argmax(-1)
         text = batch.response[:, 1:] & ((batch.weights[:, 1:] > 0).sum(-1) == 1)
         right += int(((guess == batch.ids[:, 1:, 0]) | ~text).all(-1).sum())
     return right / max(1, len(examples))

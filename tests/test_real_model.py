@@ -41,7 +41,8 @@ def test_train_saves_a_model_that_eval_and_generate_read(warm, data, tmp_path, c
     out = tmp_path / "grpo"
     arguments = [
         "train", "--model_name_or_path", str(warm), "--dataset", str(data / "gsm8k_train.jsonl"), "--limit", "4",
-        "--max_steps", "2", "--generation_batch_size", "8", "--num_generations", "4", "--per_device_train_batch_size", "8",
+        "--max_steps", "2", "--generation_batch_size", "8", "--num_generations", "4",
+        "--per_device_train_batch_size", "8",
         "--max_completion_length", "12", "--no_group_filter", "--output_dir", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
