@@ -45,9 +45,9 @@ def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
     """
     return LatentGRPOConfig(
         output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=150,
-        learning_rate=5e-4, lr_scheduler_type="linear", num_generations=8, generation_batch_size=512, per_device_train_batch_size=128,
-        max_generation_batches=1, max_completion_length=12, first_token="all", old_logprobs="rollout", eval_steps=25,
-        save_steps=0,
+        learning_rate=5e-4, lr_scheduler_type="linear", num_generations=8, generation_batch_size=512,
+        per_device_train_batch_size=128, max_generation_batches=1, max_completion_length=12, first_token="all",
+        old_logprobs="rollout", eval_steps=25, save_steps=0,
     )  # fmt: skip
 
 
