@@ -224,7 +224,7 @@ def test_masked_rows_never_reach_the_head(make_trajectory, monkeypatch):
     batch = make_batch(make_trajectory)
     module, seen = sys.modules["latent_kernels.fused_policy_loss"], []
     project = module.project
-    monkeypatch.setattr(module, "project", lambda h, w: seen.append(len(h)) or project(h, w))
+    monkeypatch.setattr(module, "project", lambda h, w, out: seen.append(len(h)) or project(h, w, out))
     fused(batch)
     assert sum(seen) == batch["mask"].sum() < batch["mask"].numel()
 
@@ -280,7 +280,7 @@ def test_chunks_do_not_change_the_result(rows_a_chunk, make_trajectory, monkeypa
     batch = make_batch(make_trajectory)
     expected = run(fused, batch, kl_coef=0.1)
     monkeypatch.setattr(rows, "CHUNK_BYTES", rows_a_chunk * 257 * 8)
-    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 16 * 50)
+    monkeypatch.setattr(linear, "BLOCK_ROWS", 50)
     assert len(rows.row_chunks(int(batch["mask"].sum()), 257, torch.float64)) > 1
     got = run(fused, batch, kl_coef=0.1)
     for a, b in zip(got[:3], expected[:3], strict=True):

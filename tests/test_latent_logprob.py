@@ -398,7 +398,7 @@ def test_chunks_do_not_change_the_result(rows_a_chunk, make_trajectory, monkeypa
 
     expected = run()
     monkeypatch.setattr(rows, "CHUNK_BYTES", rows_a_chunk * 257 * 8)
-    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 16 * 50)
+    monkeypatch.setattr(linear, "BLOCK_ROWS", 50)
     assert len(rows.row_chunks(11, 257, torch.float64)) == -(-11 // rows_a_chunk)
     for got, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=tol.FLOAT64)

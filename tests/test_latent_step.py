@@ -268,7 +268,7 @@ def test_inputs_are_left_as_they_were():
 @pytest.mark.parametrize("blocks", ["one-block", "many-blocks"])
 def test_from_hidden_is_the_product_then_the_step(dtype, tied, blocks, monkeypatch):
     if blocks == "many-blocks":
-        monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 100)
+        monkeypatch.setattr(linear, "BLOCK_ROWS", 7)
     # Small multiples of a quarter: products and sums are exact in every dtype and order, and ties abound.
     hidden = (torch.randint(-8, 9, (6, 16)) / 4).to(dtype)
     head = (torch.randint(-8, 9, (257, 16)) / 4).to(dtype)
