@@ -11,9 +11,8 @@ import tolerances as tol
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from latent_kernels import latent_logprob, latent_logprob_from_logits
@@ -402,20 +401,6 @@ def test_chunks_do_not_change_the_result(rows_a_chunk, make_trajectory, monkeypa
     assert len(rows.row_chunks(11, 257, torch.float64)) == -(-11 // rows_a_chunk)
     for got, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=tol.FLOAT64)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operation's output has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        sizes = (leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-        self.elements = max(self.elements, *sizes, 0)
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
