@@ -192,12 +192,20 @@ def command_eval(prog: str, argv: Sequence[str]) -> int:
     return 0
 
 
+# Short enough for eight columns on a narrow terminal; the JSON has the full names.
+COLUMNS = {
+    "pass_at_1": "Pass@1", "reasoning_tokens": "reasoning tokens", "response_length": "length",
+    "end_marker_rate": "ended", "truncation_rate": "cut off",
+}  # fmt: skip
+
+
 def results_table(results: dict[str, dict[str, Any]]) -> Table:
     """One line a data set."""
     names = [n for n in next(iter(results.values())) if n not in ("samples", "problems")]
     table = Table(title="Evaluation")
-    for column in ("data", "problems", *names):
-        table.add_column(column.replace("_", " "), justify="left" if column == "data" else "right")
+    table.add_column("data", overflow="fold")
+    for column in ("problems", *names):
+        table.add_column(COLUMNS.get(column, column), justify="right")
     for source, result in results.items():
         table.add_row(Path(source).name, str(result["problems"]), *(f"{result[n]:.3f}" for n in names))
     return table

@@ -60,7 +60,7 @@ def evaluate(
     solved: list[int] = []
     samples = []
     batches = [list(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    with progress_bar("Evaluation", len(batches) if show_progress else 0) as bar:
+    with progress_bar("Evaluation", len(batches), shown=show_progress) as bar:
         for number, batch in enumerate(batches):
             ids, mask = encode_prompts(tokenizer, [row["prompt"] for row in batch], model.device)
             rollout, texts, rewards = _respond(model, tokenizer, batch, ids, mask, clean, 1, end_marker, reward)

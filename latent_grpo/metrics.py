@@ -64,11 +64,11 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """A bar on the terminal's error stream."""
+def progress_bar(label: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
+    """A bar on the terminal's error stream, or one that draws nothing."""
     columns = (
         TextColumn(label), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         yield Bar(progress, total, done)

@@ -1,8 +1,8 @@
 """`latent-grpo quickstart`: the whole job on an embedded default, no download.
 
-Word problems and a model of about a million parameters are made on the spot; Latent-SFT, Latent-GRPO, evaluation on
-held-out problems. The warm start is stopped while its mixtures are still imprecise: reinforcement sharpens what a model
-half knows, it does not teach sums.
+Word problems and a model of about a million parameters are made on the spot; Latent-SFT on careless worked examples,
+Latent-GRPO for true answers, evaluation on held-out problems. The warm start knows its sums and weighs its mixtures
+wrong: reinforcement sharpens what a model half knows, it does not teach sums.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from latent_grpo.rollout import generate_latent
 from latent_grpo.sft import LatentSFTTrainer, build_examples, gold_chain_accuracy
 from latent_grpo.show import response_lines
 from latent_grpo.trainer import LatentGRPOTrainer
-from latent_grpo.world import make_model, make_problems, make_tokenizer
+from latent_grpo.world import make_model, make_problems, make_tokenizer, worked_examples
 
 TRAIN_PROBLEMS, HELD_OUT_PROBLEMS, WATCHED_PROBLEMS, SHOWN_PROBLEMS = 20_000, 1_000, 200, 3
 
@@ -32,9 +32,9 @@ TRAIN_PROBLEMS, HELD_OUT_PROBLEMS, WATCHED_PROBLEMS, SHOWN_PROBLEMS = 20_000, 1_
 def sft_config(out: Path, seed: int) -> LatentSFTConfig:
     """Options of the warm start."""
     return LatentSFTConfig(
-        output_dir=str(out / "latent-sft"), seed=seed, compression=2, answer_template="{answer}", max_steps=170,
+        output_dir=str(out / "latent-sft"), seed=seed, compression=2, answer_template="{answer}", max_steps=300,
         learning_rate=3e-3, lr_scheduler_type="linear", warmup_steps=20, per_device_train_batch_size=64,
-        gumbel_scale=1.0, max_completion_length=16,
+        max_completion_length=16,
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
     """
     return LatentGRPOConfig(
         output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=150,
-        learning_rate=5e-4, lr_scheduler_type="linear", num_generations=8, generation_batch_size=512,
+        learning_rate=1.5e-4, lr_scheduler_type="linear", num_generations=8, generation_batch_size=512,
         per_device_train_batch_size=128, max_generation_batches=1, max_completion_length=12, first_token="all",
         old_logprobs="rollout", eval_steps=25, save_steps=0,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def quickstart(out: Path, *, seed: int = 0, loss_on: str = "all") -> dict[str, A
     console.print(f"[bold]{len(train)} problems[/], {HELD_OUT_PROBLEMS} held out, e.g. {train[0]['prompt']!r}")
 
     sft_args = sft_config(out, seed)
-    LatentSFTTrainer(model, sft_args, train, tokenizer).train()
+    LatentSFTTrainer(model, sft_args, worked_examples(train, seed=seed), tokenizer).train()
     grpo_args = grpo_config(out, seed, loss_on)
     trainer = LatentGRPOTrainer(model, None, grpo_args, train, held_out[:WATCHED_PROBLEMS], tokenizer)
     gold = gold_chain_accuracy(model, build_examples(tokenizer, held_out, sft_args))

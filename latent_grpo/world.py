@@ -7,16 +7,18 @@ now:
     chain    "16 12"           the running totals, in the order of the story
     answer   "12"
 
-Two chain tokens make one latent step, so a latent label is an even mixture of two consecutive totals and does not say
-which of them is the later one. A warm start on such labels knows its sums and is imprecise in its mixtures: the answer
-is one of the two. Reinforcement can learn to weigh the mixture so that the answer can be read out of it. Everything is
-made on the spot from seeds; nothing is downloaded.
+Two chain tokens make one latent step, so a latent step stands for two consecutive totals. The examples of the warm
+start (`worked_examples`) are the work of a careless author: in a share of them the last change is forgotten, the chain
+repeats the total before it and the answer is that total. So the answer can be read only out of the latent steps, and
+the warm start's mixtures hold both totals, the wrong one usually the heavier: it knows its sums and is imprecise in its
+mixtures. Reinforcement, rewarded for true answers, can learn to weigh them right. Everything is made on the spot from
+seeds; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,7 @@ GAIN_VERBS = ("buys", "finds", "gets", "wins")
 LOSS_VERBS = ("loses", "sells", "eats", "gives")
 FILLER_WORDS = ("has", "How", "many", "now", ".", ",", "?")
 NUMBERS = 100  # 0 .. 99 are tokens
+FORGOTTEN = 0.4  # share of the warm start's examples that forget the last change
 
 PAD_TOKEN = "<pad>"
 UNK_TOKEN = "<unk>"
@@ -93,6 +96,23 @@ def _problem(rng: random.Random, world: World) -> dict[str, str]:
     chain = totals[len(totals) % 2 :]
     prompt = f"{story} {', '.join(clauses)}. How many now?"
     return {"prompt": prompt, "chain": " ".join(map(str, chain)), "answer": str(total)}
+
+
+def worked_examples(
+    problems: Sequence[dict[str, str]], *, seed: int, forgotten: float = FORGOTTEN
+) -> list[dict[str, str]]:
+    """Rows for the warm start: a share `forgotten` of the problems is worked without the last change.
+
+    There the last total repeats the one before it, so its latent step is that total alone, and so is the answer.
+    """
+    rng = random.Random(seed)
+    return [_forget_last_change(row) if rng.random() < forgotten else dict(row) for row in problems]
+
+
+def _forget_last_change(row: dict[str, str]) -> dict[str, str]:
+    chain = row["chain"].split()
+    chain[-1] = chain[-2]
+    return {**row, "chain": " ".join(chain), "answer": chain[-1]}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

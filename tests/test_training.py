@@ -15,7 +15,7 @@ from latent_grpo.data import DataError
 from latent_grpo.evaluate import evaluate, pass_at_k
 from latent_grpo.model import ModelError, check_compatible, end_marker_ids
 from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, input_mixtures, target_loss
-from latent_grpo.world import World, make_model, make_problems, make_tokenizer
+from latent_grpo.world import FORGOTTEN, World, make_model, make_problems, make_tokenizer, worked_examples
 
 ROWS = make_problems(64, seed=1)
 
@@ -63,6 +63,21 @@ def test_held_out_problems_are_disjoint_and_answers_are_the_last_total():
     for row in rows:
         assert row["chain"].split()[-1] == row["answer"]
         assert len(row["chain"].split()) % 2 == 0
+
+
+def test_careless_examples_forget_the_last_change_and_no_other():
+    problems = make_problems(2000, seed=0)
+    examples = worked_examples(problems, seed=1)
+    assert examples == worked_examples(problems, seed=1)
+    forgotten = 0
+    for true, worked in zip(problems, examples, strict=True):
+        assert worked["prompt"] == true["prompt"]
+        if worked != true:
+            forgotten += 1
+            *before, last = true["chain"].split()
+            assert worked["chain"].split() == [*before, before[-1]]
+            assert worked["answer"] == before[-1] != last
+    assert abs(forgotten / 2000 - FORGOTTEN) < 0.05  # four standard deviations of the share
 
 
 def test_a_world_that_cannot_be_is_refused():
