@@ -43,16 +43,21 @@ def test_quickstart_writes_what_it_promises_from_the_same_start(short, tmp_path,
         assert set(phases) >= {"sft", "train"}
         assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
         for model in ("latent-sft", "latent-grpo"):
-            assert (out / model / "model.safetensors").is_file() and (out / model / "tokenizer.json").is_file()
+            assert (out / model / "model.safetensors").is_file()
+            assert (out / model / "tokenizer.json").is_file()
     for summary in summaries.values():
-        assert summary["seed"] == 3 and summary["seconds"] > 0
+        assert summary["seed"] == 3
+        assert summary["seconds"] > 0
         for phase in ("latent_sft", "latent_grpo"):
             assert summary[phase]["problems"] == 40
-            assert 0 <= summary[phase]["pass_at_1"] <= 1 and summary[phase]["reasoning_tokens"] >= 0
+            assert 0 <= summary[phase]["pass_at_1"] <= 1
+            assert summary[phase]["reasoning_tokens"] >= 0
         assert 0 <= summary["latent_sft"]["gold_chain_accuracy"] <= 1
     assert summaries["all"]["latent_sft"] == summaries["latent"]["latent_sft"]
     shown = capsys.readouterr().out
-    assert "Pass@1" in shown and "Problem 1" in shown and "read out of the gold chain" in shown
+    assert "Pass@1" in shown
+    assert "Problem 1" in shown
+    assert "read out of the gold chain" in shown
 
 
 def test_quickstart_overwrites_nothing(short, tmp_path):
