@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from latent_grpo.config import ConfigError
 
@@ -21,6 +22,7 @@ STATE_FILE, TENSOR_FILE = "trainer_state.json", "trainer_state.pt"
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Model (safetensors) and tokenizer as `from_pretrained` reads them."""
+    transformers_logging.disable_progress_bar()  # its bar would break into the run's own
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
