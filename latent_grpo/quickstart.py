@@ -32,7 +32,7 @@ TRAIN_PROBLEMS, HELD_OUT_PROBLEMS, WATCHED_PROBLEMS, SHOWN_PROBLEMS = 20_000, 1_
 def sft_config(out: Path, seed: int) -> LatentSFTConfig:
     """Options of the warm start."""
     return LatentSFTConfig(
-        output_dir=str(out / "latent-sft"), seed=seed, compression=2, answer_template="{answer}", max_steps=300,
+        output_dir=str(out / "latent-sft"), seed=seed, compression=2, answer_template="{answer}", max_steps=450,
         learning_rate=3e-3, lr_scheduler_type="linear", warmup_steps=20, per_device_train_batch_size=64,
         max_completion_length=16,
     )  # fmt: skip
@@ -44,10 +44,10 @@ def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
     No first-token selection: a response has one to three latent steps, so the first one is too large a part of it.
     """
     return LatentGRPOConfig(
-        output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=150,
-        learning_rate=1.5e-4, lr_scheduler_type="linear", num_generations=8, generation_batch_size=512,
+        output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=80,
+        learning_rate=1e-4, lr_scheduler_type="linear", num_generations=8, generation_batch_size=512,
         per_device_train_batch_size=128, max_generation_batches=1, max_completion_length=12, first_token="all",
-        old_logprobs="rollout", eval_steps=25, save_steps=0,
+        old_logprobs="rollout", eval_steps=20, save_steps=0,
     )  # fmt: skip
 
 

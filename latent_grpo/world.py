@@ -3,9 +3,9 @@
 A problem names a person who has some objects and gains and loses some a few times; the question is how many there are
 now:
 
-    prompt   "Mia has 7 shells. wins 9, loses 4. How many now?"
-    chain    "16 12"           the running totals, in the order of the story
-    answer   "12"
+    prompt   "Mia has 2 shells. wins 2, loses 1. How many now?"
+    chain    "4 3"             the running totals, in the order of the story
+    answer   "3"
 
 Two chain tokens make one latent step, so a latent step stands for two consecutive totals. The examples of the warm
 start (`worked_examples`) are the work of a careless author: in a share of them the last change is forgotten, the chain
@@ -45,8 +45,8 @@ class World:
 
     min_changes: int = 2
     max_changes: int = 4
-    max_operand: int = 3
-    max_total: int = 10
+    max_operand: int = 2
+    max_total: int = 6
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_changes <= self.max_changes:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
+import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "eager")
 
 # Operators that have a Triton kernel in this version; `auto` means eager for all others.
-TRITON_OPS: frozenset[str] = frozenset()
+TRITON_OPS: frozenset[str] = frozenset({"mix_embeddings"})
 
 
 def triton_available() -> bool:
     """Whether Triton can be imported here."""
     return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
 def resolve(op: str, impl: str, tensor: Tensor) -> str:
@@ -24,13 +31,18 @@ def resolve(op: str, impl: str, tensor: Tensor) -> str:
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    # Kernels accumulate in float32; float64 is for gradient checks, and eager.
+    kernel_dtype = tensor.dtype != torch.float64
     if impl == "auto":
-        return "triton" if op in TRITON_OPS and tensor.is_cuda and triton_available() else "eager"
+        fits = op in TRITON_OPS and tensor.is_cuda and kernel_dtype
+        return "triton" if fits and triton_available() else "eager"
     if impl == "triton":
         if op not in TRITON_OPS:
             raise RuntimeError(f"{op} has no Triton kernel in this version; use impl='auto' or impl='eager'")
         if not triton_available():
             raise RuntimeError(f"impl='triton' for {op} needs Triton; `pip install triton` or use impl='auto'")
-        if not tensor.is_cuda:
+        if not kernel_dtype:
+            raise RuntimeError(f"impl='triton' for {op} computes in float32, got torch.float64; use impl='auto'")
+        if not tensor.is_cuda and not interpreting():
             raise RuntimeError(f"impl='triton' for {op} needs CUDA tensors, got {tensor.device}; use impl='auto'")
     return impl

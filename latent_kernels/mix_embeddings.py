@@ -29,5 +29,8 @@ def mix_embeddings(
     check_tensor("embedding", embedding, [None, None], like=ids)
     check_rows(ids, scores, len(ids), embedding)
     check_row_range("tau", tau, len(ids), embedding, 0.0, open_low=True)
-    resolve("mix_embeddings", impl, embedding)
+    if resolve("mix_embeddings", impl, embedding) == "triton":
+        from latent_kernels._triton.mix_embeddings import mix_embeddings as triton_mix_embeddings
+
+        return triton_mix_embeddings(ids, scores, embedding, tau)
     return mix_embeddings_ref(ids, scores, embedding, tau=tau)

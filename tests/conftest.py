@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,10 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Without a GPU, Triton's interpreter runs the kernels on CPU tensors. It must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("suite")

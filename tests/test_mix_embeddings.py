@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import tolerances as tol
 import torch
@@ -12,8 +14,22 @@ from torch import Tensor
 from latent_kernels import latent_step_from_logits, mix_embeddings
 from latent_kernels.reference import mix_embeddings_ref
 
+# Kernels run compiled on CUDA tensors where there is a GPU, else interpreted on CPU tensors.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def triton_mix(ids: Tensor, scores: Tensor, embedding: Tensor, *, tau: float | Tensor = 1.0) -> Tensor:
+    """The kernel, whatever the device of the arguments."""
+    tau = tau.to(DEVICE) if isinstance(tau, Tensor) else tau
+    moved = (x.to(DEVICE) for x in (ids, scores, embedding))
+    return mix_embeddings(*moved, tau=tau, impl="triton").to(embedding.device)
+
+
 PUBLIC_AND_REFERENCE = pytest.mark.parametrize(
-    "operator", [mix_embeddings, mix_embeddings_ref], ids=["public", "reference"]
+    "operator",
+    [mix_embeddings, mix_embeddings_ref, pytest.param(triton_mix, marks=NEEDS_TRITON)],
+    ids=["public", "reference", "triton"],
 )
 
 
@@ -35,6 +51,11 @@ def mixture_by_hand(ids: Tensor, scores: Tensor, table: Tensor, tau: Tensor) -> 
         for k in range(ids.shape[1]):
             out[row] += weights[k] * table[ids[row, k]].double()
     return out
+
+
+PUBLIC_AND_TRITON = pytest.mark.parametrize(
+    "operator", [mix_embeddings, pytest.param(triton_mix, marks=NEEDS_TRITON)], ids=["public", "triton"]
+)
 
 
 @PUBLIC_AND_REFERENCE
@@ -72,50 +93,55 @@ def test_replay_equals_the_embedding_of_the_step():
     assert torch.equal(mix_embeddings(step.ids, step.scores, table, tau=0.7), step.embedding)
 
 
+@PUBLIC_AND_TRITON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf, 0.0], ids=["nan", "inf", "-inf", "zero"])
-def test_text_rows_are_the_table_exactly_whatever_their_scores(dtype, junk):
+def test_text_rows_are_the_table_exactly_whatever_their_scores(operator, dtype, junk):
     ids, scores, table = make_rows()
     text = ids[:, 1] == -100
     scores[text] = junk
     table = table.to(dtype)
-    mixture = mix_embeddings(ids, scores, table)
+    mixture = operator(ids, scores, table)
     assert torch.equal(mixture[text], table[ids[text, 0]])
     assert torch.isfinite(mixture).all()
 
 
-def test_one_hundred_marks_a_text_row_in_any_place_behind_the_first():
+@PUBLIC_AND_TRITON
+def test_one_hundred_marks_a_text_row_in_any_place_behind_the_first(operator):
     ids, scores, table = make_rows(3)
     ids[:] = 4
     ids[0, -1] = ids[1, 2] = -100
-    mixture = mix_embeddings(ids, scores, table)
+    mixture = operator(ids, scores, table)
     assert torch.equal(mixture[:2], table[4].expand(2, -1))
 
 
+@PUBLIC_AND_TRITON
 @given(st.integers(0, 2**31), st.floats(-30.0, 30.0))
-def test_a_constant_added_to_the_scores_changes_nothing(seed, shift):
+def test_a_constant_added_to_the_scores_changes_nothing(operator, seed, shift):
     torch.manual_seed(seed)
     ids, scores, table = make_rows()
-    got = mix_embeddings(ids, scores + shift, table)
-    torch.testing.assert_close(got, mix_embeddings(ids, scores, table), rtol=0, atol=tol.SHIFTED_LOGITS)
+    got = operator(ids, scores + shift, table)
+    torch.testing.assert_close(got, operator(ids, scores, table), rtol=0, atol=tol.SHIFTED_LOGITS)
 
 
-def test_components_commute_and_masked_ones_count_for_nothing():
+@PUBLIC_AND_TRITON
+def test_components_commute_and_masked_ones_count_for_nothing(operator):
     ids, scores, table = make_rows(4)
     ids = ids.clamp_min(0)
     order = torch.tensor([3, 0, 4, 2, 1])
-    expected = mix_embeddings(ids, scores, table)
-    torch.testing.assert_close(mix_embeddings(ids[:, order], scores[:, order], table), expected)
+    expected = operator(ids, scores, table)
+    torch.testing.assert_close(operator(ids[:, order], scores[:, order], table), expected)
     scores[:, 2] = -torch.inf
     kept = [0, 1, 3, 4]
-    torch.testing.assert_close(mix_embeddings(ids, scores, table), mix_embeddings(ids[:, kept], scores[:, kept], table))
+    torch.testing.assert_close(operator(ids, scores, table), operator(ids[:, kept], scores[:, kept], table))
 
 
-def test_strided_inputs_equal_contiguous_ones():
+@PUBLIC_AND_TRITON
+def test_strided_inputs_equal_contiguous_ones(operator):
     ids, scores, table = make_rows()
     strided = (ids.T.contiguous().T, scores.T.contiguous().T, table.T.contiguous().T)
     assert not any(t.is_contiguous() for t in strided)
-    torch.testing.assert_close(mix_embeddings(*strided), mix_embeddings(ids, scores, table))
+    torch.testing.assert_close(operator(*strided), operator(ids, scores, table))
 
 
 def test_gradcheck():
@@ -124,30 +150,61 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda s, e: mix_embeddings(ids, s, e, tau=0.7), (scores, table))
 
 
-def test_text_rows_give_no_gradient_to_their_scores_and_one_to_their_token():
+@PUBLIC_AND_TRITON
+def test_text_rows_give_no_gradient_to_their_scores_and_one_to_their_token(operator):
     ids, scores, table = make_rows()
     text = ids[:, 1] == -100
     scores[text] = torch.nan
     scores.requires_grad_()
     table.requires_grad_()
-    mix_embeddings(ids, scores, table)[text].sum().backward()
+    operator(ids, scores, table)[text].sum().backward()
     assert torch.equal(scores.grad[text], torch.zeros_like(scores[text]))
     counts = ids[text, 0].bincount(minlength=len(table)).float()
     assert torch.equal(table.grad, counts.unsqueeze(-1).expand_as(table))
 
 
+@PUBLIC_AND_TRITON
 @pytest.mark.parametrize("wanted", ["scores", "embedding", "neither", "no-grad"])
-def test_gradient_subsets(wanted):
+def test_gradient_subsets(operator, wanted):
     ids, scores, table = make_rows()
     scores.requires_grad_(wanted in ("scores", "no-grad"))
     table.requires_grad_(wanted in ("embedding", "no-grad"))
     with torch.set_grad_enabled(wanted != "no-grad"):
-        mixture = mix_embeddings(ids, scores, table)
+        mixture = operator(ids, scores, table)
     assert mixture.requires_grad == (wanted in ("scores", "embedding"))
     if mixture.requires_grad:
         mixture.square().sum().backward()
         leaf = scores if wanted == "scores" else table
         assert leaf.grad.abs().sum() > 0
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tau", [0.7, "a-row"])
+def test_gradients_of_the_kernel_are_those_of_float64(dtype, tau):
+    ids, scores, table = make_rows(9, top_k=6, width=300)  # more than one tile, and not a multiple of it
+    ids[3] = ids[3, 0]  # one token in every place: its gradient adds up
+    table = table.to(dtype)
+    tau = torch.linspace(0.2, 3.0, 9) if tau == "a-row" else tau
+    upstream = torch.randn(9, 300).to(dtype)
+    exact = (scores.double().requires_grad_(), table.double().requires_grad_())
+    mix_embeddings(ids, *exact, tau=tau).backward(upstream.double())
+    leaves = (scores.requires_grad_(), table.requires_grad_())
+    triton_mix(ids, *leaves, tau=tau).backward(upstream)
+    for leaf, wanted in zip(leaves, exact, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        torch.testing.assert_close(
+            leaf.grad.double(), wanted.grad, rtol=tol.EMBEDDING[leaf.dtype], atol=20 * tol.EMBEDDING[torch.float32]
+        )
+
+
+@NEEDS_TRITON
+def test_the_kernel_has_no_second_derivative_and_says_so():
+    ids, scores, table = make_rows()
+    scores.requires_grad_()
+    (gradient,) = torch.autograd.grad(triton_mix(ids, scores, table).square().sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 IDS = torch.zeros(4, 3, dtype=torch.int64)
@@ -168,7 +225,8 @@ INVALID = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), INVALID.values(), ids=INVALID)
-def test_wrong_arguments_are_named(change, error, message):
+def test_wrong_arguments_are_named(change, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"ids": IDS, "scores": torch.zeros(4, 3), "embedding": torch.zeros(9, 2), **change}
     with pytest.raises(error, match=message):
         mix_embeddings(**arguments)

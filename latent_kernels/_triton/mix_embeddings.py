@@ -1,0 +1,129 @@
+"""Replay of input embeddings in one pass: K table rows gathered and mixed in float32 (Eq. 1).
+
+Bytes are the floor: K rows of D read and one written per trajectory row, each once. A program owns one row and one tile
+of D and issues its K gathers together, so that loads overlap.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latent_kernels.reference import mixture_weights
+
+HARD = tl.constexpr(-100)
+TILE = 4096  # gathered elements of one program, 32 a thread: more spills on sm_100
+NUM_WARPS = 4
+
+
+@triton.jit
+def row_weights(ids_ptr, scores_ptr, tau_ptr, row, K: tl.constexpr, BLOCK_K: tl.constexpr, TAU_PER_ROW: tl.constexpr):
+    """ids, weights and whether each component is used, [BLOCK_K], and whether the row is one text token."""
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
+    hard = tl.sum(((ids == HARD) & (k > 0)).to(tl.int32), 0) > 0
+    scores = tl.load(scores_ptr + row * K + k, mask=k < K, other=-float("inf")).to(tl.float32)
+    tau = tl.load(tau_ptr + row).to(tl.float32) if TAU_PER_ROW else tl.load(tau_ptr).to(tl.float32)
+    # Whatever a text row's scores hold, NaN included, is replaced before it is used.
+    scores = tl.where(hard, tl.where(k == 0, 0.0, -float("inf")), scores / tau)
+    scores = tl.where(k < K, scores, -float("inf"))
+    weights = tl.exp(scores - tl.max(scores, 0))
+    used = tl.where(hard, k == 0, k < K)
+    return tl.maximum(ids, 0), weights / tl.sum(weights, 0), used, hard, tau
+
+
+@triton.jit
+def mix_kernel(
+    ids_ptr, scores_ptr, tau_ptr, table_ptr, out_ptr, table_stride, D,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAU_PER_ROW: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    ids, weights, used, _, _ = row_weights(ids_ptr, scores_ptr, tau_ptr, row, K, BLOCK_K, TAU_PER_ROW)
+    table = tl.load(
+        table_ptr + ids[:, None] * table_stride + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
+    ).to(tl.float32)
+    # A weight of zero must not turn an infinite table entry into NaN on a text row: unused rows were not loaded.
+    mixed = tl.sum(weights[:, None] * table, 0)
+    tl.store(out_ptr + row * D + d, mixed.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def mix_backward_scores_kernel(
+    ids_ptr, scores_ptr, tau_ptr, table_ptr, grad_ptr, out_ptr, table_stride, D,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAU_PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """d scores_k = w_k (<grad, E_k> - sum_j w_j <grad, E_j>) / tau; 0 on text rows."""
+    row = tl.program_id(0).to(tl.int64)
+    ids, weights, used, hard, tau = row_weights(ids_ptr, scores_ptr, tau_ptr, row, K, BLOCK_K, TAU_PER_ROW)
+    dots = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        grad = tl.load(grad_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        table = tl.load(
+            table_ptr + ids[:, None] * table_stride + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
+        ).to(tl.float32)
+        dots += tl.sum(table * grad[None, :], 1)
+    k = tl.arange(0, BLOCK_K)
+    result = tl.where(hard, 0.0, weights * (dots - tl.sum(weights * dots, 0)) / tau)
+    tl.store(out_ptr + row * K + k, result.to(out_ptr.dtype.element_ty), mask=k < K)
+
+
+class _MixEmbeddings(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids: Tensor, scores: Tensor, embedding: Tensor, tau: Tensor) -> Tensor:
+        ids, scores = ids.contiguous(), scores.contiguous()
+        table = embedding if embedding.stride(1) == 1 else embedding.contiguous()
+        (rows, width), dim = ids.shape, table.shape[1]
+        out = torch.empty(rows, dim, dtype=table.dtype, device=table.device)
+        if rows and dim:
+            chosen = constants(width, per_row=tau.ndim == 1)
+            mix_kernel[(rows, triton.cdiv(dim, chosen["BLOCK_D"]))](
+                ids, scores, tau, table, out, table.stride(0), dim, **chosen, num_warps=NUM_WARPS
+            )
+        ctx.save_for_backward(ids, scores, table, tau)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+        ids, scores, table, tau = ctx.saved_tensors
+        grad, (rows, width) = grad.contiguous(), ids.shape
+        grad_scores = grad_table = None
+        if ctx.needs_input_grad[1]:
+            grad_scores = torch.empty_like(scores)
+            if rows:
+                mix_backward_scores_kernel[(rows,)](
+                    ids, scores, tau, table, grad, grad_scores, table.stride(0), table.shape[1],
+                    **constants(width, per_row=tau.ndim == 1), num_warps=NUM_WARPS,
+                )  # fmt: skip
+        if ctx.needs_input_grad[2]:
+            grad_table = _table_gradient(ids, scores, tau, table, grad)
+        return None, grad_scores, grad_table, None
+
+
+def constants(width: int, *, per_row: bool) -> dict[str, int | bool]:
+    """Constants of both kernels for mixtures of `width` components, tau one for all or one a row."""
+    block = triton.next_power_of_2(width)
+    return {"K": width, "BLOCK_K": block, "BLOCK_D": min(256, TILE // block), "TAU_PER_ROW": per_row}
+
+
+def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, grad: Tensor) -> Tensor:
+    """w_k grad added up over the rows that hold a token [V, D]: a component at a time, in float32.
+
+    PyTorch's `index_add_` carries out the sum, and so follows `torch.use_deterministic_algorithms`.
+    """
+    weights = mixture_weights(ids, scores.float(), tau.float())
+    total = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+    for k in range(ids.shape[1]):
+        total.index_add_(0, ids[:, k].clamp_min(0), weights[:, k : k + 1] * grad.float())
+    return total.to(table.dtype)
+
+
+def mix_embeddings(ids: Tensor, scores: Tensor, embedding: Tensor, tau: float | Tensor) -> Tensor:
+    """`latent_kernels.mix_embeddings` on checked arguments."""
+    if not isinstance(tau, Tensor):  # filled on the device: a copy from the host would wait for it
+        tau = torch.full((), tau, dtype=torch.float32, device=embedding.device)
+    return _MixEmbeddings.apply(ids, scores, embedding, tau)
