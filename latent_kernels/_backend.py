@@ -11,7 +11,10 @@ from torch import Tensor
 IMPLS = ("auto", "triton", "eager")
 
 # Operators that have a Triton kernel in this version; `auto` means eager for all others.
-TRITON_OPS: frozenset[str] = frozenset({"mix_embeddings"})
+TRITON_OPS: frozenset[str] = frozenset({"group_advantages", "mix_embeddings"})
+
+# Other kernels accumulate in float32; float64 is for gradient checks, and eager.
+FLOAT64_OPS: frozenset[str] = frozenset({"group_advantages"})
 
 
 def triton_available() -> bool:
@@ -31,8 +34,7 @@ def resolve(op: str, impl: str, tensor: Tensor) -> str:
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    # Kernels accumulate in float32; float64 is for gradient checks, and eager.
-    kernel_dtype = tensor.dtype != torch.float64
+    kernel_dtype = tensor.dtype != torch.float64 or op in FLOAT64_OPS
     if impl == "auto":
         fits = op in TRITON_OPS and tensor.is_cuda and kernel_dtype
         return "triton" if fits and triton_available() else "eager"

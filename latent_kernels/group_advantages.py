@@ -49,7 +49,12 @@ def group_advantages(
         check_tensor("mean_logprob", mean_logprob, list(rewards.shape), like=rewards)
     elif first_token != "all":
         raise ValueError(f"first_token={first_token!r} needs mean_logprob; give it or use first_token='all'")
-    resolve("group_advantages", impl, rewards)
+    if resolve("group_advantages", impl, rewards) == "triton":
+        from latent_kernels._triton.group_advantages import group_advantages as triton_group_advantages
+
+        return triton_group_advantages(
+            rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token
+        )
 
     rewards = rewards.double()  # so that a group of equal float32 rewards has exactly its own mean
     segment = _segments(group_ids)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from latent_kernels._triton import group_advantages as advantages
 from latent_kernels._triton import mix_embeddings as mix
 
 Build = tuple[str, Any, dict[str, str], dict[str, Any], int]  # name, kernel, argument types, constants, warps
@@ -39,6 +40,24 @@ def mix_embeddings_builds() -> Iterator[Build]:
         yield f"mix backward {name}", mix.mix_backward_scores_kernel, gradient, constants, mix.NUM_WARPS
 
 
+def group_advantages_builds() -> Iterator[Build]:
+    """Every combination of the modes, for float32 rewards; the other reward types, and no mask, once each."""
+    modes = list(product(("exclude", "zero", "keep"), (True, False), advantages.SELECTIONS))
+    variants = [("fp32", True, *mode) for mode in modes]
+    variants += [(dtype, True, *modes[0]) for dtype in ("fp64", "bf16", "fp16")] + [("fp32", False, *modes[0])]
+    for dtype, has_broken, invalid, normalize_std, first_token in variants:
+        constants = advantages.constants(
+            has_broken=has_broken, invalid=invalid, normalize_std=normalize_std, first_token=first_token
+        )
+        types = {
+            "rewards_ptr": f"*{dtype}", "groups_ptr": "*i64", "broken_ptr": "*i8" if has_broken else f"*{dtype}",
+            "logprob_ptr": "*fp32", **dict.fromkeys(("advantage_ptr", "first_ptr", "mean_ptr", "std_ptr"), "*fp32"),
+            "R": "i32", "epsilon": "fp32",
+        }  # fmt: skip
+        name = f"group_advantages {dtype} {invalid} {first_token} std={normalize_std} mask={has_broken}"
+        yield name, advantages.group_advantages_kernel, types, constants, advantages.NUM_WARPS
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers a thread and bytes of stack and local memory, as `cuobjdump` reads them from the cubin."""
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -55,7 +74,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(capability: int) -> None:
     """Build everything for one target."""
-    for name, kernel, types, constants, warps in mix_embeddings_builds():
+    for name, kernel, types, constants, warps in chain(mix_embeddings_builds(), group_advantages_builds()):
         signature = {**types, **dict.fromkeys(constants, "constexpr")}
         source = ASTSource(kernel, signature, constants)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from typing import Any
@@ -15,8 +16,22 @@ from hypothesis import strategies as st
 from latent_kernels import GroupAdvantages, group_advantages
 from latent_kernels.reference import group_advantages_ref
 
+# Kernels run compiled on CUDA tensors where there is a GPU, else interpreted on CPU tensors.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def triton_advantages(*arguments: torch.Tensor, **options: Any) -> GroupAdvantages:
+    """The kernel, whatever the device of the arguments; results on the CPU."""
+    moved = [x.to(DEVICE) for x in arguments]
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return GroupAdvantages(*(x.cpu() for x in group_advantages(*moved, **options, impl="triton")))
+
+
 PUBLIC_AND_REFERENCE = pytest.mark.parametrize(
-    "operator", [group_advantages, group_advantages_ref], ids=["public", "reference"]
+    "operator",
+    [group_advantages, group_advantages_ref, pytest.param(triton_advantages, marks=NEEDS_TRITON)],
+    ids=["public", "reference", "triton"],
 )
 INVALID_MODES = ("exclude", "zero", "keep")
 FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
@@ -154,6 +169,20 @@ def test_any_batch_equals_brute_force(data, mode):
     assert_same(group_advantages_ref(**data, **options), expected)
 
 
+@NEEDS_TRITON
+@ALL_MODES
+def test_kernel_over_many_tiles_with_ties_and_unequal_groups(invalid, first_token, normalize_std):
+    rows = 301  # tiles of 32 rows, the last of them not full
+    data = dict(
+        rewards=torch.randint(4, (rows,)) / 3.0,
+        group_ids=torch.where(torch.rand(rows) < 0.5, 7, torch.randint(40, (rows,))),  # one group of half the rows
+        invalid_mask=torch.rand(rows) < 0.2,
+        mean_logprob=-torch.randint(3, (rows,)) / 2.0,  # winners tie within and across tiles
+    )
+    options = dict(invalid=invalid, first_token=first_token, normalize_std=normalize_std)
+    assert_same(triton_advantages(**data, **options), brute(data, **options))
+
+
 @given(batches(), st.sampled_from(MODES), st.randoms(use_true_random=False))
 def test_rows_may_come_in_any_order(data, mode, random):
     options = dict(zip(("invalid", "first_token", "normalize_std"), mode, strict=True))
@@ -275,7 +304,8 @@ INVALID = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), INVALID.values(), ids=INVALID)
-def test_wrong_arguments_are_named(change, error, message):
+def test_wrong_arguments_are_named(change, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"rewards": torch.zeros(4), "group_ids": GROUPS, "mean_logprob": torch.zeros(4), **change}
     with pytest.raises(error, match=message):
         group_advantages(**arguments)

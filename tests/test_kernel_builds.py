@@ -13,7 +13,7 @@ import pytest
 
 # Bytes of shared memory that one block can have: A100, H100, B200.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-CONFIGURATIONS = 36
+CONFIGURATIONS = 36 + 22  # mix_embeddings, group_advantages
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

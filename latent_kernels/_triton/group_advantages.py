@@ -1,0 +1,133 @@
+"""Group-relative advantages in one launch (Eq. 9-11, 18-21), whatever the number, size and order of the groups.
+
+A program owns BLOCK_R rows and goes over all R rows for each: to count and sum its group, for the spread around the
+mean, and to find the group's winner. That is O(R^2) comparisons of values that stay in cache, some 10^8 a pass at R =
+8192, and in return there is no sort, no atomic and no intermediate tensor, and each row's result is the same in any
+run. Sums are in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latent_kernels._types import GroupAdvantages
+from latent_kernels.reference import STD_EPSILON
+
+BLOCK_R, BLOCK_J = 32, 32  # at 64 columns a thread spills
+NUM_WARPS = 4
+SELECTIONS = {"all": 0, "best_of_correct": 1, "best_of_group": 2}
+
+
+@triton.jit
+def members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN: tl.constexpr):
+    """Which of the rows j are in the group of which own row [BLOCK_R, BLOCK_J], and which of them are valid."""
+    other = tl.load(groups_ptr + j, mask=j < R, other=0)
+    same = (group[:, None] == other[None, :]) & (j < R)[None, :]
+    valid = j < R
+    if HAS_BROKEN:
+        valid = valid & (tl.load(broken_ptr + j, mask=j < R, other=1) == 0)
+    return same, valid
+
+
+@triton.jit
+def group_advantages_kernel(
+    rewards_ptr, groups_ptr, broken_ptr, logprob_ptr, advantage_ptr, first_ptr, mean_ptr, std_ptr, R, epsilon,
+    HAS_BROKEN: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, NORMALIZE: tl.constexpr,
+    SELECTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = rows < R
+    group = tl.load(groups_ptr + rows, mask=inside, other=0)
+    reward = tl.load(rewards_ptr + rows, mask=inside, other=0.0).to(tl.float64)
+
+    count = tl.zeros([BLOCK_R], dtype=tl.float64)
+    total = tl.zeros([BLOCK_R], dtype=tl.float64)
+    for start in range(0, R, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        counted, valid = members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN)
+        if EXCLUDE:
+            counted = counted & valid[None, :]
+        value = tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+        count += tl.sum(counted.to(tl.float64), 1)
+        total += tl.sum(tl.where(counted, value[None, :] - reward[:, None], 0.0), 1)
+    # Distances to the row's own reward: their sum is exact, and 0 where all rewards are equal, so that float32 does for
+    # quotients (in float64 they are calls, which save registers to memory). A group of one has mean 0.
+    total = tl.where(count > 1, total, -reward)
+    divisor = tl.maximum(count, 1.0)
+    above_mean = -tl.div_rn(total.to(tl.float32), divisor.to(tl.float32))
+    mean = reward - above_mean.to(tl.float64)
+
+    spread = tl.zeros([BLOCK_R], dtype=tl.float64)
+    for start in range(0, R, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        counted, valid = members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN)
+        if EXCLUDE:
+            counted = counted & valid[None, :]
+        value = tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+        distance = value[None, :] - mean[:, None]
+        spread += tl.sum(tl.where(counted, distance * distance, 0.0), 1)
+    variance = tl.div_rn(spread.to(tl.float32), tl.maximum(count - 1.0, 1.0).to(tl.float32))
+    std = tl.where(count > 1, tl.sqrt_rn(variance), 1.0)
+
+    advantage = above_mean
+    if NORMALIZE:
+        advantage = tl.div_rn(advantage, std + epsilon)
+    if HAS_BROKEN and not KEEP:
+        advantage = tl.where(tl.load(broken_ptr + rows, mask=inside, other=1) == 0, advantage, 0.0)
+    first = advantage
+    if SELECTION > 0:
+        best = tl.full([BLOCK_R], -float("inf"), dtype=tl.float64)
+        winner = tl.zeros([BLOCK_R], dtype=tl.int32) + R  # R where the group has no correct row
+        for start in range(0, R, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            correct, valid = members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN)
+            if not KEEP:
+                correct = correct & valid[None, :]
+            value = tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+            # Above the mean, without a quotient: every row of the group finds the same.
+            correct = correct & ((value[None, :] - reward[:, None]) * divisor[:, None] > total[:, None])
+            logprob = tl.load(logprob_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+            candidate = tl.where(correct, logprob[None, :], -float("inf"))
+            highest = tl.max(candidate, 1)
+            place = tl.min(tl.where(correct & (candidate == highest[:, None]), j[None, :], R), 1)
+            # An earlier tile keeps a tie: its rows come first.
+            better = (place < R) & ((highest > best) | (winner == R))
+            best = tl.where(better, highest, best)
+            winner = tl.where(better, place, winner)
+        rival = (advantage > 0) if SELECTION == 1 else (winner < R)
+        first = tl.where(rival & (rows != winner), 0.0, first)
+    tl.store(advantage_ptr + rows, advantage, mask=inside)
+    tl.store(first_ptr + rows, first, mask=inside)
+    tl.store(mean_ptr + rows, mean.to(tl.float32), mask=inside)
+    tl.store(std_ptr + rows, std, mask=inside)
+
+
+def constants(*, has_broken: bool, invalid: str, normalize_std: bool, first_token: str) -> dict[str, int | bool]:
+    """Constants of the kernel."""
+    return {
+        "HAS_BROKEN": has_broken, "EXCLUDE": invalid == "exclude", "KEEP": invalid == "keep",
+        "NORMALIZE": normalize_std, "SELECTION": SELECTIONS[first_token], "BLOCK_R": BLOCK_R, "BLOCK_J": BLOCK_J,
+    }  # fmt: skip
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, invalid_mask: Tensor | None, invalid: str, normalize_std: bool,
+    mean_logprob: Tensor | None, first_token: str,
+) -> GroupAdvantages:  # fmt: skip
+    """`latent_kernels.group_advantages` on checked arguments."""
+    rewards, rows = rewards.contiguous(), len(rewards)
+    out = torch.empty(4, rows, dtype=torch.float32, device=rewards.device)
+    if rows:
+        # Arguments that are not used are some tensor of the right device.
+        broken = rewards if invalid_mask is None else invalid_mask.bool().contiguous().view(torch.int8)
+        logprob = rewards if mean_logprob is None else mean_logprob.contiguous()
+        chosen = constants(
+            has_broken=invalid_mask is not None, invalid=invalid, normalize_std=normalize_std, first_token=first_token
+        )
+        group_advantages_kernel[(triton.cdiv(rows, BLOCK_R),)](
+            rewards, group_ids.contiguous(), broken, logprob, *out, rows, STD_EPSILON, **chosen, num_warps=NUM_WARPS
+        )
+    return GroupAdvantages(*out)
