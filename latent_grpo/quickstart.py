@@ -41,13 +41,14 @@ def sft_config(out: Path, seed: int) -> LatentSFTConfig:
 def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
     """Options of the reinforcement. K = 2, the chain tokens that a latent step stands for.
 
-    No first-token selection: a response has one to three latent steps, so the first one is too large a part of it.
+    No first-token selection: a response has one to three latent steps, so the first one is too large a part of it. Few
+    steps: with the loss on latent steps alone nothing holds the end of the latent run in its place for long.
     """
     return LatentGRPOConfig(
-        output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=80,
+        output_dir=str(out / "latent-grpo"), seed=seed, loss_on=loss_on, latent_top_k=2, max_steps=50,
         learning_rate=1e-4, lr_scheduler_type="linear", num_generations=8, generation_batch_size=512,
         per_device_train_batch_size=128, max_generation_batches=1, max_completion_length=12, first_token="all",
-        old_logprobs="rollout", eval_steps=20, save_steps=0,
+        old_logprobs="rollout", eval_steps=10, save_steps=0,
     )  # fmt: skip
 
 
