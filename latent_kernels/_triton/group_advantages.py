@@ -22,14 +22,13 @@ SELECTIONS = {"all": 0, "best_of_correct": 1, "best_of_group": 2}
 
 
 @triton.jit
-def members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN: tl.constexpr):
-    """Which of the rows j are in the group of which own row [BLOCK_R, BLOCK_J], and which of them are valid."""
+def members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, VALID_ONLY: tl.constexpr):
+    """Which of the rows j are in the group of which own row [BLOCK_R, BLOCK_J], and the rewards of the rows j."""
     other = tl.load(groups_ptr + j, mask=j < R, other=0)
     same = (group[:, None] == other[None, :]) & (j < R)[None, :]
-    valid = j < R
-    if HAS_BROKEN:
-        valid = valid & (tl.load(broken_ptr + j, mask=j < R, other=1) == 0)
-    return same, valid
+    if VALID_ONLY:
+        same = same & (tl.load(broken_ptr + j, mask=j < R, other=1) == 0)[None, :]
+    return same, tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -47,10 +46,7 @@ def group_advantages_kernel(
     total = tl.zeros([BLOCK_R], dtype=tl.float64)
     for start in range(0, R, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        counted, valid = members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN)
-        if EXCLUDE:
-            counted = counted & valid[None, :]
-        value = tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+        counted, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and EXCLUDE)
         count += tl.sum(counted.to(tl.float64), 1)
         total += tl.sum(tl.where(counted, value[None, :] - reward[:, None], 0.0), 1)
     # Distances to the row's own reward: their sum is exact, and 0 where all rewards are equal, so that float32 does for
@@ -63,10 +59,7 @@ def group_advantages_kernel(
     spread = tl.zeros([BLOCK_R], dtype=tl.float64)
     for start in range(0, R, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        counted, valid = members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN)
-        if EXCLUDE:
-            counted = counted & valid[None, :]
-        value = tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+        counted, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and EXCLUDE)
         distance = value[None, :] - mean[:, None]
         spread += tl.sum(tl.where(counted, distance * distance, 0.0), 1)
     variance = tl.div_rn(spread.to(tl.float32), tl.maximum(count - 1.0, 1.0).to(tl.float32))
@@ -83,10 +76,7 @@ def group_advantages_kernel(
         winner = tl.zeros([BLOCK_R], dtype=tl.int32) + R  # R where the group has no correct row
         for start in range(0, R, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            correct, valid = members(groups_ptr, broken_ptr, group, j, R, HAS_BROKEN)
-            if not KEEP:
-                correct = correct & valid[None, :]
-            value = tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+            correct, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and not KEEP)
             # Above the mean, without a quotient: every row of the group finds the same.
             correct = correct & ((value[None, :] - reward[:, None]) * divisor[:, None] > total[:, None])
             logprob = tl.load(logprob_ptr + j, mask=j < R, other=0.0).to(tl.float64)
