@@ -82,6 +82,11 @@ def test_the_trainer_uses_what_the_kernels_export(repository: Path):
     assert used
 
 
+def test_an_installation_has_every_module(repository: Path):
+    for path in sources(repository, *PACKAGES):
+        assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package: it would not be installed"
+
+
 def test_nobody_imports_bench_or_tests(repository: Path):
     test_modules = {path.stem for path in (repository / "tests").glob("*.py")}
     for path in sources(repository, *PACKAGES):
