@@ -11,7 +11,9 @@ from torch import Tensor
 IMPLS = ("auto", "triton", "eager")
 
 # Operators that have a Triton kernel in this version; `auto` means eager for all others.
-TRITON_OPS: frozenset[str] = frozenset({"group_advantages", "mix_embeddings"})
+TRITON_OPS: frozenset[str] = frozenset({"group_advantages", "latent_step", "mix_embeddings", "project_with_noise"})
+
+MAX_TOP_K = 32  # mixture components that the kernel of the latent step keeps
 
 # Other kernels accumulate in float32; float64 is for gradient checks, and eager.
 FLOAT64_OPS: frozenset[str] = frozenset({"group_advantages"})
@@ -27,16 +29,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
-def resolve(op: str, impl: str, tensor: Tensor) -> str:
-    """`"triton"` or `"eager"` for operator `op` on `tensor`'s device.
+def resolve(op: str, impl: str, *tensors: Tensor, beyond: str | None = None) -> str:
+    """`"triton"` or `"eager"` for operator `op` on the device of its inputs; `beyond` says what its kernel cannot take.
 
     Raises ValueError for an unknown `impl`, RuntimeError (naming the remedy) where an explicit choice cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    kernel_dtype = tensor.dtype != torch.float64 or op in FLOAT64_OPS
+    device = tensors[0].device
+    kernel_dtype = op in FLOAT64_OPS or all(tensor.dtype != torch.float64 for tensor in tensors)
     if impl == "auto":
-        fits = op in TRITON_OPS and tensor.is_cuda and kernel_dtype
+        fits = op in TRITON_OPS and device.type == "cuda" and kernel_dtype and beyond is None
         return "triton" if fits and triton_available() else "eager"
     if impl == "triton":
         if op not in TRITON_OPS:
@@ -45,6 +48,8 @@ def resolve(op: str, impl: str, tensor: Tensor) -> str:
             raise RuntimeError(f"impl='triton' for {op} needs Triton; `pip install triton` or use impl='auto'")
         if not kernel_dtype:
             raise RuntimeError(f"impl='triton' for {op} computes in float32, got torch.float64; use impl='auto'")
-        if not tensor.is_cuda and not interpreting():
-            raise RuntimeError(f"impl='triton' for {op} needs CUDA tensors, got {tensor.device}; use impl='auto'")
+        if beyond is not None:
+            raise RuntimeError(f"impl='triton' for {op} {beyond}; use impl='auto'")
+        if device.type != "cuda" and not interpreting():
+            raise RuntimeError(f"impl='triton' for {op} needs CUDA tensors, got {device}; use impl='auto'")
     return impl

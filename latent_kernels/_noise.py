@@ -7,6 +7,8 @@ and so keep the high word of a 32 x 32 bit product.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,17 @@ _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+class NoiseSpec(NamedTuple):
+    """Noise of B rows as an operator was given it: a stream (seed, step, row_ids), or injected draws [B, V]."""
+
+    kind: str
+    scale: float | Tensor  # one, or [B]
+    seed: int | Tensor | None
+    step: int | Tensor
+    row_ids: Tensor | None  # [B]; None for 0, 1, ...
+    exponential: Tensor | None
 
 
 def draw_seed() -> int:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from latent_kernels._backend import resolve
-from latent_kernels._eager.latent_step import NoiseSpec, latent_step_from_logits_eager
+from latent_kernels._backend import MAX_TOP_K, resolve
+from latent_kernels._eager.latent_step import latent_step_from_logits_eager
 from latent_kernels._eager.linear import project
-from latent_kernels._noise import draw_seed
+from latent_kernels._noise import NoiseSpec, draw_seed
 from latent_kernels._types import LatentStep
 from latent_kernels._validate import check_noise, check_row_range, check_tensor
 from latent_kernels.reference import compute_dtype
+
+if TYPE_CHECKING:
+    from latent_kernels._triton.lm_head import Sidecar
 
 
 @torch.no_grad()
@@ -57,38 +60,17 @@ def latent_step_from_logits(
     Not differentiable. Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot
     run."""
     check_tensor("logits", logits, [None, None])
-    rows, vocab = logits.shape
-    check_tensor("embedding", embedding, [vocab, None], like=logits)
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
-    if not 1 <= top_k <= vocab:
-        raise ValueError(f"top_k must be between 1 and the vocabulary size {vocab}, got {top_k}")
-    check_row_range("top_p", top_p, rows, logits, 0.0, 1.0)
-    check_row_range("tau", tau, rows, logits, 0.0, open_low=True)
-    check_noise(rows, vocab, logits, noise, noise_scale, seed, step, row_ids, exponential)
-    if latent_mask is not None:
-        check_tensor("latent_mask", latent_mask, [rows], (torch.bool,), like=logits)
-    if end_token_id is not None and (isinstance(end_token_id, bool) or not isinstance(end_token_id, int)):
-        raise TypeError(f"end_token_id must be an int, got {type(end_token_id).__name__}")
-    if end_token_id is not None and not 0 <= end_token_id < vocab:
-        raise ValueError(f"end_token_id must be between 0 and {vocab - 1}, got {end_token_id}")
-    resolve("latent_step", impl, logits)
-
-    logits = logits.to(compute_dtype(logits))
-    if seed is None and exponential is None and noise != "none":
-        seed = draw_seed()
-    spec = NoiseSpec(
-        kind=noise,
-        scale=_column(noise_scale, logits),
-        seed=seed,
-        step=step,
-        row_ids=torch.arange(rows, device=logits.device) if row_ids is None else row_ids,
-        exponential=exponential,
-    )
-    return latent_step_from_logits_eager(
-        logits, embedding, top_k=top_k, top_p=top_p, tau=tau, noise=spec, latent_mask=latent_mask,
-        end_token_id=end_token_id,
+    options = _checked(
+        len(logits), logits, logits.shape[1], embedding, top_k=top_k, top_p=top_p, tau=tau, noise=noise,
+        noise_scale=noise_scale, seed=seed, step=step, row_ids=row_ids, exponential=exponential,
+        latent_mask=latent_mask, end_token_id=end_token_id,
     )  # fmt: skip
+    if resolve("latent_step", impl, logits, beyond=_beyond_kernel(top_k)) == "triton":
+        from latent_kernels._triton.latent_step import select
+        from latent_kernels._triton.lm_head import logits_sidecar
+
+        return select(logits_sidecar(logits), embedding, **options)
+    return latent_step_from_logits_eager(logits.to(compute_dtype(logits)), embedding, **options)
 
 
 @torch.no_grad()
@@ -118,15 +100,59 @@ def latent_step(
     """
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
-    resolve("latent_step", impl, hidden)
-    options: dict[str, Any] = dict(
-        top_k=top_k, top_p=top_p, tau=tau, noise=noise, noise_scale=noise_scale, seed=seed, step=step, row_ids=row_ids,
-        exponential=exponential, latent_mask=latent_mask, end_token_id=end_token_id, impl=impl,
+    options = _checked(
+        len(hidden), hidden, len(lm_head), embedding, top_k=top_k, top_p=top_p, tau=tau, noise=noise,
+        noise_scale=noise_scale, seed=seed, step=step, row_ids=row_ids, exponential=exponential,
+        latent_mask=latent_mask, end_token_id=end_token_id,
     )  # fmt: skip
-    return latent_step_from_logits(project(hidden, lm_head), embedding, **options)
+    if resolve("latent_step", impl, hidden, lm_head, beyond=_beyond_kernel(top_k)) == "triton":
+        from latent_kernels._triton.latent_step import select
+
+        return select(_sidecar(hidden, lm_head), embedding, **options)
+    return latent_step_from_logits_eager(project(hidden, lm_head), embedding, **options)
 
 
-def _column(value: float | Tensor, like: Tensor) -> Tensor:
-    """A float or [B] tensor as 0-d or [B, 1] in `like`'s dtype."""
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    return value.unsqueeze(-1) if value.ndim else value
+def _sidecar(hidden: Tensor, lm_head: Tensor) -> Sidecar:
+    """Logits of the LM head and what the selection needs to know of them, by the route for this shape."""
+    from latent_kernels._triton.lm_head import lm_head_sidecar, logits_sidecar
+    from latent_kernels._triton.routes import Route, choose
+
+    def run(route: Route) -> Sidecar:
+        if route is None:
+            return logits_sidecar(project(hidden, lm_head))
+        return lm_head_sidecar(hidden, lm_head, route)
+
+    return run(choose(hidden, lm_head, run))
+
+
+def _beyond_kernel(top_k: int) -> str | None:
+    return f"takes a top_k of at most {MAX_TOP_K}, got {top_k}" if top_k > MAX_TOP_K else None
+
+
+def _checked(
+    rows: int, like: Tensor, vocab: int, embedding: Tensor, *, top_k: int, top_p: float | Tensor, tau: float | Tensor,
+    noise: str, noise_scale: float | Tensor, seed: int | Tensor | None, step: int | Tensor, row_ids: Tensor | None,
+    exponential: Tensor | None, latent_mask: Tensor | None, end_token_id: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Checks the arguments that both operators share; returns those of either implementation."""
+    check_tensor("embedding", embedding, [vocab, None], like=like)
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
+    if not 1 <= top_k <= vocab:
+        raise ValueError(f"top_k must be between 1 and the vocabulary size {vocab}, got {top_k}")
+    check_row_range("top_p", top_p, rows, like, 0.0, 1.0)
+    check_row_range("tau", tau, rows, like, 0.0, open_low=True)
+    check_noise(rows, vocab, like, noise, noise_scale, seed, step, row_ids, exponential)
+    if latent_mask is not None:
+        check_tensor("latent_mask", latent_mask, [rows], (torch.bool,), like=like)
+    if end_token_id is not None and (isinstance(end_token_id, bool) or not isinstance(end_token_id, int)):
+        raise TypeError(f"end_token_id must be an int, got {type(end_token_id).__name__}")
+    if end_token_id is not None and not 0 <= end_token_id < vocab:
+        raise ValueError(f"end_token_id must be between 0 and {vocab - 1}, got {end_token_id}")
+    if seed is None and exponential is None and noise != "none":
+        seed = draw_seed()
+    spec = NoiseSpec(noise, noise_scale, seed, step, row_ids, exponential)
+    return {
+        "top_k": top_k, "top_p": top_p, "tau": tau, "noise": spec, "latent_mask": latent_mask,
+        "end_token_id": end_token_id,
+    }  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latent_kernels._backend import resolve
-from latent_kernels._noise import draw_seed
+from latent_kernels._noise import NoiseSpec, draw_seed
 from latent_kernels._validate import check_noise, check_tensor
 from latent_kernels.reference import project_with_noise_ref
 
@@ -36,9 +36,15 @@ def project_with_noise(
     if bias is not None:
         check_tensor("bias", bias, [len(weight)], like=hidden)
     check_noise(len(hidden), len(weight), hidden, noise, noise_scale, seed, step, row_ids, exponential)
-    resolve("project_with_noise", impl, hidden)
+    chosen = resolve("project_with_noise", impl, hidden, weight)
     if seed is None and exponential is None and noise != "none":
         seed = draw_seed()
+    if chosen == "triton":
+        from latent_kernels._triton.project_with_noise import project_with_noise as triton_project_with_noise
+
+        spec = NoiseSpec(noise, noise_scale, seed, step, row_ids, exponential)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return triton_project_with_noise(hidden, weight, bias, spec)
     with torch.autocast(hidden.device.type, enabled=False):
         return project_with_noise_ref(
             hidden, weight, bias, noise=noise, noise_scale=noise_scale, seed=0 if seed is None else seed, step=step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from typing import Any
@@ -12,27 +11,13 @@ import tolerances as tol
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import NEEDS_TRITON, kernel, with_kernel
 
 from latent_kernels import GroupAdvantages, group_advantages
 from latent_kernels.reference import group_advantages_ref
 
-# Kernels run compiled on CUDA tensors where there is a GPU, else interpreted on CPU tensors.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def triton_advantages(*arguments: torch.Tensor, **options: Any) -> GroupAdvantages:
-    """The kernel, whatever the device of the arguments; results on the CPU."""
-    moved = [x.to(DEVICE) for x in arguments]
-    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    return GroupAdvantages(*(x.cpu() for x in group_advantages(*moved, **options, impl="triton")))
-
-
-PUBLIC_AND_REFERENCE = pytest.mark.parametrize(
-    "operator",
-    [group_advantages, group_advantages_ref, pytest.param(triton_advantages, marks=NEEDS_TRITON)],
-    ids=["public", "reference", "triton"],
-)
+triton_advantages = kernel(group_advantages)
+PUBLIC_AND_REFERENCE = with_kernel(group_advantages, group_advantages_ref)
 INVALID_MODES = ("exclude", "zero", "keep")
 FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
 MODES = list(itertools.product(INVALID_MODES, FIRST_TOKEN_MODES, (True, False)))

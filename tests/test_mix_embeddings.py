@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import tolerances as tol
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import NEEDS_TRITON, kernel, with_kernel
 from torch import Tensor
 
 from latent_kernels import latent_step_from_logits, mix_embeddings
 from latent_kernels.reference import mix_embeddings_ref
 
-# Kernels run compiled on CUDA tensors where there is a GPU, else interpreted on CPU tensors.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def triton_mix(ids: Tensor, scores: Tensor, embedding: Tensor, *, tau: float | Tensor = 1.0) -> Tensor:
-    """The kernel, whatever the device of the arguments."""
-    tau = tau.to(DEVICE) if isinstance(tau, Tensor) else tau
-    moved = (x.to(DEVICE) for x in (ids, scores, embedding))
-    return mix_embeddings(*moved, tau=tau, impl="triton").to(embedding.device)
-
-
-PUBLIC_AND_REFERENCE = pytest.mark.parametrize(
-    "operator",
-    [mix_embeddings, mix_embeddings_ref, pytest.param(triton_mix, marks=NEEDS_TRITON)],
-    ids=["public", "reference", "triton"],
-)
+triton_mix = kernel(mix_embeddings)
+PUBLIC_AND_REFERENCE = with_kernel(mix_embeddings, mix_embeddings_ref)
+PUBLIC_AND_TRITON = with_kernel(mix_embeddings)
 
 
 def make_rows(rows: int = 7, vocab: int = 33, top_k: int = 5, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,11 +36,6 @@ def mixture_by_hand(ids: Tensor, scores: Tensor, table: Tensor, tau: Tensor) -> 
         for k in range(ids.shape[1]):
             out[row] += weights[k] * table[ids[row, k]].double()
     return out
-
-
-PUBLIC_AND_TRITON = pytest.mark.parametrize(
-    "operator", [mix_embeddings, pytest.param(triton_mix, marks=NEEDS_TRITON)], ids=["public", "triton"]
-)
 
 
 @PUBLIC_AND_REFERENCE

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latent_kernels._noise import exponential_draws, gumbel_noise, noise_bounds
+from latent_kernels._noise import NoiseSpec, exponential_draws, gumbel_noise, noise_bounds
 from latent_kernels._types import LatentStep
 from latent_kernels.reference import best_first, mix, nucleus_mask, per_row
 
@@ -25,8 +25,8 @@ GROWTH = 4
 ID_LIMIT = 1 << 40  # above any vocabulary id
 
 
-class NoiseSpec(NamedTuple):
-    """Noise of B rows: scale [B, 1] or 0-d, and either a Philox stream or injected draws [B, V]."""
+class RowNoise(NamedTuple):
+    """Noise of B rows, of which some can be picked: scale [B, 1] or 0-d, a stream or injected draws [B, V]."""
 
     kind: str
     scale: Tensor
@@ -35,7 +35,7 @@ class NoiseSpec(NamedTuple):
     row_ids: Tensor
     exponential: Tensor | None
 
-    def rows(self, index: Tensor) -> NoiseSpec:
+    def rows(self, index: Tensor) -> RowNoise:
         """The same noise for a subset of the rows."""
         return self._replace(
             scale=self.scale[index] if self.scale.ndim else self.scale,
@@ -51,6 +51,12 @@ class NoiseSpec(NamedTuple):
             assert self.seed is not None
             draws = exponential_draws(ids, self.row_ids, self.seed, self.step)
         return gumbel_noise(draws, self.kind).to(self.scale.dtype) * self.scale
+
+
+def row_noise(spec: NoiseSpec, logits: Tensor) -> RowNoise:
+    """The noise in the dtype of logits [B, V], row by row."""
+    rows = torch.arange(len(logits), device=logits.device) if spec.row_ids is None else spec.row_ids
+    return RowNoise(spec.kind, per_row(spec.scale, logits), spec.seed, spec.step, rows, spec.exponential)
 
 
 class Prefix(NamedTuple):
@@ -114,7 +120,7 @@ def clean_top_k(blocks: Tensor, maxima: Tensor, top_k: int) -> tuple[Tensor, Ten
 
 
 def noisy_round(
-    prefix: Prefix, log_z: Tensor, top_k: int, top_p: Tensor, noise: NoiseSpec
+    prefix: Prefix, log_z: Tensor, top_k: int, top_p: Tensor, noise: RowNoise
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best noisy scores and ids [R, top_k] within a prefix, and the rows [R] that nothing outside it can change."""
     low, high = noise_bounds(noise.kind)
@@ -135,7 +141,7 @@ def noisy_round(
     return scores, ids % ID_LIMIT, ((enough & (nucleus_inside | out_of_reach)) | prefix.whole).squeeze(-1)
 
 
-def next_groups(scores: Tensor, maxima: Tensor, log_z: Tensor, noise: NoiseSpec, groups: int) -> int:
+def next_groups(scores: Tensor, maxima: Tensor, log_z: Tensor, noise: RowNoise, groups: int) -> int:
     """Groups that the rows still pending need: scores [R, top_k] so far, maxima [R, S], log_z [R, 1]."""
     if not len(scores):
         return groups
@@ -147,7 +153,7 @@ def next_groups(scores: Tensor, maxima: Tensor, log_z: Tensor, noise: NoiseSpec,
 
 
 def noisy_top_k(
-    blocks: Tensor, maxima: Tensor, log_z: Tensor, top_k: int, top_p: float | Tensor, noise: NoiseSpec
+    blocks: Tensor, maxima: Tensor, log_z: Tensor, top_k: int, top_p: float | Tensor, noise: RowNoise
 ) -> tuple[Tensor, Tensor]:
     """Scores and ids [B, top_k] of the noisy rule, exact for every row."""
     rows = len(maxima)
@@ -193,6 +199,7 @@ def latent_step_from_logits_eager(
     ids = torch.empty(rows, top_k, dtype=torch.int64, device=logits.device)
     tau = torch.as_tensor(tau, dtype=logits.dtype, device=logits.device).expand(rows)
     noisy = is_latent if noise.kind != "none" else torch.zeros_like(is_latent)
+    drawn = row_noise(noise, logits)
     for index, is_noisy in ((noisy.nonzero().squeeze(-1), True), ((~noisy).nonzero().squeeze(-1), False)):
         if not len(index):
             continue
@@ -200,7 +207,7 @@ def latent_step_from_logits_eager(
         part_blocks, part_maxima = (blocks, maxima) if whole else (blocks[index], maxima[index])
         if is_noisy:
             part_top_p = top_p[index] if isinstance(top_p, Tensor) and top_p.ndim else top_p
-            found = noisy_top_k(part_blocks, part_maxima, log_z[index], top_k, part_top_p, noise.rows(index))
+            found = noisy_top_k(part_blocks, part_maxima, log_z[index], top_k, part_top_p, drawn.rows(index))
             scores[index], ids[index] = found
         else:
             best, ids[index] = clean_top_k(part_blocks, part_maxima, top_k)

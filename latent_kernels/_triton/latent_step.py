@@ -1,0 +1,320 @@
+"""Selection of a latent step, one program a row: nucleus, noise, top-K, mixture (SPEC 2; Eq. 1, 12-14).
+
+Tokens are compared by 64-bit keys, (logit, lower id first), so that no two are equal. Noise is bounded: a token can
+be among the K best only if its log-prob plus the largest noise reaches the K-th best score, so everything happens in
+a prefix of the sorted order. The sidecar gives log Z and a lower bound of the K-th logit, hence a first frontier; the
+tokens above it are gathered into a buffer of N, sorted, and their exclusive cumulative mass, in float64, is the
+nucleus rule. Where the prefix does not settle the answer, a lower frontier gives the next segment of the order, with
+mass and the K best so far carried over; a segment that overflows the buffer is tried again with a higher frontier. A
+row therefore never needs a launch of its own, and the last segment is at worst the rest of the vocabulary.
+
+Realistic rows settle in one segment of 30 to 350 tokens. Nearly uniform rows do after some 20 K tokens, because 4.9% of
+all tokens draw the largest noise.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latent_kernels._noise import NoiseSpec
+from latent_kernels._triton.common import (
+    GUMBEL_HIGH,
+    GUMBEL_LOW,
+    MAX_REGISTERS,
+    counter_option,
+    exponential_draws,
+    gumbel_noise,
+    row_option,
+)
+from latent_kernels._triton.lm_head import GROUP, Sidecar
+from latent_kernels._types import LatentStep
+
+BUFFER, BUFFER_PER_K = 512, 32  # tokens of one segment, at least, and for each of the K
+NUM_WARPS = 8
+GROUPS_AT_ONCE = 16  # 2,048 logits gathered together, 8 a thread
+MIX_TILE = 2048  # elements of the table gathered together
+# Scores are rounded after each operation, as PyTorch does it.
+BUILD_OPTIONS = {"maxnreg": MAX_REGISTERS, "enable_fp_fusion": False}
+LOWEST, HIGHEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # below and above the key of any token
+ID_MASK = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def sortable(value):
+    """int32 in the order of the float32 values, 0 and -0 alike."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def token_key(value, ids):
+    """int64 in the order of (value, lower id first)."""
+    return (sortable(value).to(tl.int64) << 32) | (ids ^ ID_MASK).to(tl.int64)
+
+
+@triton.jit
+def key_value(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_id(key):
+    return (key & ID_MASK).to(tl.int32) ^ ID_MASK
+
+
+@triton.jit
+def frontier_at(value):
+    """The highest key that is below those of all tokens at `value` or above it, and a little more for rounding."""
+    return sortable(value - 1e-3 - 1e-5 * tl.abs(value)).to(tl.int64) << 32
+
+
+@triton.jit
+def frontier_between(group_keys, low, high, least, most):
+    """`low` where at most `most` groups are above it, else a key below `high` with `least` to `most` groups above."""
+    above = tl.sum((group_keys > low).to(tl.int32), 0)
+    while above > most:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        count = tl.sum((group_keys > middle).to(tl.int32), 0)
+        if count < least:
+            high = middle
+        else:
+            low, above = middle, count
+    return low
+
+
+@triton.jit
+def gather_segment(
+    logits_ptr, list_ptr, buffer_ptr, group_keys, group, frontier, ceiling, V, GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """How many keys are in (frontier, ceiling]; as many as fit are written to the buffer, in any order."""
+    wanted = group_keys > frontier
+    tl.debug_barrier()  # the list and the buffer of the last segment have been read
+    tl.store(list_ptr + tl.cumsum(wanted.to(tl.int32), 0) - 1, group, mask=wanted)
+    tl.debug_barrier()
+    groups = tl.sum(wanted.to(tl.int32), 0)
+    count = 0
+    for start in range(0, groups, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)
+        chosen = tl.load(list_ptr + i, mask=i < groups, other=0)
+        v = chosen[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = (i < groups)[:, None] & (v < V)
+        key = token_key(tl.load(logits_ptr + v, mask=inside, other=0.0).to(tl.float32), v)
+        hit = tl.reshape((inside & (key > frontier) & (key <= ceiling)).to(tl.int32), [AT_ONCE * GROUP])
+        place = count + tl.cumsum(hit, 0) - 1
+        tl.store(buffer_ptr + place, tl.reshape(key, [AT_ONCE * GROUP]), mask=(hit > 0) & (place < N))
+        count += tl.sum(hit, 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def keep_best(best, keys, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The K highest of two sets of keys, downwards; LOWEST marks an empty place and may repeat."""
+    k = tl.arange(0, BLOCK_K)
+    kept = tl.full([BLOCK_K], LOWEST, dtype=tl.int64)
+    for i in range(K):
+        highest = tl.maximum(tl.max(best, 0), tl.max(keys, 0))
+        kept = tl.where(k == i, highest, kept)
+        best = tl.where(best == highest, LOWEST, best)
+        keys = tl.where(keys == highest, LOWEST, keys)
+    return kept
+
+
+@triton.jit
+def noise_of(
+    ids, inside, row, noise_row, draws_ptr, draws_stride, seed, step, INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr
+):
+    if INJECTED:
+        draws = tl.load(draws_ptr + row * draws_stride + ids, mask=inside, other=1.0).to(tl.float32)
+    else:
+        draws = exponential_draws(ids, noise_row, seed, step)
+    return gumbel_noise(draws, ONE_SIDED)
+
+
+@triton.jit
+def store_mixture(
+    table_ptr, out_ptr, table_stride, D, row, ids, weights, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    used = tl.arange(0, BLOCK_K) < K
+    rows = table_ptr + ids.to(tl.int64)[:, None] * table_stride
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        table = tl.load(rows + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        mixed = tl.sum(weights[:, None] * table, 0)
+        tl.store(out_ptr + row * D + d, mixed.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["end_token_id", "seed", "step"])
+def latent_step_kernel(
+    logits_ptr, maxima_ptr, sums_ptr, draws_ptr, row_ids_ptr, latent_ptr, table_ptr, list_ptr, buffer_ptr,
+    ids_ptr, scores_ptr, weights_ptr, mixture_ptr, top_ptr, is_latent_ptr,
+    top_p, tau, scale, seed, step, end_token_id, logits_stride, draws_stride, table_stride, V, G, D,
+    NOISE: tl.constexpr, INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
+    HAS_MASK: tl.constexpr, TOP_P_A_ROW: tl.constexpr, TAU_A_ROW: tl.constexpr, SCALE_A_ROW: tl.constexpr,
+    SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    list_ptr += row * G
+    buffer_ptr += row * N
+
+    # The sidecar: log Z, an upper bound of the keys in each group, and the token with the highest logit.
+    group = tl.arange(0, BLOCK_G)
+    maxima = tl.load(maxima_ptr + row * G + group, mask=group < G, other=-float("inf"))
+    sums = tl.load(sums_ptr + row * G + group, mask=group < G, other=0.0)
+    peak = tl.max(maxima, 0)
+    log_z = peak + tl.log(tl.sum(sums * tl.exp(maxima - peak), 0))
+    group_keys = tl.where(group < G, token_key(maxima, group * GROUP), LOWEST)
+    highest_key = tl.max(group_keys, 0)
+    v = key_id(highest_key) + tl.arange(0, GROUP)
+    first = tl.load(logits_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    top_token = key_id(tl.max(tl.where(v < V, token_key(first, v), LOWEST), 0))
+
+    latent = top_token != end_token_id
+    if HAS_MASK:
+        latent = latent & (tl.load(latent_ptr + row) != 0)
+    noisy = latent if NOISE else latent & False
+    limit = row_option(top_p, row, TOP_P_A_ROW)
+    limit = tl.where(limit < 1.0, limit, float("inf"))
+    tau = tl.where(noisy, row_option(tau, row, TAU_A_ROW), 1.0)
+    scale = tl.where(noisy, row_option(scale, row, SCALE_A_ROW), 0.0)
+    seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR)
+    noise_row = row
+    if HAS_ROW_IDS:
+        noise_row = tl.load(row_ids_ptr + row)
+    span = scale * (GUMBEL_HIGH - GUMBEL_LOW)
+    largest = scale * GUMBEL_HIGH
+    if ONE_SIDED:
+        largest = span
+
+    # At least K logits reach the K-th largest maximum, and their scores gain the least noise at least.
+    ceiling = token_key(peak, top_token)
+    reached = frontier_between(group_keys, tl.full([], LOWEST, dtype=tl.int64), ceiling, K, 2 * K)
+    frontier = tl.where(reached == LOWEST, LOWEST, frontier_at(key_value(reached) - span))
+    most = N // 2
+    frontier = frontier_between(group_keys, frontier, ceiling, most // 2 + 1, most)
+
+    n = tl.arange(0, N)
+    best = tl.full([BLOCK_K], LOWEST, dtype=tl.int64)
+    mass = tl.full([], 0.0, dtype=tl.float64)
+    taken = tl.full([], 0, dtype=tl.int32)
+    tries = tl.full([], 0, dtype=tl.int32)
+    settled = tl.full([], 0, dtype=tl.int32)
+    while settled == 0:
+        count = gather_segment(
+            logits_ptr, list_ptr, buffer_ptr, group_keys, group, frontier, ceiling, V, GROUP, AT_ONCE, N
+        )
+        inside = n < count
+        keys = tl.sort(tl.load(buffer_ptr + n, mask=inside, other=LOWEST), descending=True)
+        if count > N:
+            # Tied tokens are gathered in their order, so a line below these N may do. If not, one with about half a
+            # buffer of the segment above it, and at least an eighth of a buffer.
+            rank = tl.where(tries % 2 == 0, N - 1, tl.maximum(N * N // (2 * count), N // 8))
+            frontier = tl.sum(tl.where(n == rank, keys, 0), 0)
+            tries += 1
+        else:
+            ids = tl.where(inside, key_id(keys), 0)
+            log_probs = key_value(keys) - log_z
+            probs = tl.where(inside, tl.exp(log_probs), 0.0).to(tl.float64)
+            before = mass + tl.cumsum(probs, 0) - probs
+            candidate = inside & ((before < limit) | (taken + n < K))
+            if NOISE:
+                noise = noise_of(ids, inside, row, noise_row, draws_ptr, draws_stride, seed, step, INJECTED, ONE_SIDED)
+                keys = tl.where(noisy, token_key(log_probs + noise * scale, ids), keys)
+            best = keep_best(best, tl.where(candidate, keys, LOWEST), K, BLOCK_K)
+            mass += tl.sum(probs, 0)
+            taken += count
+
+            # What is below the frontier cannot change the answer: no candidate, or out of the noise's reach.
+            worst = tl.min(tl.where(tl.arange(0, BLOCK_K) < K, best, HIGHEST), 0)
+            enough = worst != LOWEST
+            out_of_reach = key_value(worst) > key_value(frontier) - log_z + largest
+            # Noise does not change -inf: below this line are tokens of higher ids.
+            nothing_left = (key_value(frontier) == -float("inf")) & (worst > frontier)
+            decided = enough & ((noisy == 0) | out_of_reach | (mass >= limit) | nothing_left)
+            settled = ((frontier == LOWEST) | decided).to(tl.int32)
+
+            needed = tl.where(enough, frontier_at(key_value(worst) + log_z - largest), LOWEST)
+            ceiling = frontier
+            tries = 0
+            most = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
+            needed = tl.where(needed < frontier, needed, LOWEST)
+            if settled == 0:
+                frontier = frontier_between(group_keys, needed, ceiling, most // 2 + 1, most)
+
+    used = tl.arange(0, BLOCK_K) < K
+    ids = tl.minimum(tl.where(used, key_id(best), 0), V - 1)
+    scores = tl.where(noisy, key_value(best), key_value(best) - log_z)
+    logit = tl.where(used, scores / tau, -float("inf"))
+    weights = tl.exp(logit - tl.max(logit, 0))
+    weights = weights / tl.sum(weights, 0)
+    out = row * K + tl.arange(0, BLOCK_K)
+    tl.store(ids_ptr + out, ids.to(tl.int64), mask=used)
+    tl.store(scores_ptr + out, scores, mask=used)
+    tl.store(weights_ptr + out, weights, mask=used)
+    tl.store(top_ptr + row, top_token.to(tl.int64))
+    tl.store(is_latent_ptr + row, latent.to(tl.int8))
+    store_mixture(table_ptr, mixture_ptr, table_stride, D, row, ids, weights, K, BLOCK_K, BLOCK_D)
+
+
+def constants(vocab: int, top_k: int, noise: NoiseSpec, *, tensors: dict[str, bool]) -> dict[str, int | bool]:
+    """Constants of the kernel; `tensors` says which optional arguments are tensors (those of `options`)."""
+    block_k = triton.next_power_of_2(top_k)
+    return {
+        "NOISE": noise.kind != "none", "ONE_SIDED": noise.kind == "one_sided",
+        "INJECTED": noise.exponential is not None, "HAS_ROW_IDS": noise.row_ids is not None,
+        "HAS_MASK": tensors["latent_mask"],
+        "TOP_P_A_ROW": tensors["top_p"], "TAU_A_ROW": tensors["tau"], "SCALE_A_ROW": tensors["scale"],
+        "SEED_TENSOR": tensors["seed"], "STEP_TENSOR": tensors["step"], "GROUP": GROUP, "AT_ONCE": GROUPS_AT_ONCE,
+        "K": top_k, "N": max(BUFFER, BUFFER_PER_K * block_k), "BLOCK_K": block_k,
+        "BLOCK_G": triton.next_power_of_2(triton.cdiv(vocab, GROUP)), "BLOCK_D": min(512, MIX_TILE // block_k),
+    }  # fmt: skip
+
+
+def _as_rows(value: float | Tensor, rows: int) -> float | Tensor:
+    """A number as it is; a tensor with one entry a row."""
+    return value.expand(rows).contiguous() if isinstance(value, Tensor) else float(value)
+
+
+def select(
+    sidecar: Sidecar, embedding: Tensor, *, top_k: int, top_p: float | Tensor, tau: float | Tensor,
+    noise: NoiseSpec, latent_mask: Tensor | None, end_token_id: int | None,
+) -> LatentStep:  # fmt: skip
+    """The latent step from the logits of a sidecar; `len(embedding)` is the vocabulary. Arguments are checked."""
+    logits, rows, (vocab, width) = sidecar.logits, len(sidecar.maxima), embedding.shape
+    table = embedding if embedding.stride(1) == 1 else embedding.contiguous()
+    top_p, tau, scale = (_as_rows(value, rows) for value in (top_p, tau, noise.scale))
+    seed = 0 if noise.seed is None else noise.seed
+    options = {"top_p": top_p, "tau": tau, "scale": scale, "seed": seed, "step": noise.step}
+    tensors = {name: isinstance(value, Tensor) for name, value in options.items()}
+    chosen = constants(vocab, top_k, noise, tensors={**tensors, "latent_mask": latent_mask is not None})
+    unused = logits  # in the place of a tensor that was not given
+    draws = unused if noise.exponential is None else noise.exponential
+    draws = draws if draws.stride(1) == 1 else draws.contiguous()
+    mask = unused if latent_mask is None else latent_mask.contiguous().view(torch.int8)
+    row_ids = unused if noise.row_ids is None else noise.row_ids.contiguous()
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(rows, *shape, dtype=dtype, device=logits.device)
+
+    groups = sidecar.maxima.shape[1]
+    found = LatentStep(
+        ids=empty(torch.int64, top_k), scores=empty(torch.float32, top_k), weights=empty(torch.float32, top_k),
+        embedding=empty(table.dtype, width), top_token=empty(torch.int64), is_latent=empty(torch.bool),
+    )  # fmt: skip
+    if rows:
+        latent_step_kernel[(rows,)](
+            logits, sidecar.maxima, sidecar.sums, draws, row_ids, mask, table, empty(torch.int32, groups),
+            empty(torch.int64, chosen["N"]), *found[:5], found.is_latent.view(torch.int8), **options,
+            end_token_id=-1 if end_token_id is None else end_token_id, logits_stride=logits.stride(0),
+            draws_stride=draws.stride(0), table_stride=table.stride(0), V=vocab, G=groups, D=width, **chosen,
+            num_warps=NUM_WARPS, **BUILD_OPTIONS,
+        )  # fmt: skip
+    return found

@@ -1,0 +1,129 @@
+"""Logits with a sidecar: for each group of 128 ids, the largest logit and the sum of exponentials (SPEC 2.1).
+
+The sidecar, 8 KB a row, tells the selection which few groups can matter and gives log Z, so that nobody reads the
+logits twice. It comes out of the LM-head product's epilogue (`lm_head_sidecar`), where W [V, D] is read once for every
+BLOCK_B rows, or of one pass over logits that exist already (`logits_sidecar`).
+
+Bytes of the product: V D 2 of W, once for B <= 128 and from L2 beyond, and 4 B V of float32 logits written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latent_kernels._triton.common import MAX_REGISTERS, dot_dtype, product_tile, triton_dtype
+
+GROUP = 128  # ids a group, and the M axis of the product's tile
+GROUPS_PER_PROGRAM = 16  # of the pass over existing logits: 2,048 logits, 16 a thread
+SIDECAR_WARPS = 4
+
+
+class Sidecar(NamedTuple):
+    """Logits [B, >= V] of unit inner stride, and what is known of their groups."""
+
+    logits: Tensor
+    maxima: Tensor  # [B, G] float32, G = ceil(V / GROUP)
+    sums: Tensor  # [B, G] float32, of exp(logit - maximum)
+
+
+class ProductConfig(NamedTuple):
+    """A tile of the product: BLOCK_B rows of hidden, BLOCK_D of the width at a time."""
+
+    block_b: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def max_and_sum(logits, AXIS: tl.constexpr):
+    """Maximum along an axis, and the sum of exponentials below it; (-inf, 0) where nothing is finite."""
+    top = tl.max(logits, AXIS)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    return top, tl.sum(tl.exp(logits - tl.expand_dims(base, AXIS)), AXIS)
+
+
+@triton.jit(do_not_specialize=["B"])
+def lm_head_kernel(
+    weight_ptr, hidden_ptr, logits_ptr, maxima_ptr, sums_ptr, weight_stride, hidden_stride, B, V, D, G,
+    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
+    # Programs of one tile of W follow each other, so that all but the first find it in L2.
+    blocks = tl.cdiv(B, BLOCK_B)
+    group = tl.program_id(0) // blocks
+    v = group * GROUP + tl.arange(0, GROUP)
+    b = (tl.program_id(0) % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
+    logits = product_tile(
+        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, GROUP, BLOCK_B, BLOCK_D, EVEN_D, DOT_TYPE
+    )
+    logits = tl.where((v < V)[:, None], logits, -float("inf"))
+    top, total = max_and_sum(logits, 0)
+    row = b.to(tl.int64)
+    # A row of the scratch is G * GROUP long, so the vocabulary's tail needs no mask.
+    tl.store(logits_ptr + row[None, :] * (G * GROUP) + v[:, None], logits, mask=(b < B)[None, :])
+    tl.store(maxima_ptr + row * G + group, top, mask=b < B)
+    tl.store(sums_ptr + row * G + group, total, mask=b < B)
+
+
+@triton.jit
+def sidecar_kernel(
+    logits_ptr, maxima_ptr, sums_ptr, logits_stride, V, G, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    v = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    logits = tl.load(logits_ptr + row * logits_stride + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    top, total = max_and_sum(logits, 1)
+    tl.store(maxima_ptr + row * G + group, top, mask=group < G)
+    tl.store(sums_ptr + row * G + group, total, mask=group < G)
+
+
+def product_constants(config: ProductConfig, width: int, dtype: torch.dtype) -> dict[str, object]:
+    """Constants of `lm_head_kernel` for hidden states of `width` columns, multiplied in `dtype`."""
+    return {
+        "GROUP": GROUP, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d, "EVEN_D": width % config.block_d == 0,
+        "DOT_TYPE": triton_dtype(dtype),
+    }  # fmt: skip
+
+
+def sidecar_constants() -> dict[str, int]:
+    """Constants of `sidecar_kernel`."""
+    return {"GROUP": GROUP, "GROUPS": GROUPS_PER_PROGRAM}
+
+
+def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> Tensor:
+    return torch.empty(2, rows, triton.cdiv(vocab, GROUP), dtype=torch.float32, device=device)
+
+
+def lm_head_sidecar(hidden: Tensor, lm_head: Tensor, config: ProductConfig) -> Sidecar:
+    """`hidden @ lm_head.T` in float32 and its sidecar in one launch. Both inputs of one 16-bit dtype, B >= 1."""
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
+    (rows, width), vocab = hidden.shape, len(lm_head)
+    groups = triton.cdiv(vocab, GROUP)
+    logits = torch.empty(rows, groups * GROUP, dtype=torch.float32, device=hidden.device)
+    maxima, sums = _empty_sidecar(rows, vocab, hidden.device)
+    lm_head_kernel[(groups * triton.cdiv(rows, config.block_b),)](
+        lm_head, hidden, logits, maxima, sums, lm_head.stride(0), hidden.stride(0), rows, vocab, width, groups,
+        **product_constants(config, width, dot_dtype(hidden, lm_head)),
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+    return Sidecar(logits, maxima, sums)
+
+
+def logits_sidecar(logits: Tensor) -> Sidecar:
+    """The sidecar of logits [B, V] in float32 or a 16-bit dtype."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    rows, vocab = logits.shape
+    maxima, sums = _empty_sidecar(rows, vocab, logits.device)
+    if rows:
+        groups = maxima.shape[1]
+        sidecar_kernel[(rows, triton.cdiv(groups, GROUPS_PER_PROGRAM))](
+            logits, maxima, sums, logits.stride(0), vocab, groups, **sidecar_constants(), num_warps=SIDECAR_WARPS
+        )
+    return Sidecar(logits, maxima, sums)

@@ -1,0 +1,116 @@
+"""`hidden @ weight.T + bias + noise` in one launch; the noise is drawn in the product's epilogue (SPEC 2.3).
+
+The gradients do not see the noise: they are the library's products with the same upstream gradient, dHidden = g W,
+dW = g^T hidden, dbias = sum of g. Sums are in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latent_kernels._noise import NoiseSpec
+from latent_kernels._triton.common import (
+    MAX_REGISTERS,
+    counter_option,
+    dot_dtype,
+    exponential_draws,
+    gumbel_noise,
+    product_tile,
+    row_option,
+    triton_dtype,
+)
+
+BLOCK_V, BLOCK_B, BLOCK_D = 64, 32, 32  # the draws of a larger tile spill
+NUM_WARPS, NUM_STAGES = 4, 3
+
+
+@triton.jit(do_not_specialize=["B", "seed", "step"])
+def project_with_noise_kernel(
+    weight_ptr, hidden_ptr, bias_ptr, draws_ptr, row_ids_ptr, out_ptr, scale, seed, step,
+    weight_stride, hidden_stride, draws_stride, B, V, D,
+    NOISE: tl.constexpr, ONE_SIDED: tl.constexpr, INJECTED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALE_A_ROW: tl.constexpr, SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr,
+    DOT_TYPE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    out = product_tile(
+        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, BLOCK_V, BLOCK_B, BLOCK_D, False, DOT_TYPE
+    )
+    row = b.to(tl.int64)[None, :]
+    inside = (v < V)[:, None] & (b < B)[None, :]
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[:, None]
+    if NOISE:
+        if INJECTED:
+            draws = tl.load(draws_ptr + row * draws_stride + v[:, None], mask=inside, other=1.0).to(tl.float32)
+        else:
+            noise_row = row
+            if HAS_ROW_IDS:
+                noise_row = tl.load(row_ids_ptr + b, mask=b < B, other=0)[None, :]
+            seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR)
+            draws = exponential_draws(v[:, None], noise_row, seed, step)
+        each = row_option(scale, tl.minimum(b, B - 1)[None, :], SCALE_A_ROW)
+        out += gumbel_noise(draws, ONE_SIDED) * each
+    tl.store(out_ptr + row * V + v[:, None], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def constants(noise: NoiseSpec, dtype: torch.dtype, *, has_bias: bool) -> dict[str, object]:
+    """Constants of the kernel, multiplying in `dtype`."""
+    return {
+        "NOISE": noise.kind != "none", "ONE_SIDED": noise.kind == "one_sided",
+        "INJECTED": noise.exponential is not None, "HAS_ROW_IDS": noise.row_ids is not None, "HAS_BIAS": has_bias,
+        "SCALE_A_ROW": isinstance(noise.scale, Tensor), "SEED_TENSOR": isinstance(noise.seed, Tensor),
+        "STEP_TENSOR": isinstance(noise.step, Tensor), "DOT_TYPE": triton_dtype(dtype), "BLOCK_V": BLOCK_V,
+        "BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D,
+    }  # fmt: skip
+
+
+class _ProjectWithNoise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+        (rows, width), outputs = hidden.shape, len(weight)
+        out = torch.empty(rows, outputs, dtype=hidden.dtype, device=hidden.device)
+        unused = hidden
+        draws = unused if noise.exponential is None else noise.exponential
+        draws = draws if draws.stride(1) == 1 else draws.contiguous()
+        if rows and outputs:
+            project_with_noise_kernel[(triton.cdiv(outputs, BLOCK_V), triton.cdiv(rows, BLOCK_B))](
+                weight, hidden, unused if bias is None else bias.contiguous(), draws,
+                unused if noise.row_ids is None else noise.row_ids.contiguous(), out, noise.scale,
+                0 if noise.seed is None else noise.seed, noise.step, weight.stride(0), hidden.stride(0),
+                draws.stride(0), rows, outputs, width,
+                **constants(noise, dot_dtype(hidden, weight), has_bias=bias is not None), num_warps=NUM_WARPS,
+                num_stages=NUM_STAGES, maxnreg=MAX_REGISTERS,
+            )  # fmt: skip
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight = ctx.saved_tensors
+        common = torch.promote_types(hidden.dtype, weight.dtype)
+        grad_hidden = grad_weight = grad_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_hidden = (grad.to(common) @ weight.to(common)).to(hidden.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = (grad.to(common).T @ hidden.to(common)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def project_with_noise(hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
+    """`latent_kernels.project_with_noise` on checked arguments."""
+    if isinstance(noise.scale, Tensor):
+        noise = noise._replace(scale=noise.scale.expand(len(hidden)).contiguous())
+    else:
+        noise = noise._replace(scale=float(noise.scale))
+    return _ProjectWithNoise.apply(hidden, weight, bias, noise)

@@ -1,0 +1,60 @@
+"""Operators with `impl="triton"` as the tests call them: compiled on CUDA tensors, else interpreted on CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+POISON = 0x5A5A5A5A  # no id, no count
+
+_empty, _empty_like = torch.empty, torch.empty_like
+
+
+def poisoned(tensor: Tensor) -> Tensor:
+    """The tensor, filled with what no result may hold: NaN, or a large number."""
+    if not tensor.is_floating_point():
+        return tensor.fill_(POISON)
+    return tensor.fill_(torch.nan)
+
+
+def moved(value: Any, device: str | torch.device) -> Any:
+    """Tensors, and tensors in tuples, on another device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        parts = (moved(part, device) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+@functools.cache
+def kernel(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator's kernel for CPU arguments; whatever it allocates starts as NaN. Results are on the CPU."""
+
+    @functools.wraps(operator)
+    def run(*arguments: Any, **options: Any) -> Any:
+        arguments, options = moved(arguments, DEVICE), {name: moved(x, DEVICE) for name, x in options.items()}
+        with (
+            mock.patch("torch.empty", lambda *a, **k: poisoned(_empty(*a, **k))),
+            mock.patch("torch.empty_like", lambda *a, **k: poisoned(_empty_like(*a, **k))),
+        ):
+            return moved(operator(*arguments, **options, impl="triton"), "cpu")
+
+    return run
+
+
+def with_kernel(operator: Callable[..., Any], *others: Any) -> pytest.MarkDecorator:
+    """Run a test with `operator` as the public operator, with the others (the reference), and with the kernel."""
+    names = ["public", *("reference" for _ in others), "triton"]
+    return pytest.mark.parametrize(
+        "operator", [operator, *others, pytest.param(kernel(operator), marks=NEEDS_TRITON)], ids=names
+    )
