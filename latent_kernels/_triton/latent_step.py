@@ -98,16 +98,17 @@ def gather_segment(
     tl.debug_barrier()
     groups = tl.sum(wanted.to(tl.int32), 0)
     count = 0
+    element = tl.arange(0, AT_ONCE * GROUP)
     for start in range(0, groups, AT_ONCE):
-        i = start + tl.arange(0, AT_ONCE)
+        i = start + element // GROUP
         chosen = tl.load(list_ptr + i, mask=i < groups, other=0)
-        v = chosen[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = (i < groups)[:, None] & (v < V)
+        v = chosen * GROUP + element % GROUP
+        inside = (i < groups) & (v < V)
         key = token_key(tl.load(logits_ptr + v, mask=inside, other=0.0).to(tl.float32), v)
-        hit = tl.reshape((inside & (key > frontier) & (key <= ceiling)).to(tl.int32), [AT_ONCE * GROUP])
-        place = count + tl.cumsum(hit, 0) - 1
-        tl.store(buffer_ptr + place, tl.reshape(key, [AT_ONCE * GROUP]), mask=(hit > 0) & (place < N))
-        count += tl.sum(hit, 0)
+        hit = inside & (key > frontier) & (key <= ceiling)
+        place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(buffer_ptr + place, key, mask=hit & (place < N))
+        count += tl.sum(hit.to(tl.int32), 0)
     tl.debug_barrier()
     return count
 

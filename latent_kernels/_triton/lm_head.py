@@ -51,7 +51,7 @@ def max_and_sum(logits, AXIS: tl.constexpr):
 @triton.jit(do_not_specialize=["B"])
 def lm_head_kernel(
     weight_ptr, hidden_ptr, logits_ptr, maxima_ptr, sums_ptr, weight_stride, hidden_stride, B, V, D, G,
-    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DOT_TYPE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
     # Programs of one tile of W follow each other, so that all but the first find it in L2.
     blocks = tl.cdiv(B, BLOCK_B)
@@ -59,7 +59,7 @@ def lm_head_kernel(
     v = group * GROUP + tl.arange(0, GROUP)
     b = (tl.program_id(0) % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
     logits = product_tile(
-        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, GROUP, BLOCK_B, BLOCK_D, EVEN_D, DOT_TYPE
+        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, GROUP, BLOCK_B, BLOCK_D, True, DOT_TYPE
     )
     logits = tl.where((v < V)[:, None], logits, -float("inf"))
     top, total = max_and_sum(logits, 0)
@@ -83,12 +83,16 @@ def sidecar_kernel(
     tl.store(sums_ptr + row * G + group, total, mask=group < G)
 
 
-def product_constants(config: ProductConfig, width: int, dtype: torch.dtype) -> dict[str, object]:
-    """Constants of `lm_head_kernel` for hidden states of `width` columns, multiplied in `dtype`."""
+def product_constants(config: ProductConfig, dtype: torch.dtype) -> dict[str, object]:
+    """Constants of `lm_head_kernel`, multiplying in `dtype`."""
     return {
-        "GROUP": GROUP, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d, "EVEN_D": width % config.block_d == 0,
-        "DOT_TYPE": triton_dtype(dtype),
+        "GROUP": GROUP, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d, "DOT_TYPE": triton_dtype(dtype)
     }  # fmt: skip
+
+
+def product_options(config: ProductConfig) -> dict[str, int]:
+    """Options of a launch of `lm_head_kernel`."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
 
 
 def sidecar_constants() -> dict[str, int]:
@@ -101,17 +105,14 @@ def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> Tensor:
 
 
 def lm_head_sidecar(hidden: Tensor, lm_head: Tensor, config: ProductConfig) -> Sidecar:
-    """`hidden @ lm_head.T` in float32 and its sidecar in one launch. Both inputs of one 16-bit dtype, B >= 1."""
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
+    """`hidden @ lm_head.T` in float32 and its sidecar in one launch, for inputs that `routes.fits` accepts."""
     (rows, width), vocab = hidden.shape, len(lm_head)
     groups = triton.cdiv(vocab, GROUP)
     logits = torch.empty(rows, groups * GROUP, dtype=torch.float32, device=hidden.device)
     maxima, sums = _empty_sidecar(rows, vocab, hidden.device)
     lm_head_kernel[(groups * triton.cdiv(rows, config.block_b),)](
         lm_head, hidden, logits, maxima, sums, lm_head.stride(0), hidden.stride(0), rows, vocab, width, groups,
-        **product_constants(config, width, dot_dtype(hidden, lm_head)),
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
+        **product_constants(config, dot_dtype(hidden, lm_head)), **product_options(config),
     )  # fmt: skip
     return Sidecar(logits, maxima, sums)
 

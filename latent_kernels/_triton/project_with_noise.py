@@ -24,7 +24,7 @@ from latent_kernels._triton.common import (
 )
 
 BLOCK_V, BLOCK_B, BLOCK_D = 64, 32, 32  # the draws of a larger tile spill
-NUM_WARPS, NUM_STAGES = 4, 3
+BUILD_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": MAX_REGISTERS}
 
 
 @triton.jit(do_not_specialize=["B", "seed", "step"])
@@ -86,8 +86,7 @@ class _ProjectWithNoise(torch.autograd.Function):
                 unused if noise.row_ids is None else noise.row_ids.contiguous(), out, noise.scale,
                 0 if noise.seed is None else noise.seed, noise.step, weight.stride(0), hidden.stride(0),
                 draws.stride(0), rows, outputs, width,
-                **constants(noise, dot_dtype(hidden, weight), has_bias=bias is not None), num_warps=NUM_WARPS,
-                num_stages=NUM_STAGES, maxnreg=MAX_REGISTERS,
+                **constants(noise, dot_dtype(hidden, weight), has_bias=bias is not None), **BUILD_OPTIONS,
             )  # fmt: skip
         return out
 
