@@ -72,13 +72,15 @@ SHAPES = {
 class Provider:
     """One implementation of an operator on the inputs of a case.
 
-    `run` is what is timed. `checked` gives the outputs for the check where `run`'s own are random; by default `run`.
+    `run` is what is timed. `check` replaces the problem's where it is a part of the work only, as the bare product is.
+    `checked` gives the outputs for the check where `run`'s own are random; by default `run`.
     `unavailable` says why it cannot run here. `optional` marks one whose failure to run is a remark, not an error.
     """
 
     name: str
     run: Run
     checked: Run | None = None
+    check: Callable[[Outputs], str | None] | None = None
     unavailable: str | None = None
     optional: bool = False
 
@@ -99,13 +101,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Operator:
-    """A benchmark: `cases(shape)` and `build(parameters, device, dtype, compile)`.
+    """A benchmark: `cases(shape, device)` and `build(parameters, device, dtype, compile)`.
 
     `measure_memory`: measure peak memory on a CPU too, where it takes a fresh process for every provider.
     """
 
     name: str
-    cases: Callable[[Shape], list[Parameters]]
+    cases: Callable[[Shape, torch.device], list[Parameters]]
     build: Callable[[Parameters, torch.device, torch.dtype, bool], Problem]
     measure_memory: bool = False
 
@@ -385,7 +387,7 @@ def gate(problem: Problem, provider: Provider) -> tuple[bool | None, str]:
     if provider.unavailable is not None:
         return None, f"not available: {provider.unavailable}"
     try:
-        fault = problem.check((provider.checked or provider.run)())
+        fault = (provider.check or problem.check)((provider.checked or provider.run)())
     except Exception as error:
         # A provider that breaks is reported as one: the rest of the run must go on.
         if provider.optional or _out_of_memory(error):
@@ -460,7 +462,7 @@ def run_benchmarks(
     report = Report(environment(settings, roofline))
     for operator in operators:
         for shape in shapes:
-            for parameters in operator.cases(shape):
+            for parameters in operator.cases(shape, settings.device):
                 rows = run_case(operator, shape, parameters, settings, roofline)
                 report.rows.extend(rows)
                 on_rows(rows)

@@ -21,10 +21,10 @@ from latent_kernels import fused_policy_loss
 from latent_kernels.reference import policy_loss_ref
 
 
-def cases(shape: Shape) -> list[Parameters]:
+def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """The steps of `latent_logprob` as responses of 128 steps (16 on the tiny shape)."""
     steps = 16 if shape.name == "tiny" else 128
-    return [{**parameters, "response_steps": steps} for parameters in logprob_cases(shape)]
+    return [{**parameters, "response_steps": steps} for parameters in logprob_cases(shape, device)]
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:

@@ -16,7 +16,7 @@ PROMPTS = {"tiny": 4, "qwen-7b": 32}  # of the recipes
 DEFAULT_PROMPTS = 64
 
 
-def cases(shape: Shape) -> list[Parameters]:
+def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """A batch of prompts with eight responses each, one in eight invalid."""
     return [{"prompts": PROMPTS.get(shape.name, DEFAULT_PROMPTS), "group_size": GROUP_SIZE, "invalid": "exclude"}]
 

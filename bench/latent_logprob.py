@@ -133,7 +133,7 @@ def naive_shortage(parameters: Parameters, device: torch.device) -> str | None:
     )
 
 
-def cases(shape: Shape) -> list[Parameters]:
+def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """2048 steps (96 on the tiny shape), half of them latent, none masked."""
     return [
         {

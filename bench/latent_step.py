@@ -1,4 +1,4 @@
-"""`latent_step_from_logits` against a sampler that sorts the vocabulary and draws noise for all of it."""
+"""`latent_step` from hidden states, against the released rule and against the LM head's product alone."""
 
 from __future__ import annotations
 
@@ -8,49 +8,31 @@ import torch
 from torch import Tensor
 
 from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours, tolerance
-from latent_kernels import latent_step_from_logits
-from latent_kernels._noise import exponential_draws, gumbel_noise
-from latent_kernels.reference import latent_step_from_logits_ref, nucleus_mask
+from bench.latent_step_from_logits import SEED, TOP_K, TOP_P, sorted_step, step_check
+from latent_kernels import latent_step
+from latent_kernels._eager.linear import project
+from latent_kernels._noise import exponential_draws
+from latent_kernels.reference import latent_step_from_logits_ref
 
-TOP_K, TOP_P, SEED = 10, 0.95, 1234
-SCORE_TOLERANCE = 1e-4
-TIES = 0.02  # share of the ids that may differ because scores differ by less than the tolerance
-
-
-def cases(shape: Shape) -> list[Parameters]:
-    """32 rows (4 on the tiny shape) of peaked and of nearly uniform logits, in float32 as an LM head gives them."""
-    rows = 4 if shape.name == "tiny" else 32
-    return [
-        {"rows": rows, "vocab": shape.vocab, "hidden": shape.hidden, "top_k": TOP_K, "logits": logits}
-        for logits in ("realistic", "near-uniform")
-    ]
+ROWS_ON_A_GPU = (1, 8, 32, 64, 128, 256, 1024)
+SPREAD = 3.0  # standard deviation of the logits
 
 
-def make_logits(kind: str, rows: int, vocab: int, device: torch.device) -> Tensor:
-    """[B, V] float32: a bulk with forty ids a row far above it, or nearly uniform ones."""
-    logits = torch.randn(rows, vocab, device=device)
-    if kind == "near-uniform":
-        return logits * 0.01
-    peaks = torch.randint(vocab, (rows, 40), device=device)
-    return (2.0 * logits).scatter_(1, peaks, 8.0 + 8.0 * torch.rand(rows, 40, device=device))
-
-
-def sorted_step(logits: Tensor, embedding: Tensor, exponential: Tensor) -> Outputs:
-    """The rule as the released sampler follows it: one full sort, noise on [B, V], top-k, mixture."""
-    log_probs = logits.log_softmax(-1)
-    ordered, order = log_probs.sort(dim=-1, descending=True, stable=True)
-    noise = gumbel_noise(exponential, "one_sided").gather(-1, order)
-    scores, place = torch.where(nucleus_mask(ordered, TOP_P, TOP_K), ordered + noise, -torch.inf).topk(TOP_K)
-    ids, weights = order.gather(-1, place), scores.softmax(-1)
-    mixture = (weights.unsqueeze(-1) * embedding[ids].float()).sum(1).to(embedding.dtype)
-    return ids, scores, mixture
+def cases(shape: Shape, device: torch.device) -> list[Parameters]:
+    """On a GPU every number of rows of interest; on a CPU 32 (4 on the tiny shape)."""
+    on_cpu = (4,) if shape.name == "tiny" else (32,)
+    counts = ROWS_ON_A_GPU if device.type == "cuda" else on_cpu
+    return [{"rows": rows, "vocab": shape.vocab, "hidden": shape.hidden, "top_k": TOP_K} for rows in counts]
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
-    """Logits [B, V], embedding [V, D]; every call draws fresh noise, the check uses one stream for all providers."""
-    rows, vocab, hidden = parameters["rows"], parameters["vocab"], parameters["hidden"]
-    logits = make_logits(parameters["logits"], rows, vocab, device)
-    embedding = torch.randn(vocab, hidden, device=device).to(dtype)
+    """hidden [B, D], tied lm_head and embedding [V, D]; float32 logits but for `matmul`, the bare product.
+
+    Every call of eager draws fresh noise; the check uses one stream for all providers.
+    """
+    rows, vocab, width = parameters["rows"], parameters["vocab"], parameters["hidden"]
+    hidden = torch.randn(rows, width, device=device).to(dtype)
+    head = (torch.randn(vocab, width, device=device) * (SPREAD / width**0.5)).to(dtype)
 
     def fresh() -> Tensor:
         return torch.empty(rows, vocab, device=device).exponential_()
@@ -59,49 +41,36 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         ids = torch.arange(vocab, device=device).expand(rows, vocab)
         return exponential_draws(ids, torch.arange(rows, device=device), SEED, 0)
 
-    def plain(step: Callable[[Tensor, Tensor, Tensor], Outputs], name: str = "eager") -> Provider:
-        return Provider(
-            name, run=lambda: step(logits, embedding, fresh()), checked=lambda: step(logits, embedding, stream())
-        )
+    def released(hidden: Tensor, head: Tensor, exponential: Tensor) -> Outputs:
+        return sorted_step(project(hidden, head), head, exponential)
 
-    def reference(logits: Tensor, embedding: Tensor, exponential: Tensor) -> Outputs:
-        found = latent_step_from_logits_ref(logits, embedding, top_k=TOP_K, top_p=TOP_P, exponential=exponential)
-        return found.ids, found.scores, found.embedding
+    def plain(step: Callable[[Tensor, Tensor, Tensor], Outputs], name: str = "eager") -> Provider:
+        return Provider(name, run=lambda: step(hidden, head, fresh()), checked=lambda: step(hidden, head, stream()))
+
+    def reference() -> Outputs:
+        step = latent_step_from_logits_ref(project(hidden, head), head, top_k=TOP_K, top_p=TOP_P, seed=SEED)
+        return step.ids, step.scores, step.embedding
 
     def make(impl: str) -> Provider:
         def run() -> Outputs:
-            found = latent_step_from_logits(logits, embedding, top_k=TOP_K, top_p=TOP_P, seed=SEED, impl=impl)
-            return found.ids, found.scores, found.embedding
+            step = latent_step(hidden, head, head, top_k=TOP_K, top_p=TOP_P, seed=SEED, impl=impl)
+            return step.ids, step.scores, step.embedding
 
         return Provider("ours", run)
 
-    expected: list[Tensor] = []
+    def check_product(outputs: Outputs) -> str | None:
+        return compare("logits", outputs[0], project(hidden, head), tolerance(dtype))
 
-    def check(outputs: Outputs) -> str | None:
-        if not expected:
-            expected.extend(reference(logits, embedding, stream()))
-        ids, scores, mixture = outputs
-        if ids.shape != expected[0].shape or scores.shape != expected[1].shape:
-            return f"ids and scores have shapes {list(ids.shape)} and {list(scores.shape)}, expected [{rows}, {TOP_K}]"
-        gap = (scores - expected[1]).abs().max().item()
-        if not gap <= SCORE_TOLERANCE:
-            return f"scores are off by {gap:.2g}, more than {SCORE_TOLERANCE:g}"
-        same = ids == expected[0]
-        if (~same).float().mean().item() > TIES:
-            return f"{int((~same).sum())} of {ids.numel()} ids differ"
-        agreed = same.all(-1)
-        return compare("embedding", mixture[agreed], expected[2][agreed], tolerance(dtype))
-
-    traffic = logits.numel() * 4 + rows * (TOP_K + 1) * hidden * dtype.itemsize
     return Problem(
         providers=[
-            plain(sorted_step),
-            plain(reference, "reference"),
-            *compiled(plain, sorted_step, compile),
+            plain(released),
+            *compiled(plain, released, compile),
+            Provider("matmul", run=lambda: (hidden @ head.T,), check=check_product),
             *ours("latent_step", make, device),
         ],
-        check=check,
-        bytes_moved=traffic,
+        check=step_check(reference, dtype),
+        bytes_moved=(vocab * width + rows * width * (TOP_K + 2)) * dtype.itemsize,
+        flops=2 * rows * vocab * width,
     )
 
 

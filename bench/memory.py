@@ -28,7 +28,7 @@ def measure(request: dict[str, Any]) -> int:
         return next(provider.run for provider in problem.providers if provider.name == request["provider"])
 
     # The first call loads code and starts threads, which are no part of what an input needs.
-    for parameters in operator.cases(SHAPES["tiny"]):
+    for parameters in operator.cases(SHAPES["tiny"], device):
         run_of(parameters)()
     return peak_extra_bytes(run_of(request["parameters"]), device)
 

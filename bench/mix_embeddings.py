@@ -15,7 +15,7 @@ from latent_kernels.reference import mix_embeddings_ref, mixture_weights
 TOP_K, LATENT_SHARE = 10, 0.5
 
 
-def cases(shape: Shape) -> list[Parameters]:
+def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """2048 steps (64 on the tiny shape), half of them latent."""
     rows = 64 if shape.name == "tiny" else 2048
     return [{"rows": rows, "vocab": shape.vocab, "hidden": shape.hidden, "top_k": TOP_K, "latent_share": LATENT_SHARE}]

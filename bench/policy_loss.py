@@ -17,7 +17,7 @@ SIZES = {"tiny": (8, 16), "qwen-7b": (256, 4096)}  # responses and steps of the 
 DEFAULT_SIZE = (512, 128)
 
 
-def cases(shape: Shape) -> list[Parameters]:
+def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """A batch of responses; half of the steps masked."""
     responses, steps = SIZES.get(shape.name, DEFAULT_SIZE)
     return [{"responses": responses, "steps": steps, "active_share": 0.5}]

@@ -16,7 +16,7 @@ from latent_kernels.reference import project_with_noise_ref
 SEED = 1234
 
 
-def cases(shape: Shape) -> list[Parameters]:
+def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """256 rows (16 on the tiny shape) through a square projection with a bias."""
     return [{"rows": 16 if shape.name == "tiny" else 256, "hidden": shape.hidden, "noise": "one_sided"}]
 

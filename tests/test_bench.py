@@ -16,6 +16,8 @@ import torch
 from bench.__main__ import main
 from bench.common import SHAPES, Parameters, Problem, Provider, Row, Run, peak_extra_bytes, time_alternating
 from bench.operators import OPERATORS
+from bench.routes import Timing, table_of
+from bench.routes import main as routes_main
 
 CPU = torch.device("cpu")
 QUICK = ["--shapes", "tiny", "--device", "cpu", "--repeats", "2"]
@@ -85,12 +87,12 @@ def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_providers_are_right_in_half_precision(op: str, dtype: torch.dtype) -> None:
-    for parameters in OPERATORS[op].cases(SHAPES["tiny"]):
+    for parameters in OPERATORS[op].cases(SHAPES["tiny"], CPU):
         torch.manual_seed(0)
         problem = OPERATORS[op].build(parameters, CPU, dtype, False)
         for provider in problem.providers:
             if provider.unavailable is None:
-                assert problem.check((provider.checked or provider.run)()) is None, provider.name
+                assert (provider.check or problem.check)((provider.checked or provider.run)()) is None, provider.name
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -170,3 +172,20 @@ def test_bad_arguments_give_one_line(arguments: list[str], named: str, capsys: p
     assert len(lines) == 1
     assert lines[0].startswith("bench: error: ")
     assert named in lines[0]
+
+
+def test_the_table_of_routes_takes_the_fastest_over_both_shapes() -> None:
+    routes = pytest.importorskip("latent_kernels._triton.routes")
+    small, large = routes.PRODUCTS[:2]
+    timings = [Timing(16, small, [1.0, 3.0]), Timing(16, None, [2.0, 2.0]), Timing(32, large, [2.0, 2.0])]
+    timings += [Timing(32, None, [1.0, 1.0])]
+    table = table_of(timings, "some GPU")
+    assert table["device"] == "some GPU"
+    assert table["routes"] == {"16": small._asdict(), "32": None}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_routes_are_not_measured_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert routes_main(["--out", str(tmp_path / "routes.json")]) == 2
+    assert "nothing was measured or written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

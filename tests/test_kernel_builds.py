@@ -17,7 +17,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 CONFIGURATIONS = 7 + 11 + 12 + 36 + 22  # latent_step, its LM head, project_with_noise, mix_embeddings, group_advantages
 
 
-# A folder with another release of Triton, the oldest one supported: `pip install --target FOLDER --no-deps triton==3.6.0`
+# A folder with another Triton, the oldest supported: `pip install --target FOLDER --no-deps triton==3.6.0`
 OTHER_TRITON = os.environ.get("LATENT_GRPO_OTHER_TRITON")
 
 
