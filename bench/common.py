@@ -33,6 +33,7 @@ from latent_kernels import _backend
 SCHEMA = 1
 REPO = Path(__file__).resolve().parent.parent
 BASELINE = "eager"  # the provider that ratios refer to
+BARE = "matmul"  # the provider that is the matrix product alone
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SAMPLE_SECONDS = 2e-3  # a shorter call is repeated within one sample, so that the clock's grain does not show
@@ -116,8 +117,10 @@ class Operator:
 class Row:
     """One line of the report. Times in milliseconds, memory in MB (10^6 bytes); None where there is no figure.
 
-    ratio: the baseline's time over this provider's, the median over rounds. roofline: share of the faster of the two
-    limits, copy bandwidth and matrix product, as measured on this device. correct: None where the provider did not run.
+    ratio: the baseline's time over this provider's, the median over rounds. over_matmul: this provider's time over that
+    of the bare matrix product, where a case has one. gb_per_s: the least bytes of the problem over the time. roofline:
+    share of the faster of the two limits, copy bandwidth and matrix product, as measured on this device. correct: None
+    where the provider did not run.
     """
 
     op: str
@@ -131,6 +134,8 @@ class Row:
     samples: int = 0
     peak_extra_mb: float | None = None
     ratio: float | None = None
+    over_matmul: float | None = None
+    gb_per_s: float | None = None
     roofline: float | None = None
     correct: bool | None = None
     note: str = ""
@@ -418,7 +423,7 @@ def run_case(
     verdicts = {provider.name: gate(problem, provider) for provider in problem.providers}
     right = {provider.name: provider for provider in problem.providers if verdicts[provider.name][0]}
     samples = time_alternating({name: p.run for name, p in right.items()}, settings.device, settings.repeats)
-    base = samples.get(BASELINE)
+    base, bare = samples.get(BASELINE), samples.get(BARE)
     floor = roofline.seconds(problem)
     rows = []
     for provider in problem.providers:
@@ -433,6 +438,10 @@ def run_case(
                 p80=quantile(times, 0.8) * 1e3,
                 samples=len(times),
                 ratio=None if base is None else statistics.median(b / t for b, t in zip(base, times, strict=True)),
+                over_matmul=None
+                if bare is None
+                else statistics.median(t / b for b, t in zip(bare, times, strict=True)),
+                gb_per_s=problem.bytes_moved / statistics.median(times) / 1e9,
                 roofline=floor / statistics.median(times),
             )
         rows.append(replace(row, correct=correct, note=note))
@@ -544,13 +553,16 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     head = rows[0]
     case = ", ".join(f"{name} {value}" for name, value in head.parameters.items())
     table = Table(title=f"{head.op}  {head.shape}  {head.dtype}  ({case})", title_justify="left")
-    for name in ("provider", "ms", "p20", "p80", "times eager", "roofline", "peak MB", "note"):
+    names = ("provider", "ms", "p20", "p80", "times eager", "over matmul", "GB/s", "roofline", "peak MB", "note")
+    shown = [name for name in names if name != "over matmul" or any(row.over_matmul is not None for row in rows)]
+    for name in shown:
         numeric = name not in ("provider", "note")
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
     for row in rows:
         share = "-" if row.roofline is None else f"{row.roofline:.0%}"
-        times = (_figure(x) for x in (row.median_ms, row.p20, row.p80, row.ratio))
-        table.add_row(row.provider, *times, share, _figure(row.peak_extra_mb), row.note)
+        figures = [_figure(x) for x in (row.median_ms, row.p20, row.p80, row.ratio, row.over_matmul, row.gb_per_s)]
+        cells = [row.provider, *figures, share, _figure(row.peak_extra_mb), row.note]
+        table.add_row(*(cell for name, cell in zip(names, cells, strict=True) if name in shown))
     console.print(table)
 
 

@@ -76,8 +76,12 @@ def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
             assert row["samples"] == 2
             assert row["ratio"] > 0
             assert row["roofline"] > 0
+            assert row["gb_per_s"] > 0
+            assert (row["over_matmul"] is not None) == (row["op"] == "latent_step")
         if row["provider"] == "eager":
             assert row["ratio"] == 1
+        if row["provider"] == "matmul":
+            assert row["over_matmul"] == 1
     with table.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["provider"] for line in lines] == [row["provider"] for row in report["rows"]]
