@@ -26,7 +26,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
         if weight.is_cuda and weight.dtype == dtype:
             return torch.mm(hidden.to(dtype), weight.T, out=out)
         if weight.is_cuda and hidden.dtype == weight.dtype:
-            return out.copy_(torch.mm(hidden, weight.T, out_dtype=dtype))
+            return torch.mm(hidden, weight.T, out_dtype=dtype, out=out)
         hidden = hidden.to(dtype)
         for part in _blocks(weight):
             torch.mm(hidden, weight[part].to(dtype).T, out=out[:, part])
