@@ -127,28 +127,86 @@ def keep_best(best, keys, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def noise_of(
-    ids, inside, row, noise_row, draws_ptr, draws_stride, seed, step, INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr
-):
+def read_sidecar(logits_ptr, maxima_ptr, sums_ptr, row, group, V, G, GROUP: tl.constexpr):
+    """log Z, an upper bound of the keys in each group [BLOCK_G], and the row's highest key."""
+    maxima = tl.load(maxima_ptr + row * G + group, mask=group < G, other=-float("inf"))
+    sums = tl.load(sums_ptr + row * G + group, mask=group < G, other=0.0)
+    peak = tl.max(maxima, 0)
+    log_z = peak + tl.log(tl.sum(sums * tl.exp(maxima - peak), 0))
+    group_keys = tl.where(group < G, token_key(maxima, group * GROUP), LOWEST)
+    v = key_id(tl.max(group_keys, 0)) + tl.arange(0, GROUP)
+    first = tl.load(logits_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    return log_z, group_keys, tl.max(tl.where(v < V, token_key(first, v), LOWEST), 0)
+
+
+@triton.jit
+def first_frontier(group_keys, ceiling, span, K: tl.constexpr, N: tl.constexpr):
+    """A frontier below which nothing matters, or as many groups above it as fill about half a buffer."""
+    # At least K logits reach the K-th largest maximum, and their scores gain the least noise at least.
+    reached = frontier_between(group_keys, tl.full([], LOWEST, dtype=tl.int64), ceiling, K, 2 * K)
+    frontier = tl.where(reached == LOWEST, LOWEST, frontier_at(key_value(reached) - span))
+    return frontier_between(group_keys, frontier, ceiling, N // 4 + 1, N // 2)
+
+
+@triton.jit
+def score_keys(
+    keys, log_probs, inside, noisy, scale, row, noise_row, draws_ptr, draws_stride, seed, step,
+    INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr,
+):  # fmt: skip
+    """Keys of the noisy scores of the tokens; on a row without noise the tokens' own keys."""
+    ids = tl.where(inside, key_id(keys), 0)
     if INJECTED:
         draws = tl.load(draws_ptr + row * draws_stride + ids, mask=inside, other=1.0).to(tl.float32)
     else:
         draws = exponential_draws(ids, noise_row, seed, step)
-    return gumbel_noise(draws, ONE_SIDED)
+    return tl.where(noisy, token_key(log_probs + gumbel_noise(draws, ONE_SIDED) * scale, ids), keys)
 
 
 @triton.jit
-def store_mixture(
-    table_ptr, out_ptr, table_stride, D, row, ids, weights, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def conclude(
+    best, frontier, log_z, noisy, largest, outside_nucleus, K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    used = tl.arange(0, BLOCK_K) < K
-    rows = table_ptr + ids.to(tl.int64)[:, None] * table_stride
+    """Whether nothing below the frontier can change the K best; else the line below which nothing will."""
+    worst = tl.min(tl.where(tl.arange(0, BLOCK_K) < K, best, HIGHEST), 0)
+    enough = worst != LOWEST
+    out_of_reach = key_value(worst) > key_value(frontier) - log_z + largest
+    # Noise does not change -inf: below this line are tokens of higher ids.
+    nothing_left = (key_value(frontier) == -float("inf")) & (worst > frontier)
+    decided = enough & ((noisy == 0) | out_of_reach | outside_nucleus | nothing_left)
+    needed = tl.where(enough, frontier_at(key_value(worst) + log_z - largest), LOWEST)
+    return (frontier == LOWEST) | decided, tl.where(needed < frontier, needed, LOWEST)
+
+
+@triton.jit
+def narrower_frontier(keys, count, tries, N: tl.constexpr):
+    """A higher frontier for a segment of `count` > N tokens, of which these N sorted keys were gathered."""
+    # Tied tokens are gathered in their order, so a line below these N may do. If not, one with about half a buffer of
+    # the segment above it, and at least an eighth of a buffer.
+    rank = tl.where(tries % 2 == 0, N - 1, tl.maximum(N * N // (2 * count), N // 8))
+    return tl.sum(tl.where(tl.arange(0, N) == rank, keys, 0), 0)
+
+
+@triton.jit
+def store_step(
+    best, noisy, log_z, tau, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr, table_stride, V, D,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """ids, scores, weights and the mixture of table rows, from the K best keys of a row."""
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.minimum(tl.where(k < K, key_id(best), 0), V - 1).to(tl.int64)
+    scores = tl.where(noisy, key_value(best), key_value(best) - log_z)
+    exponents = tl.where(k < K, scores / tau, -float("inf"))
+    weights = tl.exp(exponents - tl.max(exponents, 0))
+    weights = weights / tl.sum(weights, 0)
+    tl.store(ids_ptr + row * K + k, ids, mask=k < K)
+    tl.store(scores_ptr + row * K + k, scores, mask=k < K)
+    tl.store(weights_ptr + row * K + k, weights, mask=k < K)
+    rows = table_ptr + ids[:, None] * table_stride
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        table = tl.load(rows + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        table = tl.load(rows + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         mixed = tl.sum(weights[:, None] * table, 0)
-        tl.store(out_ptr + row * D + d, mixed.to(out_ptr.dtype.element_ty), mask=d < D)
+        tl.store(mixture_ptr + row * D + d, mixed.to(mixture_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["end_token_id", "seed", "step"])
@@ -166,18 +224,9 @@ def latent_step_kernel(
     list_ptr += row * G
     buffer_ptr += row * N
 
-    # The sidecar: log Z, an upper bound of the keys in each group, and the token with the highest logit.
     group = tl.arange(0, BLOCK_G)
-    maxima = tl.load(maxima_ptr + row * G + group, mask=group < G, other=-float("inf"))
-    sums = tl.load(sums_ptr + row * G + group, mask=group < G, other=0.0)
-    peak = tl.max(maxima, 0)
-    log_z = peak + tl.log(tl.sum(sums * tl.exp(maxima - peak), 0))
-    group_keys = tl.where(group < G, token_key(maxima, group * GROUP), LOWEST)
-    highest_key = tl.max(group_keys, 0)
-    v = key_id(highest_key) + tl.arange(0, GROUP)
-    first = tl.load(logits_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
-    top_token = key_id(tl.max(tl.where(v < V, token_key(first, v), LOWEST), 0))
-
+    log_z, group_keys, ceiling = read_sidecar(logits_ptr, maxima_ptr, sums_ptr, row, group, V, G, GROUP)
+    top_token = key_id(ceiling)
     latent = top_token != end_token_id
     if HAS_MASK:
         latent = latent & (tl.load(latent_ptr + row) != 0)
@@ -195,13 +244,7 @@ def latent_step_kernel(
     if ONE_SIDED:
         largest = span
 
-    # At least K logits reach the K-th largest maximum, and their scores gain the least noise at least.
-    ceiling = token_key(peak, top_token)
-    reached = frontier_between(group_keys, tl.full([], LOWEST, dtype=tl.int64), ceiling, K, 2 * K)
-    frontier = tl.where(reached == LOWEST, LOWEST, frontier_at(key_value(reached) - span))
-    most = N // 2
-    frontier = frontier_between(group_keys, frontier, ceiling, most // 2 + 1, most)
-
+    frontier = first_frontier(group_keys, ceiling, span, K, N)
     n = tl.arange(0, N)
     best = tl.full([BLOCK_K], LOWEST, dtype=tl.int64)
     mass = tl.full([], 0.0, dtype=tl.float64)
@@ -215,54 +258,36 @@ def latent_step_kernel(
         inside = n < count
         keys = tl.sort(tl.load(buffer_ptr + n, mask=inside, other=LOWEST), descending=True)
         if count > N:
-            # Tied tokens are gathered in their order, so a line below these N may do. If not, one with about half a
-            # buffer of the segment above it, and at least an eighth of a buffer.
-            rank = tl.where(tries % 2 == 0, N - 1, tl.maximum(N * N // (2 * count), N // 8))
-            frontier = tl.sum(tl.where(n == rank, keys, 0), 0)
+            frontier = narrower_frontier(keys, count, tries, N)
             tries += 1
         else:
-            ids = tl.where(inside, key_id(keys), 0)
             log_probs = key_value(keys) - log_z
             probs = tl.where(inside, tl.exp(log_probs), 0.0).to(tl.float64)
             before = mass + tl.cumsum(probs, 0) - probs
             candidate = inside & ((before < limit) | (taken + n < K))
             if NOISE:
-                noise = noise_of(ids, inside, row, noise_row, draws_ptr, draws_stride, seed, step, INJECTED, ONE_SIDED)
-                keys = tl.where(noisy, token_key(log_probs + noise * scale, ids), keys)
+                keys = score_keys(
+                    keys, log_probs, inside, noisy, scale, row, noise_row, draws_ptr, draws_stride, seed, step,
+                    INJECTED, ONE_SIDED,
+                )  # fmt: skip
             best = keep_best(best, tl.where(candidate, keys, LOWEST), K, BLOCK_K)
             mass += tl.sum(probs, 0)
             taken += count
 
-            # What is below the frontier cannot change the answer: no candidate, or out of the noise's reach.
-            worst = tl.min(tl.where(tl.arange(0, BLOCK_K) < K, best, HIGHEST), 0)
-            enough = worst != LOWEST
-            out_of_reach = key_value(worst) > key_value(frontier) - log_z + largest
-            # Noise does not change -inf: below this line are tokens of higher ids.
-            nothing_left = (key_value(frontier) == -float("inf")) & (worst > frontier)
-            decided = enough & ((noisy == 0) | out_of_reach | (mass >= limit) | nothing_left)
-            settled = ((frontier == LOWEST) | decided).to(tl.int32)
-
-            needed = tl.where(enough, frontier_at(key_value(worst) + log_z - largest), LOWEST)
+            done, needed = conclude(best, frontier, log_z, noisy, largest, mass >= limit, K, BLOCK_K)
+            settled = done.to(tl.int32)
             ceiling = frontier
             tries = 0
-            most = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
-            needed = tl.where(needed < frontier, needed, LOWEST)
             if settled == 0:
+                most = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
                 frontier = frontier_between(group_keys, needed, ceiling, most // 2 + 1, most)
 
-    used = tl.arange(0, BLOCK_K) < K
-    ids = tl.minimum(tl.where(used, key_id(best), 0), V - 1)
-    scores = tl.where(noisy, key_value(best), key_value(best) - log_z)
-    logit = tl.where(used, scores / tau, -float("inf"))
-    weights = tl.exp(logit - tl.max(logit, 0))
-    weights = weights / tl.sum(weights, 0)
-    out = row * K + tl.arange(0, BLOCK_K)
-    tl.store(ids_ptr + out, ids.to(tl.int64), mask=used)
-    tl.store(scores_ptr + out, scores, mask=used)
-    tl.store(weights_ptr + out, weights, mask=used)
     tl.store(top_ptr + row, top_token.to(tl.int64))
     tl.store(is_latent_ptr + row, latent.to(tl.int8))
-    store_mixture(table_ptr, mixture_ptr, table_stride, D, row, ids, weights, K, BLOCK_K, BLOCK_D)
+    store_step(
+        best, noisy, log_z, tau, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr, table_stride, V, D,
+        K, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
 
 
 def constants(vocab: int, top_k: int, noise: NoiseSpec, *, tensors: dict[str, bool]) -> dict[str, int | bool]:
