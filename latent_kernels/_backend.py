@@ -11,9 +11,15 @@ from torch import Tensor
 IMPLS = ("auto", "triton", "eager")
 
 # Operators that have a Triton kernel in this version; `auto` means eager for all others.
-TRITON_OPS: frozenset[str] = frozenset({"group_advantages", "latent_step", "mix_embeddings", "project_with_noise"})
+TRITON_OPS: frozenset[str] = frozenset(
+    {
+        "fused_policy_loss", "group_advantages", "latent_logprob", "latent_logprob_from_logits", "latent_step",
+        "mix_embeddings", "policy_loss", "project_with_noise",
+    }
+)  # fmt: skip
 
 MAX_TOP_K = 32  # mixture components that the kernel of the latent step keeps
+MAX_COMPONENTS = 128  # components of a trajectory's row that the kernel of the log-prob compares with each other
 
 # Other kernels accumulate in float32; float64 is for gradient checks, and eager.
 FLOAT64_OPS: frozenset[str] = frozenset({"group_advantages"})
@@ -27,6 +33,11 @@ def triton_available() -> bool:
 def interpreting() -> bool:
     """Whether Triton runs kernels on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+def beyond_components(width: int) -> str | None:
+    """What the kernels of the log-prob cannot take: rows of more than MAX_COMPONENTS components."""
+    return f"scores at most {MAX_COMPONENTS} components a row, got {width}" if width > MAX_COMPONENTS else None
 
 
 def resolve(op: str, impl: str, *tensors: Tensor, beyond: str | None = None) -> str:

@@ -1,116 +1,92 @@
 """Hidden states to policy loss in one pass, without [N, V].
 
 Advantages, old log-probs, masks and the aggregation's weights are all known before the LM head, so the gradient is
-taken in the forward pass: each chunk of rows goes hidden -> logits -> log-prob -> loss -> dlogits (in place) -> dhidden
-(and the head's gradient where it is asked for) while it is alive. The backward pass only scales what was saved. Masked
-rows never reach the LM head. Deterministic.
+taken in the forward pass: each chunk of rows goes hidden -> logits -> log-prob and its slope in the logits, in place ->
+loss -> dhidden (and the head's gradient where it is asked for) while it is alive. The backward pass only scales what
+was saved. Masked steps, and those whose advantage is zero, never reach the LM head. Deterministic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latent_kernels._backend import resolve
-from latent_kernels._eager.linear import back_project, project
-from latent_kernels._eager.rows import LogprobSpec, chunk_buffer, logits_gradient_, logprob_rows_, row_chunks
+from latent_kernels._backend import beyond_components, resolve
+from latent_kernels._eager.linear import add_outer_, back_project, project
+from latent_kernels._eager.rows import logprob_rows_, step_losses
+from latent_kernels._rows import (
+    SUMS,
+    LogprobSpec,
+    LossSpec,
+    RowScores,
+    StepLosses,
+    chunk_buffer,
+    loss_and_stats,
+    row_chunks,
+)
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_tensor
 from latent_kernels.latent_logprob import check_logprob_options
 from latent_kernels.policy_loss import check_loss_options
-from latent_kernels.reference import aggregation_weights, compute_dtype, token_loss
+from latent_kernels.reference import aggregation_weights, compute_dtype, is_hard
 
 
-class LossSpec(NamedTuple):
-    """What the loss of N flattened rows needs besides their log-probs; tensors are [N]."""
+class RowKernels(NamedTuple):
+    """One implementation of what is done to a chunk of logits."""
 
-    old_logprob: Tensor
-    advantages: Tensor
-    ref_logprob: Tensor | None
-    weights: Tensor
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coef: float
-
-    def rows(self, part: slice | Tensor) -> LossSpec:
-        """The same for a part of the rows."""
-        return self._replace(
-            old_logprob=self.old_logprob[part],
-            advantages=self.advantages[part],
-            ref_logprob=None if self.ref_logprob is None else self.ref_logprob[part],
-            weights=self.weights[part],
-        )
-
-
-def _chunk_loss(logprob: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Weighted loss (0-d), its gradient in logprob [n], and the terms of the statistics."""
-    with torch.enable_grad():
-        logprob = logprob.requires_grad_()
-        loss, terms = token_loss(
-            logprob, spec.old_logprob, spec.advantages, clip_low=spec.clip_low, clip_high=spec.clip_high,
-            dual_clip=spec.dual_clip, ref_logprob=spec.ref_logprob, kl_coef=spec.kl_coef,
-        )  # fmt: skip
-        total = (loss * spec.weights).sum()
-        (grad,) = torch.autograd.grad(total, logprob)
-    return total.detach(), grad, terms
+    logprob_rows_: Callable[..., RowScores]
+    step_losses: Callable[[Tensor, LossSpec], StepLosses]
 
 
 class _Fused(torch.autograd.Function):
-    """Saves the gradients themselves: dhidden of the active rows, and dlm_head where it is wanted."""
+    """Saves the gradients themselves, for a loss whose largest weight is 1: dhidden, and dlm_head where it is wanted.
+
+    The weights' unit, often 1e-5, is multiplied in by the backward pass: a float16 gradient would lose its bits to it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, lm_head: Tensor, active: Tensor, rows: LogprobSpec, loss_spec: LossSpec
-    ) -> tuple[Tensor, ...]:
-        dtype = loss_spec.weights.dtype
+        ctx: Any, hidden: Tensor, lm_head: Tensor, active: Tensor, unit: Tensor, rows: LogprobSpec, loss: LossSpec,
+        kernels: RowKernels,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        dtype = compute_dtype(hidden, lm_head)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
         head_grad = torch.zeros(lm_head.shape, dtype=dtype, device=hidden.device) if wants_head else None
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        sums: dict[str, Tensor] = {}
-        crossed, components = loss.new_zeros(()), loss.new_zeros(())
-        chunks = row_chunks(len(active), len(lm_head), dtype)
-        buffer = chunk_buffer(chunks, len(lm_head), hidden, dtype)
+        sums, crossed = unit.new_zeros(len(SUMS)), unit.new_zeros(())
+        chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
+        buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
         for part in chunks:
             index = active[part]
             chunk = hidden[index]
             logits = project(chunk, lm_head, buffer[: len(chunk)])
-            state = logprob_rows_(logits, rows.rows(index))
-            spec = loss_spec.rows(index)
-            value, grad, terms = _chunk_loss(state.logprob, spec)
-            loss += value
-            crossed += state.crossed.sum()
-            components += state.latent.sum() * state.ids.shape[1]
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + ((term * spec.weights) if name == "kl" else term).sum()
-            if hidden_grad is not None or head_grad is not None:
-                slope = logits_gradient_(logits, state, grad)
-                if hidden_grad is not None:
-                    hidden_grad[index] = back_project(slope, lm_head).to(hidden.dtype)
-                if head_grad is not None:
-                    head_grad.addmm_(slope.T, chunk.to(dtype))
-        ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(lm_head.dtype))
-        stats = _stats(sums, len(active), crossed / components)
+            found = kernels.logprob_rows_(
+                logits, rows.rows(index), lm_head.dtype if wants_hidden or wants_head else None
+            )
+            losses = kernels.step_losses(found.logprob, loss.rows(index))
+            sums += losses.sums
+            crossed += found.crossed.sum()
+            gradient = losses.gradient.unsqueeze(-1)
+            if hidden_grad is not None and found.slope is not None:
+                hidden_grad[index] = (back_project(found.slope, lm_head) * gradient).to(hidden.dtype)
+            if head_grad is not None and found.slope is not None:
+                add_outer_(head_grad, found.slope, (chunk * gradient).to(lm_head.dtype))
+        ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(lm_head.dtype), unit)
+        components = (~is_hard(rows.ids[active])).sum() * rows.ids.shape[1]
+        loss_value, *stats = loss_and_stats(sums, len(active), unit, crossed / components)
         ctx.mark_non_differentiable(*stats)
-        return loss, *stats
+        return loss_value, *stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        scaled = [None if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors]
-        return scaled[0], scaled[1], None, None, None
-
-
-def _stats(sums: dict[str, Tensor], count: int, margin_crossed: Tensor) -> PolicyStats:
-    """Statistics from sums over the active steps (the k3 term comes weighted already)."""
-    zero = torch.zeros((), dtype=torch.float32, device=margin_crossed.device)
-    means = {name: (total if name == "kl" else total / max(count, 1)).float() for name, total in sums.items()}
-    values = {name: means.get(name, zero.clone()) for name in PolicyStats._fields}
-    return PolicyStats(**{**values, "margin_crossed": margin_crossed.float()})
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *saved, unit = ctx.saved_tensors
+        scaled = [None if gradient is None else (gradient * (grad * unit)).to(gradient.dtype) for gradient in saved]
+        return *scaled, None, None, None, None, None
 
 
 def fused_policy_loss(
@@ -140,6 +116,9 @@ def fused_policy_loss(
                                  temperature=temperature, advantages=advantages.flatten(), ...)
         loss, stats = policy_loss(logprob.view_as(mask), old_logprob, advantages, mask, ...)
 
+    Steps whose advantage is zero are left out (unless there is a `ref_logprob`): they change neither the loss nor its
+    gradient, but the statistics are means over the others.
+
     Differentiable in `hidden` and `lm_head` (once); extra memory is one chunk of logits plus dhidden, and [V, D] in
     float32 where `lm_head` requires a gradient. Options as in `latent_logprob` and `policy_loss`; masked steps may hold
     anything. Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
@@ -154,18 +133,26 @@ def fused_policy_loss(
     )
     flat_ids, flat_scores = ids.flatten(0, 1), scores.flatten(0, 1)
     check_logprob_options(flat_ids, flat_scores, len(flat_ids), hidden, temperature, None, margin_gradient)
-    resolve("fused_policy_loss", impl, hidden)
+    kernels = RowKernels(logprob_rows_, step_losses)
+    if resolve("fused_policy_loss", impl, hidden, lm_head, beyond=beyond_components(ids.shape[2])) == "triton":
+        from latent_kernels._triton import logprob, policy_loss
+
+        kernels = RowKernels(logprob.logprob_rows_, policy_loss.step_losses)
     if not torch.is_grad_enabled():  # else the forward pass takes gradients that no backward pass will ask for
         hidden, lm_head = hidden.detach(), lm_head.detach()
     dtype = compute_dtype(hidden, lm_head)
     keep = mask.bool()
     weights = aggregation_weights(keep.to(dtype), aggregation).flatten()
+    unit = weights.max() if weights.numel() else weights.new_zeros(())
     ref = None if ref_logprob is None else ref_logprob.to(dtype).flatten()
     flat_advantages = advantages.to(dtype).flatten()
     rows = LogprobSpec(flat_ids, flat_scores, flat_advantages, temperature, margin_gradient)
     loss_spec = LossSpec(
-        old_logprob.to(dtype).flatten(), flat_advantages, ref, weights, clip_low, clip_high, dual_clip, kl_coef
+        old_logprob.to(dtype).flatten(), flat_advantages, ref, weights / unit, clip_low, clip_high, dual_clip, kl_coef
     )
+    if ref is None:  # else a step without an advantage still has a KL term
+        keep = keep & (advantages != 0)
+    # The one wait for the device: how many rows there are to multiply.
     active = keep.flatten().nonzero().squeeze(-1)
-    loss, *stats = _Fused.apply(hidden.flatten(0, 1), lm_head, active, rows, loss_spec)
+    loss, *stats = _Fused.apply(hidden.flatten(0, 1), lm_head, active, unit, rows, loss_spec, kernels)
     return loss, PolicyStats(*stats)

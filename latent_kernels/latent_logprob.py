@@ -13,19 +13,23 @@ head's own gradient, where asked for, needs the upstream gradient and recomputes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latent_kernels._backend import resolve
-from latent_kernels._eager.linear import back_project, project
-from latent_kernels._eager.rows import LogprobSpec, chunk_buffer, logits_gradient_, logprob_rows_, row_chunks
+from latent_kernels._backend import beyond_components, resolve
+from latent_kernels._eager.linear import add_outer_, back_project, project
+from latent_kernels._eager.rows import logprob_rows_
+from latent_kernels._rows import LogprobSpec, RowScores, chunk_buffer, row_chunks
 from latent_kernels._validate import check_choice, check_range, check_rows, check_tensor
 from latent_kernels.reference import compute_dtype
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
+
+ScoreRows = Callable[..., RowScores]  # `logprob_rows_` of one of the implementations
 
 
 class _FromLogits(torch.autograd.Function):
@@ -37,8 +41,8 @@ class _FromLogits(torch.autograd.Function):
         ctx.spec = spec
         ctx.save_for_backward(logits)
         out = torch.empty(len(logits), dtype=dtype, device=logits.device)
-        for part in row_chunks(len(logits), logits.shape[1], dtype):
-            out[part] = logprob_rows_(logits[part].to(dtype, copy=True), spec.rows(part)).logprob
+        for part in row_chunks(len(logits), logits.shape[1], dtype, logits.device):
+            out[part] = logprob_rows_(logits[part].to(dtype, copy=True), spec.rows(part), None).logprob
         return out
 
     @staticmethod
@@ -46,10 +50,11 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        for part in row_chunks(len(logits), logits.shape[1], grad.dtype):
+        for part in row_chunks(len(logits), logits.shape[1], grad.dtype, logits.device):
             chunk = logits[part].to(grad.dtype, copy=True)
-            state = logprob_rows_(chunk, ctx.spec.rows(part))
-            out[part] = logits_gradient_(chunk, state, grad[part])
+            slope = logprob_rows_(chunk, ctx.spec.rows(part), grad.dtype, grad[part]).slope
+            assert slope is not None
+            out[part] = slope
         return out, None
 
 
@@ -57,40 +62,40 @@ class _FromHidden(torch.autograd.Function):
     """Saves d logprob / d hidden [N, D], and hidden and head only where the head wants a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, lm_head: Tensor, spec: LogprobSpec) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, lm_head: Tensor, spec: LogprobSpec, rows: ScoreRows) -> Tensor:
         dtype = compute_dtype(hidden, lm_head)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        slope = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
+        gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
         out = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        chunks = row_chunks(len(hidden), len(lm_head), dtype)
-        buffer = chunk_buffer(chunks, len(lm_head), hidden, dtype)
+        chunks = row_chunks(len(hidden), len(lm_head), dtype, hidden.device)
+        buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
         for part in chunks:
             logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
-            state = logprob_rows_(logits, spec.rows(part))
-            out[part] = state.logprob
-            if slope is not None:
-                slope[part] = back_project(logits_gradient_(logits, state, torch.ones_like(state.logprob)), lm_head)
-        ctx.spec, ctx.hidden_dtype = spec, hidden.dtype
-        ctx.save_for_backward(slope, *((hidden, lm_head) if wants_head else ()))
+            found = rows(logits, spec.rows(part), lm_head.dtype if wants_hidden else None)
+            out[part] = found.logprob
+            if gradient is not None and found.slope is not None:
+                gradient[part] = back_project(found.slope, lm_head)
+        ctx.spec, ctx.rows, ctx.hidden_dtype = spec, rows, hidden.dtype
+        ctx.save_for_backward(gradient, *((hidden, lm_head) if wants_head else ()))
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        slope, *saved = ctx.saved_tensors
-        hidden_grad = None if slope is None else (slope * grad.unsqueeze(-1)).to(ctx.hidden_dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        gradient, *saved = ctx.saved_tensors
+        hidden_grad = None if gradient is None else (gradient * grad.unsqueeze(-1)).to(ctx.hidden_dtype)
         head_grad = None
         if saved:
             hidden, lm_head = saved
             head_grad = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
-            chunks = row_chunks(len(hidden), len(lm_head), grad.dtype)
-            buffer = chunk_buffer(chunks, len(lm_head), hidden, grad.dtype)
+            chunks = row_chunks(len(hidden), len(lm_head), grad.dtype, hidden.device)
+            buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, hidden.device)
             for part in chunks:
                 logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
-                state = logprob_rows_(logits, ctx.spec.rows(part))
-                head_grad.addmm_(logits_gradient_(logits, state, grad[part]).T, hidden[part].to(grad.dtype))
+                slope = ctx.rows(logits, ctx.spec.rows(part), lm_head.dtype, grad[part]).slope
+                add_outer_(head_grad, slope, hidden[part])
             head_grad = head_grad.to(lm_head.dtype)
-        return hidden_grad, head_grad, None
+        return hidden_grad, head_grad, None, None
 
 
 def check_logprob_options(
@@ -136,8 +141,14 @@ def latent_logprob_from_logits(
     """
     check_tensor("logits", logits, [None, None])
     check_logprob_options(ids, scores, len(logits), logits, temperature, advantages, margin_gradient)
-    resolve("latent_logprob_from_logits", impl, logits)
-    out: Tensor = _FromLogits.apply(logits, LogprobSpec(ids, scores, advantages, temperature, margin_gradient))
+    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
+    out: Tensor
+    if resolve("latent_logprob_from_logits", impl, logits, beyond=beyond_components(ids.shape[1])) == "triton":
+        from latent_kernels._triton import logprob as kernel
+
+        out = kernel.FromLogits.apply(logits, spec)
+    else:
+        out = _FromLogits.apply(logits, spec)
     return out
 
 
@@ -160,8 +171,11 @@ def latent_logprob(
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     check_logprob_options(ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient)
-    resolve("latent_logprob", impl, hidden)
+    rows: ScoreRows = logprob_rows_
+    if resolve("latent_logprob", impl, hidden, lm_head, beyond=beyond_components(ids.shape[1])) == "triton":
+        from latent_kernels._triton.logprob import logprob_rows_ as rows
     if not torch.is_grad_enabled():  # else the forward pass takes gradients that no backward pass will ask for
         hidden, lm_head = hidden.detach(), lm_head.detach()
-    out: Tensor = _FromHidden.apply(hidden, lm_head, LogprobSpec(ids, scores, advantages, temperature, margin_gradient))
+    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
+    out: Tensor = _FromHidden.apply(hidden, lm_head, spec, rows)
     return out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from latent_kernels._backend import resolve
+from latent_kernels._rows import LossSpec
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_choice, check_range, check_tensor
-from latent_kernels.reference import policy_loss_ref
+from latent_kernels.reference import policy_loss_ref, response_weights
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
@@ -68,7 +70,13 @@ def policy_loss(
         list(logprob.shape), logprob, old_logprob, advantages, mask, clip_low, clip_high, dual_clip, aggregation,
         ref_logprob, kl_coef,
     )  # fmt: skip
-    resolve("policy_loss", impl, logprob)
+    if resolve("policy_loss", impl, logprob) == "triton":
+        from latent_kernels._triton import policy_loss as kernel
+
+        lengths = mask.bool().sum(-1, dtype=torch.float32)
+        weights = response_weights(lengths, mask.shape[1], aggregation)
+        spec = LossSpec(old_logprob, advantages, ref_logprob, weights, clip_low, clip_high, dual_clip, kl_coef)
+        return kernel.policy_loss(logprob, spec, mask.bool(), lengths.sum())
     return policy_loss_ref(
         logprob, old_logprob, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
         aggregation=aggregation, ref_logprob=ref_logprob, kl_coef=kl_coef,

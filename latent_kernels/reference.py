@@ -241,15 +241,19 @@ def token_loss(
     return loss, {name: term.detach().to(loss.dtype) for name, term in terms.items()}
 
 
+def response_weights(lengths: Tensor, steps: int, aggregation: str) -> Tensor:
+    """Weight in the loss of each active step of a response [R], for lengths [R] in active steps of T = `steps`."""
+    if aggregation == "token-mean":
+        return (1.0 / lengths.sum().clamp_min(1.0)).expand_as(lengths)
+    weights = torch.full_like(lengths, 1.0 / max(len(lengths), 1))
+    if aggregation == "seq-mean-token-mean":
+        return weights / lengths.clamp_min(1.0)
+    return weights / max(steps, 1) if aggregation == "seq-mean-token-sum-norm" else weights
+
+
 def aggregation_weights(mask: Tensor, aggregation: str) -> Tensor:
     """Weight of every step [R, T] in the loss, 0 where masked; `(weights * loss).sum()` is the aggregate."""
-    rows, steps = mask.shape
-    if aggregation == "token-mean":
-        return mask / mask.sum().clamp_min(1.0)
-    weights = mask / max(rows, 1)
-    if aggregation == "seq-mean-token-mean":
-        return weights / mask.sum(-1, keepdim=True).clamp_min(1.0)
-    return weights / max(steps, 1) if aggregation == "seq-mean-token-sum-norm" else weights
+    return mask * response_weights(mask.sum(-1), mask.shape[1], aggregation).unsqueeze(-1)
 
 
 def policy_stats(terms: dict[str, Tensor], mask: Tensor, weights: Tensor, margin_crossed: Tensor | None) -> PolicyStats:

@@ -26,8 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from latent_kernels._noise import NoiseSpec
+from latent_kernels._rows import LossSpec
 from latent_kernels._triton import group_advantages as advantages
-from latent_kernels._triton import latent_step, lm_head, project_with_noise, routes
+from latent_kernels._triton import latent_step, lm_head, logprob, policy_loss, project_with_noise, routes
 from latent_kernels._triton import mix_embeddings as mix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -155,12 +156,52 @@ def project_with_noise_builds() -> Iterator[Build]:
         yield Build(name, project_with_noise.project_with_noise_kernel, types, constants, options, aligned=whole)
 
 
+def logprob_builds() -> Iterator[Build]:
+    """Log-probs alone; with the slope over float32 logits in each dtype; the slope alone, for logits of each dtype."""
+    variants = [(logits, None, 10, "aligned", True, False) for logits in DTYPES]
+    variants += [(logits, logits, 10, "aligned", False, True) for logits in DTYPES]
+    variants += [("fp32", slope, 10, margin, True, False) for slope, margin in product(DTYPES, logprob.MARGINS)]
+    variants += [("fp32", "bf16", width, "aligned", True, True) for width in (1, 10, 32, 128)]
+    for logits, slope, width, margin, forward, upstream in variants:
+        chosen = logprob.constants(128_256, width, margin, forward=forward, slope=slope is not None, upstream=upstream)
+        types = {
+            "logits_ptr": f"*{logits}", "ids_ptr": "*i64", "scores_ptr": "*fp32",
+            **dict.fromkeys(("advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr"), "*fp32"),
+            "crossed_ptr": "*i32", "slope_ptr": f"*{slope or logits}",
+            **dict.fromkeys(("logits_stride", "slope_stride", "V"), "i32"), "inverse_temperature": "fp32",
+        }  # fmt: skip
+        options = logprob.launch_options(128_256)
+        name = f"logprob {logits} slope={slope} K={width} {margin} forward={forward} upstream={upstream}"
+        strides = ("logits_stride", "slope_stride", "V")
+        yield Build(name, logprob.logprob_kernel, types, chosen, options, aligned=strides)
+
+
+def policy_loss_builds() -> Iterator[Build]:
+    """Every combination of mask, reference and dual clip in float32; log-probs of the other dtypes."""
+    modes = list(product((True, False), (True, False), (3.0, None)))
+    zero = torch.zeros(1)
+    for dtype, (has_mask, has_ref, dual_clip) in [("fp32", mode) for mode in modes] + [
+        (dtype, modes[0]) for dtype in ("bf16", "fp16")
+    ]:
+        spec = LossSpec(zero, zero, zero if has_ref else None, zero, 0.2, 0.2, dual_clip, 0.1)
+        chosen = policy_loss.constants(spec, has_mask=has_mask)
+        pointers = ("logprob_ptr", "old_ptr", "advantages_ptr", "ref_ptr")
+        types = {
+            **dict.fromkeys(pointers, f"*{dtype}"), "mask_ptr": "*i8" if has_mask else f"*{dtype}",
+            **dict.fromkeys(("weights_ptr", "gradient_ptr", "sums_ptr"), "*fp32"), "N": "i32", "T": "i32",
+            **dict.fromkeys(("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef"), "fp32"),
+        }  # fmt: skip
+        options = {"num_warps": policy_loss.NUM_WARPS}
+        name = f"policy_loss {dtype} mask={has_mask} ref={has_ref} dual_clip={dual_clip}"
+        yield Build(name, policy_loss.policy_loss_kernel, types, chosen, options)
+
+
 def builds() -> list[Build]:
     """Everything that can be launched."""
     return list(
         chain(
             latent_step_builds(), lm_head_builds(), project_with_noise_builds(), mix_embeddings_builds(),
-            group_advantages_builds(),
+            group_advantages_builds(), logprob_builds(), policy_loss_builds(),
         )
     )  # fmt: skip
 

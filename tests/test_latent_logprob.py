@@ -15,8 +15,9 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from latent_kernels import _rows as rows
 from latent_kernels import latent_logprob, latent_logprob_from_logits
-from latent_kernels._eager import linear, rows
+from latent_kernels._eager import linear
 from latent_kernels.reference import latent_logprob_from_logits_ref
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
@@ -398,7 +399,7 @@ def test_chunks_do_not_change_the_result(rows_a_chunk, make_trajectory, monkeypa
     expected = run()
     monkeypatch.setattr(rows, "CHUNK_BYTES", rows_a_chunk * 257 * 8)
     monkeypatch.setattr(linear, "BLOCK_ROWS", 50)
-    assert len(rows.row_chunks(11, 257, torch.float64)) == -(-11 // rows_a_chunk)
+    assert len(rows.row_chunks(11, 257, torch.float64, torch.device("cpu"))) == -(-11 // rows_a_chunk)
     for got, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=tol.FLOAT64)
 
@@ -444,7 +445,8 @@ def test_gradient_subsets(wanted, make_trajectory, monkeypatch):
     head.requires_grad_(wanted in ("both", "head", "no-grad"))
     if wanted in ("neither", "no-grad"):  # nothing may be spent on gradients
         module = sys.modules["latent_kernels.latent_logprob"]
-        monkeypatch.setattr(module, "logits_gradient_", lambda *_: pytest.fail("took a gradient that nobody wants"))
+        for product in ("back_project", "add_outer_"):
+            monkeypatch.setattr(module, product, lambda *_: pytest.fail("took a gradient that nobody wants"))
     with torch.set_grad_enabled(wanted != "no-grad"):
         out = latent_logprob(hidden, head, data.ids, data.scores)
     assert torch.equal(out, value)

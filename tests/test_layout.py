@@ -16,7 +16,7 @@ import latent_kernels
 
 PACKAGES = ("latent_kernels", "latent_grpo", "bench")
 # What needs torch only, and which of these modules may be imported by which: each one those before it.
-BASE_LAYERS = ("_types", "_noise", "reference", "_backend", "_eager")
+BASE_LAYERS = ("_types", "_noise", "_rows", "reference", "_backend", "_eager")
 STANDARD = sys.stdlib_module_names | {"__future__"}
 
 

@@ -33,12 +33,26 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
         return out
 
 
-def back_project(grad: Tensor, weight: Tensor) -> Tensor:
-    """`grad @ weight` [n, D] for grad [n, V] in float32 or float64, accumulated in that dtype."""
-    with torch.autocast(grad.device.type, enabled=False):
-        if weight.dtype == grad.dtype:
-            return grad @ weight
-        out = torch.zeros(len(grad), weight.shape[1], dtype=grad.dtype, device=grad.device)
+def back_project(slope: Tensor, weight: Tensor) -> Tensor:
+    """`slope @ weight` [n, D] for slope [n, V]: accumulated and returned in float32, or float64 for float64 inputs."""
+    dtype = compute_dtype(slope, weight)
+    with torch.autocast(slope.device.type, enabled=False):
+        if slope.dtype == weight.dtype == dtype:
+            return slope @ weight
+        if slope.is_cuda and slope.dtype == weight.dtype:
+            return torch.mm(slope, weight, out_dtype=dtype)
+        out = torch.zeros(len(slope), weight.shape[1], dtype=dtype, device=slope.device)
         for part in _blocks(weight):
-            out.addmm_(grad[:, part], weight[part].to(grad.dtype))
+            out.addmm_(slope[:, part].to(dtype), weight[part].to(dtype))
         return out
+
+
+def add_outer_(out: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """Adds `slope.T @ hidden` to out [V, D], float32 or float64, for slope [n, V] and hidden [n, D]."""
+    with torch.autocast(out.device.type, enabled=False):
+        if slope.is_cuda and slope.dtype == hidden.dtype != out.dtype:
+            torch.addmm(out, slope.T, hidden, out_dtype=out.dtype, out=out)
+            return
+        hidden = hidden.to(out.dtype)
+        for part in _blocks(out):
+            out[part].addmm_(slope[:, part].T.to(out.dtype), hidden)

@@ -1,0 +1,99 @@
+"""What the eager and the Triton loss share: how rows are cut into chunks, and what is known and found of a row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from latent_kernels._types import PolicyStats
+
+# One chunk of logits. Fewer rows are slow to multiply: 196 of 128,256 in float32 keep two CPU cores busy, and a large
+# GPU needs about 1,000 before the product with the head costs more than reading the head and writing the logits.
+CHUNK_BYTES = 96 * 1024 * 1024
+CUDA_CHUNK_BYTES = 512 * 1024 * 1024
+TILE_ROWS = 128  # a chunk is whole tiles of the matrix product where it is larger than one
+ALIGNMENT = 16  # elements: rows of logits start where wide loads and the library's fast products may
+
+
+def row_chunks(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
+    """Slices of equal length (the last shorter) whose logits take at most a chunk's bytes, or one row each."""
+    budget = CUDA_CHUNK_BYTES if device.type == "cuda" else CHUNK_BYTES
+    size = max(1, budget // (vocab * dtype.itemsize))
+    size -= size % TILE_ROWS if size > TILE_ROWS else 0
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def chunk_buffer(chunks: list[slice], vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The one buffer [n, V] that every chunk's logits are written to, so that no two are ever alive."""
+    rows = max((part.stop - part.start for part in chunks), default=0)
+    return torch.empty(rows, -(-vocab // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=device)[:, :vocab]
+
+
+class LogprobSpec(NamedTuple):
+    """What N rows are to be scored for: ids, scores [N, K], advantages [N] or None, and the options of SPEC 4."""
+
+    ids: Tensor
+    scores: Tensor
+    advantages: Tensor | None
+    temperature: float
+    margin_gradient: str
+
+    def rows(self, part: slice | Tensor) -> LogprobSpec:
+        """The same for a part of the rows."""
+        advantages = None if self.advantages is None else self.advantages[part]
+        return self._replace(ids=self.ids[part], scores=self.scores[part], advantages=advantages)
+
+
+class RowScores(NamedTuple):
+    """Log-probs of a chunk of n rows."""
+
+    logprob: Tensor  # [n]
+    crossed: Tensor  # [n] integer, latent components with a negative margin
+    slope: Tensor | None  # [n, V] d logprob / d logits, where the logits were
+
+
+class LossSpec(NamedTuple):
+    """What the loss of N response steps needs besides their log-probs; tensors are [N]."""
+
+    old_logprob: Tensor
+    advantages: Tensor
+    ref_logprob: Tensor | None
+    weights: Tensor  # of a step in the loss
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl_coef: float
+
+    def rows(self, part: slice | Tensor) -> LossSpec:
+        """The same for a part of the steps."""
+        return self._replace(
+            old_logprob=self.old_logprob[part],
+            advantages=self.advantages[part],
+            ref_logprob=None if self.ref_logprob is None else self.ref_logprob[part],
+            weights=self.weights[part],
+        )
+
+
+# What is summed over the steps, in this order: the loss (weighted), plain statistics, the k3 term (weighted).
+SUMS = ("loss", "clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio", "kl")
+
+
+class StepLosses(NamedTuple):
+    """The loss of n response steps."""
+
+    gradient: Tensor  # [n] of the weighted loss, in the log-prob
+    sums: Tensor  # [6] in the order of SUMS
+
+
+def loss_and_stats(sums: Tensor, count: Tensor | int, unit: Tensor | float, crossed: Tensor) -> tuple[Tensor, ...]:
+    """The loss and PolicyStats from sums over `count` steps whose weights were divided by `unit`; all 0-d."""
+    weighted = sums * unit
+    means = sums / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+    stats = PolicyStats(
+        **{name: means[i].float() for i, name in enumerate(SUMS[1:-1], start=1)},
+        kl=weighted[SUMS.index("kl")].float(),
+        margin_crossed=crossed.float(),
+    )
+    return weighted[0], *stats
