@@ -31,6 +31,11 @@ def chunk_buffer(chunks: list[slice], vocab: int, dtype: torch.dtype, device: to
     return torch.empty(rows, -(-vocab // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=device)[:, :vocab]
 
 
+def slope_dtype(hidden: Tensor, lm_head: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What the slope of the log-probs may be stored in: the dtype of the product, or `dtype` where there are two."""
+    return lm_head.dtype if hidden.dtype == lm_head.dtype else dtype
+
+
 class LogprobSpec(NamedTuple):
     """What N rows are to be scored for: ids, scores [N, K], advantages [N] or None, and the options of SPEC 4."""
 

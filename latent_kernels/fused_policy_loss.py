@@ -27,6 +27,7 @@ from latent_kernels._rows import (
     chunk_buffer,
     loss_and_stats,
     row_chunks,
+    slope_dtype,
 )
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_tensor
@@ -57,6 +58,7 @@ class _Fused(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
         head_grad = torch.zeros(lm_head.shape, dtype=dtype, device=hidden.device) if wants_head else None
+        stored = slope_dtype(hidden, lm_head, dtype) if wants_hidden or wants_head else None
         sums, crossed = unit.new_zeros(len(SUMS)), unit.new_zeros(())
         chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
@@ -64,9 +66,7 @@ class _Fused(torch.autograd.Function):
             index = active[part]
             chunk = hidden[index]
             logits = project(chunk, lm_head, buffer[: len(chunk)])
-            found = kernels.logprob_rows_(
-                logits, rows.rows(index), lm_head.dtype if wants_hidden or wants_head else None
-            )
+            found = kernels.logprob_rows_(logits, rows.rows(index), stored)
             losses = kernels.step_losses(found.logprob, loss.rows(index))
             sums += losses.sums
             crossed += found.crossed.sum()
@@ -74,7 +74,7 @@ class _Fused(torch.autograd.Function):
             if hidden_grad is not None and found.slope is not None:
                 hidden_grad[index] = (back_project(found.slope, lm_head) * gradient).to(hidden.dtype)
             if head_grad is not None and found.slope is not None:
-                add_outer_(head_grad, found.slope, (chunk * gradient).to(lm_head.dtype))
+                add_outer_(head_grad, found.slope, (chunk * gradient).to(found.slope.dtype))
         ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(lm_head.dtype), unit)
         components = (~is_hard(rows.ids[active])).sum() * rows.ids.shape[1]
         loss_value, *stats = loss_and_stats(sums, len(active), unit, crossed / components)

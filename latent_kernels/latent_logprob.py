@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from latent_kernels._backend import beyond_components, resolve
 from latent_kernels._eager.linear import add_outer_, back_project, project
 from latent_kernels._eager.rows import logprob_rows_
-from latent_kernels._rows import LogprobSpec, RowScores, chunk_buffer, row_chunks
+from latent_kernels._rows import LogprobSpec, RowScores, chunk_buffer, row_chunks, slope_dtype
 from latent_kernels._validate import check_choice, check_range, check_rows, check_tensor
 from latent_kernels.reference import compute_dtype
 
@@ -71,7 +71,7 @@ class _FromHidden(torch.autograd.Function):
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
         for part in chunks:
             logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
-            found = rows(logits, spec.rows(part), lm_head.dtype if wants_hidden else None)
+            found = rows(logits, spec.rows(part), slope_dtype(hidden, lm_head, dtype) if wants_hidden else None)
             out[part] = found.logprob
             if gradient is not None and found.slope is not None:
                 gradient[part] = back_project(found.slope, lm_head)
@@ -88,11 +88,12 @@ class _FromHidden(torch.autograd.Function):
         if saved:
             hidden, lm_head = saved
             head_grad = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
+            stored = slope_dtype(hidden, lm_head, grad.dtype)
             chunks = row_chunks(len(hidden), len(lm_head), grad.dtype, hidden.device)
             buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, hidden.device)
             for part in chunks:
                 logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
-                slope = ctx.rows(logits, ctx.spec.rows(part), lm_head.dtype, grad[part]).slope
+                slope = ctx.rows(logits, ctx.spec.rows(part), stored, grad[part]).slope
                 add_outer_(head_grad, slope, hidden[part])
             head_grad = head_grad.to(lm_head.dtype)
         return hidden_grad, head_grad, None, None

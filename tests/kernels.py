@@ -49,7 +49,22 @@ def kernel(operator: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return moved(operator(*arguments, **options, impl="triton"), "cpu")
 
+    run.precision = torch.float32
     return run
+
+
+def precision(operator: Callable[..., Any]) -> torch.dtype:
+    """The widest dtype that an operator computes in: float64, or a kernel's float32."""
+    return getattr(operator, "precision", torch.float64)
+
+
+def narrowed(value: Any, dtype: torch.dtype) -> Any:
+    """Float tensors in a dict or a named tuple, in `dtype`; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: narrowed(part, dtype) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(narrowed(part, dtype) for part in value))
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def with_kernel(operator: Callable[..., Any], *others: Any) -> pytest.MarkDecorator:

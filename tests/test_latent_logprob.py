@@ -11,6 +11,7 @@ import tolerances as tol
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import NEEDS_TRITON, kernel, narrowed, precision, with_kernel
 from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -21,9 +22,9 @@ from latent_kernels._eager import linear
 from latent_kernels.reference import latent_logprob_from_logits_ref
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
-PUBLIC_AND_REFERENCE = pytest.mark.parametrize(
-    "operator", [latent_logprob_from_logits, latent_logprob_from_logits_ref], ids=["public", "reference"]
-)
+PUBLIC_AND_REFERENCE = with_kernel(latent_logprob_from_logits, latent_logprob_from_logits_ref)
+FROM_LOGITS = with_kernel(latent_logprob_from_logits)
+FROM_HIDDEN = with_kernel(latent_logprob)
 
 
 def value_and_gradients(function: Callable[..., Tensor], *leaves: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -104,9 +105,9 @@ def by_formula(
 @pytest.mark.parametrize("with_advantages", [True, False], ids=["advantages", "no-advantages"])
 @pytest.mark.parametrize("shape", [(12, 33, 4), (1, 17, 1), (5, 31, 31), (9, 1000, 10)], ids=str)
 def test_value_and_gradient_are_the_formula(operator, mode, with_advantages, shape, make_trajectory):
-    data = make_trajectory(*shape)
+    data = narrowed(make_trajectory(*shape), precision(operator))
     advantages = data.advantages if with_advantages else None
-    upstream = torch.randn(shape[0], dtype=torch.float64)
+    upstream = torch.randn(shape[0]).double()
     value, gradient = value_and_gradients(
         lambda logits: operator(
             logits, data.ids, data.scores, temperature=0.7, advantages=advantages, margin_gradient=mode
@@ -115,8 +116,9 @@ def test_value_and_gradient_are_the_formula(operator, mode, with_advantages, sha
         upstream=upstream,
     )
     expected, slope = by_formula(data.logits, data.ids, data.scores, 0.7, advantages, mode)
-    torch.testing.assert_close(value, expected, rtol=0, atol=tol.FLOAT64)
-    torch.testing.assert_close(gradient, upstream.unsqueeze(-1) * slope, rtol=0, atol=tol.FLOAT64)
+    exact = dict(rtol=0, atol=tol.EXACT[precision(operator)])
+    torch.testing.assert_close(value.double(), expected, **exact)
+    torch.testing.assert_close(gradient.double(), upstream.unsqueeze(-1) * slope, **exact)
 
 
 def coefficients_of(mode: str, advantage: float, margin: float) -> float:
@@ -147,21 +149,24 @@ def test_aligned_coefficients_push_a_negative_advantage_down():
 
 @PUBLIC_AND_REFERENCE
 def test_duplicate_ids_add_up(operator, make_trajectory):
-    data = make_trajectory(6, 33, 4, text_rows=False)
+    data = narrowed(make_trajectory(6, 33, 4, text_rows=False), precision(operator))
     ids = data.ids.clone()
     ids[:, 2] = ids[:, 0]
+    ids[:3, 3] = ids[:3, 0]
     value, gradient = value_and_gradients(
         lambda logits: operator(logits, ids, data.scores), data.logits, upstream=torch.ones(6)
     )
     expected, slope = by_formula(data.logits, ids, data.scores, 1.0, None, "none")
-    torch.testing.assert_close(value, expected, rtol=0, atol=tol.FLOAT64)
-    torch.testing.assert_close(gradient, slope, rtol=0, atol=tol.FLOAT64)
+    exact = dict(rtol=0, atol=tol.EXACT[precision(operator)])
+    torch.testing.assert_close(value.double(), expected, **exact)
+    torch.testing.assert_close(gradient.double(), slope, **exact)
 
 
-def test_temperature_is_for_text_rows_alone(make_trajectory):
-    data = make_trajectory()
+@FROM_LOGITS
+def test_temperature_is_for_text_rows_alone(operator, make_trajectory):
+    data = narrowed(make_trajectory(), precision(operator))
     hard = data.ids[:, 1] == -100
-    cool, warm = (latent_logprob_from_logits(*data[:3], temperature=t) for t in (0.5, 2.0))
+    cool, warm = (operator(*data[:3], temperature=t) for t in (0.5, 2.0))
     assert torch.equal(cool[~hard], warm[~hard])
     assert (cool[hard] != warm[hard]).all()
 
@@ -202,10 +207,11 @@ def test_gradcheck_from_hidden(margins, mode, make_trajectory):
     assert torch.autograd.gradcheck(lambda h, w: latent_logprob(h, w, data.ids, data.scores, **options), (hidden, head))
 
 
+@FROM_HIDDEN
 @pytest.mark.parametrize("mode", MARGIN_GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(12, 1000, 10, 64), (30, 4099, 4, 16), (1, 33, 1, 8)], ids=str)
-def test_error_from_hidden_is_bounded_by_the_compositions(mode, dtype, shape, make_trajectory):
+def test_error_from_hidden_is_bounded_by_the_compositions(operator, mode, dtype, shape, make_trajectory):
     hidden, head, data = from_hidden(make_trajectory, dtype, shape)
     options = dict(temperature=0.8, advantages=data.advantages, margin_gradient=mode)
     scores, upstream = data.scores.float(), torch.randn(shape[0])
@@ -215,17 +221,16 @@ def test_error_from_hidden_is_bounded_by_the_compositions(mode, dtype, shape, ma
 
     exact = value_and_gradients(composition, hidden.double(), head.double(), upstream=upstream)
     naive = value_and_gradients(composition, hidden, head, upstream=upstream)
-    got = value_and_gradients(
-        lambda h, w: latent_logprob(h, w, data.ids, scores, **options), hidden, head, upstream=upstream
-    )
+    got = value_and_gradients(lambda h, w: operator(h, w, data.ids, scores, **options), hidden, head, upstream=upstream)
     assert [part.dtype for part in got] == [torch.float32, dtype, dtype]
     for ours, theirs, truth in zip(got, naive, exact, strict=True):
         assert_error_is_like_the_compositions(ours, theirs, truth, dtype)
 
 
+@FROM_LOGITS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("vocab", [17, 1000, 4099])
-def test_error_from_logits_is_bounded_by_the_compositions(dtype, vocab, make_trajectory):
+@pytest.mark.parametrize("vocab", [17, 1000, 4099, 20_011])
+def test_error_from_logits_is_bounded_by_the_compositions(operator, dtype, vocab, make_trajectory):
     logits = (3.0 * torch.randn(9, vocab)).to(dtype)
     data = make_trajectory(9, vocab, 5, logits=logits)
     scores, upstream = data.scores.float(), torch.randn(9)
@@ -237,20 +242,21 @@ def test_error_from_logits_is_bounded_by_the_compositions(dtype, vocab, make_tra
 
     exact = run(latent_logprob_from_logits_ref, logits.double())
     naive = run(latent_logprob_from_logits_ref, logits)
-    got = run(latent_logprob_from_logits, logits)
+    got = run(operator, logits)
     assert [part.dtype for part in got] == [torch.float32, dtype]
     for ours, theirs, truth in zip(got, naive, exact, strict=True):
         assert_error_is_like_the_compositions(ours, theirs, truth, dtype)
 
 
-def test_hidden_and_head_may_differ_in_dtype(make_trajectory):
+@FROM_HIDDEN
+def test_hidden_and_head_may_differ_in_dtype(operator, make_trajectory):
     hidden, head, data = from_hidden(make_trajectory, torch.bfloat16, (6, 257, 4, 16))
     upstream = torch.ones(6)
     expected = value_and_gradients(
         lambda h, w: latent_logprob(h, w, data.ids, data.scores), hidden.float(), head.float(), upstream=upstream
     )
     for h, w in ((hidden, head.float()), (hidden.float(), head)):
-        got = value_and_gradients(lambda h, w: latent_logprob(h, w, data.ids, data.scores), h, w, upstream=upstream)
+        got = value_and_gradients(lambda h, w: operator(h, w, data.ids, data.scores), h, w, upstream=upstream)
         assert [part.dtype for part in got[1:]] == [h.dtype, w.dtype]
         torch.testing.assert_close(got[0], expected[0], rtol=0, atol=tol.FLOAT32)
         for part, truth in zip(got[1:], expected[1:], strict=True):
@@ -260,15 +266,13 @@ def test_hidden_and_head_may_differ_in_dtype(make_trajectory):
 # Rows
 
 
-@pytest.mark.parametrize("operator", ["logits", "hidden"])
+@with_kernel(latent_logprob_from_logits, latent_logprob, pytest.param(kernel(latent_logprob), marks=NEEDS_TRITON))
 def test_no_rows(operator):
     ids, scores, hidden, head = torch.zeros(0, 3).long(), torch.zeros(0, 3), torch.zeros(0, 8), torch.randn(9, 8)
     hidden.requires_grad_()
     head.requires_grad_()
-    if operator == "logits":
-        out = latent_logprob_from_logits(hidden @ head.T, ids, scores)
-    else:
-        out = latent_logprob(hidden, head, ids, scores)
+    from_logits = "logits" in operator.__name__
+    out = operator(hidden @ head.T, ids, scores) if from_logits else operator(hidden, head, ids, scores)
     assert out.shape == (0,)
     out.sum().backward()
     assert hidden.grad.shape == (0, 8)
@@ -278,7 +282,7 @@ def test_no_rows(operator):
 @PUBLIC_AND_REFERENCE
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 def test_scores_of_text_rows_are_not_read(operator, junk, make_trajectory):
-    data = make_trajectory()
+    data = narrowed(make_trajectory(), precision(operator))
     hard = data.ids[:, 1] == -100
     scores = torch.where(hard.unsqueeze(-1), junk, data.scores)
     upstream = torch.ones(len(hard))
@@ -294,6 +298,8 @@ def test_scores_of_text_rows_are_not_read(operator, junk, make_trajectory):
 @pytest.mark.parametrize("mode", MARGIN_GRADIENTS)
 @PUBLIC_AND_REFERENCE
 def test_huge_margins_stay_finite(operator, dtype, mode):
+    if dtype == torch.float64 and precision(operator) != dtype:
+        pytest.skip("kernels compute in float32")
     logits = torch.zeros(8, 5, dtype=dtype)
     logits[:, 0] = 1.0
     ids = torch.arange(3).expand(8, -1)
@@ -312,14 +318,13 @@ def test_huge_margins_stay_finite(operator, dtype, mode):
     assert torch.equal(gradient[6], torch.zeros(5, dtype=dtype)), "a target of probability zero asks for no update"
 
 
-def test_targets_that_the_policy_excludes_stay_finite():
+@FROM_LOGITS
+def test_targets_that_the_policy_excludes_stay_finite(operator):
     # -inf logits at a component of a latent row: a large finite margin, and a gradient towards it.
     logits = torch.zeros(2, 6)
     logits[:, 1] = -torch.inf
     ids = torch.tensor([[1, 2], [3, 1]])
-    value, gradient = value_and_gradients(
-        lambda z: latent_logprob_from_logits(z, ids, torch.zeros(2, 2)), logits, upstream=torch.ones(2)
-    )
+    value, gradient = value_and_gradients(lambda z: operator(z, ids, torch.zeros(2, 2)), logits, upstream=torch.ones(2))
     assert torch.isfinite(value).all()
     assert (value < -1e3).all()
     assert torch.isfinite(gradient).all()
@@ -351,34 +356,64 @@ def test_shift_and_permutation_of_rows(make_trajectory, seed, shift, order_seed)
     assert expected[1].sum(-1).abs().max() < tol.FLOAT64, "a gradient in logits sums to zero"
 
 
-def test_strided_inputs_equal_contiguous_ones(make_trajectory):
+@FROM_LOGITS
+def test_strided_logits_equal_contiguous_ones(operator, make_trajectory):
+    data = narrowed(make_trajectory(6, 257, 4), torch.float32)
+    upstream = torch.randn(6)
+    results = []
+    for logits in (data.logits, data.logits.T.contiguous().T, torch.cat([data.logits, data.logits], 1)[:, :257]):
+        leaf = logits.detach().requires_grad_()
+        value = operator(leaf, data.ids.T.contiguous().T, data.scores.T.contiguous().T)
+        results.append((value.detach(), *torch.autograd.grad(value, leaf, upstream)))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tol.REORDERED)
+
+
+@FROM_HIDDEN
+def test_strided_inputs_equal_contiguous_ones(operator, make_trajectory):
     hidden, head, data = from_hidden(make_trajectory, torch.float32, (6, 257, 4, 16))
     ids, scores = data.ids.T.contiguous().T, data.scores.float().T.contiguous().T
-    logits = (hidden @ head.T).T.contiguous().T
     upstream = torch.randn(6)
-    expected = value_and_gradients(
-        lambda h, w: latent_logprob(h, w, data.ids, data.scores), hidden, head, upstream=upstream
-    )
+    expected = value_and_gradients(lambda h, w: operator(h, w, data.ids, data.scores), hidden, head, upstream=upstream)
     hidden_t, head_t = hidden.T.contiguous().requires_grad_(), head.T.contiguous().requires_grad_()
-    value = latent_logprob(hidden_t.T, head_t.T, ids, scores)
+    value = operator(hidden_t.T, head_t.T, ids, scores)
     got = value, *torch.autograd.grad(value, (hidden_t, head_t), upstream)
     for a, b in zip(got, (expected[0], expected[1].T, expected[2].T), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tol.REORDERED)
-    torch.testing.assert_close(latent_logprob_from_logits(logits, ids, scores), expected[0], rtol=0, atol=tol.REORDERED)
 
 
-def test_inputs_are_left_as_they_were(make_trajectory):
+@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_inputs_are_left_as_they_were(impl, make_trajectory):
     hidden, head, data = from_hidden(make_trajectory, torch.float32, (6, 257, 4, 16))
     inputs = [hidden, head, data.ids, data.scores.float(), (hidden @ head.T)]
     before = [t.clone() for t in inputs]
     for leaf in (hidden, head, inputs[4]):
         leaf.requires_grad_()
-    latent_logprob(hidden, head, data.ids, inputs[3]).sum().backward()
-    latent_logprob_from_logits(inputs[4], data.ids, inputs[3]).sum().backward()
+    latent_logprob(hidden, head, data.ids, inputs[3], impl=impl).sum().backward()
+    latent_logprob_from_logits(inputs[4], data.ids, inputs[3], impl=impl).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 # Chunks and memory
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_do_not_change_the_kernels_result(dtype, make_trajectory, monkeypatch):
+    hidden, head, data = from_hidden(make_trajectory, dtype, (11, 261, 4, 16))  # rows of logits are padded to 272
+    upstream = torch.randn(11)
+
+    def run() -> tuple[Tensor, ...]:
+        return value_and_gradients(
+            lambda h, w: kernel(latent_logprob)(h, w, data.ids, data.scores), hidden, head, upstream=upstream
+        )
+
+    expected = run()
+    for limit in ("CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
+        monkeypatch.setattr(rows, limit, 3 * 261 * 4)
+    for got, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=torch.finfo(dtype).eps, atol=tol.REORDERED)
 
 
 @pytest.mark.parametrize("rows_a_chunk", [1, 3, 5, 11])
@@ -434,12 +469,13 @@ def test_logits_are_saved_once_and_nothing_else_of_their_size(make_trajectory):
 # Autograd's corners
 
 
+@FROM_HIDDEN
 @pytest.mark.parametrize("wanted", ["both", "hidden", "head", "neither", "no-grad"])
-def test_gradient_subsets(wanted, make_trajectory, monkeypatch):
+def test_gradient_subsets(operator, wanted, make_trajectory, monkeypatch):
     hidden, head, data = from_hidden(make_trajectory, torch.float32, (6, 257, 4, 16))
     upstream = torch.randn(6)
     value, *gradients = value_and_gradients(
-        lambda h, w: latent_logprob(h, w, data.ids, data.scores), hidden, head, upstream=upstream
+        lambda h, w: operator(h, w, data.ids, data.scores), hidden, head, upstream=upstream
     )
     hidden.requires_grad_(wanted in ("both", "hidden", "no-grad"))
     head.requires_grad_(wanted in ("both", "head", "no-grad"))
@@ -448,7 +484,7 @@ def test_gradient_subsets(wanted, make_trajectory, monkeypatch):
         for product in ("back_project", "add_outer_"):
             monkeypatch.setattr(module, product, lambda *_: pytest.fail("took a gradient that nobody wants"))
     with torch.set_grad_enabled(wanted != "no-grad"):
-        out = latent_logprob(hidden, head, data.ids, data.scores)
+        out = operator(hidden, head, data.ids, data.scores)
     assert torch.equal(out, value)
     assert out.requires_grad == (wanted in ("both", "hidden", "head"))
     if not out.requires_grad:
@@ -473,34 +509,35 @@ def test_upstream_scales_and_calls_accumulate(make_trajectory):
         torch.testing.assert_close(leaf.grad, 1.5 * gradient, rtol=0, atol=tol.FLOAT64)
 
 
+@FROM_HIDDEN
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_activation_checkpointing(reentrant, make_trajectory):
-    hidden, head, data = from_hidden(make_trajectory, torch.float64, (6, 257, 4, 16))
+def test_activation_checkpointing(operator, reentrant, make_trajectory):
+    hidden, head, data = from_hidden(make_trajectory, precision(operator), (6, 257, 4, 16))
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        return latent_logprob(torch.tanh(h), w, data.ids, data.scores)
+        return operator(torch.tanh(h), w, data.ids, data.scores)
 
     upstream = torch.randn(6)
     expected = value_and_gradients(loss, hidden, head, upstream=upstream)
     leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     value = checkpoint(loss, *leaves, use_reentrant=reentrant)
-    value.backward(upstream.double())
+    value.backward(upstream.to(value.dtype))
     for got, wanted in zip((value, leaves[0].grad, leaves[1].grad), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
-def test_autocast_changes_nothing(make_trajectory):
+@pytest.mark.parametrize("run_on", ["eager", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_autocast_changes_nothing(run_on, make_trajectory):
+    from_head, from_logits = latent_logprob, latent_logprob_from_logits
+    if run_on == "triton":
+        from_head, from_logits = kernel(from_head), kernel(from_logits)
     hidden, head, data = from_hidden(make_trajectory, torch.float32, (6, 257, 4, 16))
     upstream = torch.randn(6)
 
     def run(z: Tensor | None = None) -> tuple[Tensor, ...]:
         if z is not None:
-            return value_and_gradients(
-                lambda z: latent_logprob_from_logits(z, data.ids, data.scores), z, upstream=upstream
-            )
-        return value_and_gradients(
-            lambda h, w: latent_logprob(h, w, data.ids, data.scores), hidden, head, upstream=upstream
-        )
+            return value_and_gradients(lambda z: from_logits(z, data.ids, data.scores), z, upstream=upstream)
+        return value_and_gradients(lambda h, w: from_head(h, w, data.ids, data.scores), hidden, head, upstream=upstream)
 
     logits = data.logits.float()
     expected = *run(), *run(logits)
@@ -509,14 +546,12 @@ def test_autocast_changes_nothing(make_trajectory):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("source", ["hidden", "logits"])
-def test_double_backward_raises(source, make_trajectory):
-    hidden, head, data = from_hidden(make_trajectory, torch.float64, (3, 33, 4, 8))
+@with_kernel(latent_logprob_from_logits, latent_logprob, pytest.param(kernel(latent_logprob), marks=NEEDS_TRITON))
+def test_double_backward_raises(operator, make_trajectory):
+    hidden, head, data = from_hidden(make_trajectory, precision(operator), (3, 33, 4, 8))
     hidden.requires_grad_()
-    if source == "hidden":
-        value = latent_logprob(hidden, head, data.ids, data.scores)
-    else:
-        value = latent_logprob_from_logits(hidden @ head.T, data.ids, data.scores)
+    from_logits = "logits" in operator.__name__
+    value = operator(*((hidden @ head.T,) if from_logits else (hidden, head)), data.ids, data.scores)
     (gradient,) = torch.autograd.grad(value.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -544,7 +579,8 @@ SHARED_INVALID = {
 
 @pytest.mark.parametrize("operator", [latent_logprob, latent_logprob_from_logits], ids=["hidden", "logits"])
 @pytest.mark.parametrize(("change", "error", "message"), SHARED_INVALID.values(), ids=SHARED_INVALID)
-def test_wrong_arguments_are_named(operator, change, error, message):
+def test_wrong_arguments_are_named(operator, change, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = (torch.zeros(4, 8), torch.zeros(9, 8)) if operator is latent_logprob else (torch.zeros(4, 9),)
     with pytest.raises(error, match=message):
         operator(*inputs, **{"ids": IDS, "scores": SCORES, **change})
@@ -571,3 +607,55 @@ def test_wrong_logits_are_named():
         latent_logprob_from_logits(torch.zeros(9), IDS, SCORES)
     with pytest.raises(TypeError, match=r"logits .* got torch.int64"):
         latent_logprob_from_logits(torch.zeros(4, 9).long(), IDS, SCORES)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("name", ["hidden", "lm_head", "logits"])
+def test_kernels_refuse_float64(name):
+    inputs = {"hidden": torch.zeros(4, 8), "lm_head": torch.zeros(9, 8)}
+    if name == "logits":
+        inputs = {"logits": torch.zeros(4, 9)}
+    inputs[name] = inputs[name].double()
+    operator = latent_logprob_from_logits if name == "logits" else latent_logprob
+    with pytest.raises(RuntimeError, match=r"computes in float32, got torch\.float64; use impl='auto'"):
+        operator(**inputs, ids=IDS, scores=SCORES, impl="triton")
+
+
+@NEEDS_TRITON
+def test_kernels_take_rows_of_up_to_128_components():
+    logits, scores = torch.randn(2, 200), torch.randn(2, 129)
+    ids = torch.randint(20, (2, 129))  # most are there several times
+    with pytest.raises(RuntimeError, match="scores at most 128 components a row, got 129; use impl='auto'"):
+        latent_logprob_from_logits(logits, ids, scores, impl="triton")
+    assert latent_logprob_from_logits(logits, ids, scores).shape == (2,)
+    got, expected = (
+        value_and_gradients(lambda z, f=f: f(z, ids[:, :128], scores[:, :128]), z, upstream=torch.ones(2))
+        for f, z in ((kernel(latent_logprob_from_logits), logits), (latent_logprob_from_logits_ref, logits.double()))
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tol.FLOAT32, atol=tol.FLOAT32)
+
+
+@NEEDS_TRITON
+def test_an_id_outside_the_vocabulary_makes_the_kernels_row_not_a_number():
+    logits, ids, scores = torch.randn(3, 9, requires_grad=True), torch.arange(6).view(3, 2), torch.zeros(3, 2)
+    ids[1, 1] = 9
+    value = kernel(latent_logprob_from_logits)(logits, ids, scores)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert torch.isnan(value).tolist() == [False, True, False]
+    assert torch.isnan(gradient).any(-1).tolist() == [False, True, False]
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("source", ["logits", "hidden"])
+def test_logits_that_are_not_numbers_are_not_hidden_by_the_kernel(source):
+    logits, ids, scores = torch.randn(3, 40), torch.arange(6).view(3, 2), torch.zeros(3, 2)
+    for junk in (torch.nan, torch.inf):
+        dirty = logits.clone()
+        dirty[1, 30] = junk
+        leaf, head = dirty.requires_grad_(), torch.eye(40)
+        operator = kernel(latent_logprob if source == "hidden" else latent_logprob_from_logits)
+        value = operator(leaf, *((head,) if source == "hidden" else ()), ids, scores)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        assert torch.isnan(value).tolist() == [False, True, False]
+        assert torch.isnan(gradient).all(-1).tolist() == [False, True, False]

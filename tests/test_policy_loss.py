@@ -11,13 +11,15 @@ import tolerances as tol
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import NEEDS_TRITON, kernel, narrowed, precision, with_kernel
 from torch import Tensor
 
 from latent_kernels import PolicyStats, policy_loss
 from latent_kernels.reference import policy_loss_ref
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-PUBLIC_AND_REFERENCE = pytest.mark.parametrize("operator", [policy_loss, policy_loss_ref], ids=["public", "reference"])
+PUBLIC_AND_REFERENCE = with_kernel(policy_loss, policy_loss_ref)
+PUBLIC_AND_TRITON = with_kernel(policy_loss)
 
 
 def make_batch(rows: int = 10, steps: int = 9, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -114,10 +116,10 @@ OPTIONS = [
 @PUBLIC_AND_REFERENCE
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_loss_and_statistics_equal_brute_force(operator, options):
-    batch = make_batch()
+    batch = narrowed(make_batch(), precision(operator))
     expected = by_hand(batch, options)
     loss, stats = operator(**batch, **options)
-    assert loss.item() == pytest.approx(expected.pop("loss"), abs=tol.FLOAT64)
+    assert loss.item() == pytest.approx(expected.pop("loss"), abs=tol.EXACT[precision(operator)])
     for name, value in expected.items():
         assert getattr(stats, name).item() == pytest.approx(value, abs=tol.FLOAT32), name
     assert torch.isnan(stats.margin_crossed)
@@ -134,15 +136,16 @@ def test_gradcheck(aggregation, dual_clip):
     assert torch.autograd.gradcheck(lambda x: policy_loss(x, **batch, **options)[0], logprob)
 
 
+@PUBLIC_AND_TRITON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_low_precision_is_computed_in_float32(dtype, aggregation):
+def test_low_precision_is_computed_in_float32(operator, dtype, aggregation):
     batch = make_batch(dtype=dtype)
-    exact = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    exact = narrowed(batch, torch.float64)
     losses, gradients = [], []
-    for data in (batch, exact):
+    for run, data in ((operator, batch), (policy_loss_ref, exact)):
         data["logprob"] = data["logprob"].requires_grad_()
-        loss, _ = policy_loss(**data, aggregation=aggregation, kl_coef=0.1)
+        loss, _ = run(**data, aggregation=aggregation, kl_coef=0.1)
         losses.append(loss)
         gradients.append(torch.autograd.grad(loss, data["logprob"])[0])
     assert losses[0].dtype == torch.float32
@@ -155,7 +158,7 @@ def test_low_precision_is_computed_in_float32(dtype, aggregation):
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_masked_steps_may_hold_anything(operator, junk, aggregation):
-    batch = make_batch()
+    batch = narrowed(make_batch(), precision(operator))
     dirty = {n: v if n == "mask" else torch.where(batch["mask"], v, junk) for n, v in batch.items()}
     results = []
     for data in (batch, dirty):
@@ -181,34 +184,41 @@ def test_a_fully_masked_batch_gives_zero(operator, aggregation, shape):
     assert [value.item() for value in stats[:5]] == [0.0] * 5
 
 
-def test_mask_of_zeros_and_ones_equals_bool():
-    batch = make_batch()
-    expected, _ = policy_loss(**batch)
+@PUBLIC_AND_TRITON
+def test_mask_of_zeros_and_ones_equals_bool(operator):
+    batch = narrowed(make_batch(), precision(operator))
+    expected, _ = operator(**batch)
     for dtype in (torch.int64, torch.float32):
-        assert torch.equal(policy_loss(**{**batch, "mask": batch["mask"].to(dtype)})[0], expected)
+        assert torch.equal(operator(**{**batch, "mask": batch["mask"].to(dtype)})[0], expected)
 
 
-def test_on_policy_the_gradient_is_the_advantage():
-    batch = make_batch()
+@PUBLIC_AND_TRITON
+def test_on_policy_the_gradient_is_the_advantage(operator):
+    batch = narrowed(make_batch(), precision(operator))
     logprob = batch["logprob"].requires_grad_()
     mask = batch["mask"]
-    loss, stats = policy_loss(logprob, logprob.detach(), batch["advantages"], mask)
+    loss, stats = operator(logprob, logprob.detach(), batch["advantages"], mask)
     (gradient,) = torch.autograd.grad(loss, logprob)
-    torch.testing.assert_close(gradient, -batch["advantages"] * mask / mask.sum(), rtol=0, atol=tol.FLOAT64)
+    expected = -batch["advantages"] * mask / mask.sum()
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=tol.EXACT[precision(operator)])
     assert [value.item() for value in stats[:5]] == [0.0] * 5
 
 
+@PUBLIC_AND_TRITON
 @pytest.mark.parametrize("gap", [19.0, 25.0, 1e4, float("inf")])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_huge_log_ratios_stay_finite(gap, sign):
+def test_huge_log_ratios_stay_finite(operator, gap, sign):
     logprob = torch.full((1, 2), sign * gap, requires_grad=True)
     advantages = torch.tensor([[1.0, -1.0]])
     zero = torch.zeros(1, 2)
     options = dict(dual_clip=None, ref_logprob=zero, kl_coef=0.1)
-    loss, stats = policy_loss(logprob, zero, advantages, torch.ones(1, 2), **options)
+    loss, stats = operator(logprob, zero, advantages, torch.ones(1, 2), **options)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logprob.grad).all()
+    wide = logprob.detach().double().requires_grad_()
+    policy_loss_ref(wide, zero, advantages, torch.ones(1, 2), **options)[0].backward()
+    torch.testing.assert_close(logprob.grad.double(), wide.grad, rtol=tol.FLOAT32, atol=tol.FLOAT32)
     assert stats.abs_log_ratio.item() == min(gap, 20.0)
     assert stats.kl.item() <= 10.0
 
@@ -232,17 +242,18 @@ def test_loss_is_linear_in_the_advantages(seed, factor):
     assert got.item() == pytest.approx(expected.item(), abs=tol.FLOAT64)
 
 
-def test_upstream_scales_calls_accumulate_and_no_grad_records_nothing():
-    batch = make_batch()
+@PUBLIC_AND_TRITON
+def test_upstream_scales_calls_accumulate_and_no_grad_records_nothing(operator):
+    batch = narrowed(make_batch(), precision(operator))
     logprob = batch.pop("logprob").requires_grad_()
-    (once,) = torch.autograd.grad(policy_loss(logprob, **batch)[0], logprob)
+    (once,) = torch.autograd.grad(operator(logprob, **batch)[0], logprob)
     for factor in (2.0, -0.5):
-        loss, stats = policy_loss(logprob, **batch)
+        loss, stats = operator(logprob, **batch)
         (factor * loss).backward()
-    torch.testing.assert_close(logprob.grad, 1.5 * once, rtol=0, atol=tol.FLOAT64)
+    torch.testing.assert_close(logprob.grad, 1.5 * once, rtol=0, atol=tol.EXACT[precision(operator)])
     assert not any(value.requires_grad for value in stats)
     with torch.no_grad():
-        assert not policy_loss(logprob, **batch)[0].requires_grad
+        assert not operator(logprob, **batch)[0].requires_grad
 
 
 def test_no_gradient_reaches_what_is_held_fixed():
@@ -255,10 +266,47 @@ def test_no_gradient_reaches_what_is_held_fixed():
     assert torch.equal(gradient, expected)
 
 
-def test_strided_inputs_equal_contiguous_ones():
-    batch = make_batch()
+@PUBLIC_AND_TRITON
+def test_strided_inputs_equal_contiguous_ones(operator):
+    batch = narrowed(make_batch(), precision(operator))
     strided = {name: value.T.contiguous().T for name, value in batch.items()}
-    assert policy_loss(**strided)[0].item() == pytest.approx(policy_loss(**batch)[0].item(), abs=tol.FLOAT64)
+    assert operator(**strided)[0].item() == pytest.approx(operator(**batch)[0].item(), abs=tol.FLOAT64)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_kernel_equals_the_reference_over_several_programs(aggregation):
+    batch = narrowed(make_batch(70, 61), torch.float32)
+    results = []
+    for operator, data in ((kernel(policy_loss), batch), (policy_loss_ref, narrowed(batch, torch.float64))):
+        logprob = data.pop("logprob").requires_grad_()
+        loss, stats = operator(logprob, **data, aggregation=aggregation, kl_coef=0.1)
+        results.append((loss.detach(), *torch.autograd.grad(loss, logprob), *stats[:5]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected.to(got.dtype), rtol=tol.FLOAT32, atol=tol.FLOAT32)
+
+
+@NEEDS_TRITON
+def test_not_a_number_is_not_hidden_by_the_kernel():
+    zero = torch.zeros(2, 2)
+    broken = torch.tensor([[torch.nan, 0.0], [0.0, 0.0]], requires_grad=True)
+    for options in (dict(), dict(ref_logprob=zero, kl_coef=0.1)):
+        for advantage in (1.0, -1.0):
+            loss, _ = kernel(policy_loss)(broken, zero, zero + advantage, torch.ones(2, 2), **options)
+            assert torch.isnan(loss)
+            (gradient,) = torch.autograd.grad(loss, broken)
+            assert torch.isnan(gradient[0, 0])
+            assert torch.isfinite(gradient[1]).all()
+
+
+@NEEDS_TRITON
+def test_the_kernels_gradient_cannot_be_differentiated():
+    batch = narrowed(make_batch(), torch.float32)
+    logprob = batch.pop("logprob").requires_grad_()
+    loss, _ = kernel(policy_loss)(logprob, **batch)
+    (gradient,) = torch.autograd.grad(loss.square(), logprob, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_statistics_are_0_d_float32():
@@ -289,7 +337,8 @@ INVALID = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), INVALID.values(), ids=INVALID)
-def test_wrong_arguments_are_named(change, error, message):
+def test_wrong_arguments_are_named(change, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"logprob": ZERO, "old_logprob": ZERO, "advantages": ZERO, "mask": ZERO.bool(), **change}
     with pytest.raises(error, match=message):
         policy_loss(**arguments)

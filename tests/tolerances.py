@@ -29,6 +29,7 @@ FLOAT64 = 1e-10
 REORDERED = 1e-5
 # Results and statistics that are computed and returned in float32, compared with float64.
 FLOAT32 = 1e-5
+EXACT = {torch.float64: FLOAT64, torch.float32: FLOAT32}  # by the dtype that an operator computes in
 
 # An operator's error against float64 may be this many times that of the plain PyTorch composition at that dtype ...
 ERROR_FACTOR = 2.0
