@@ -12,6 +12,7 @@ import tolerances as tol
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import narrowed, precision, with_kernel
 from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -85,14 +86,25 @@ def run(
     return loss.detach(), *torch.autograd.grad(loss, list(leaves.values())), stats
 
 
-def fused(batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, PolicyStats]:
+FUSED = with_kernel(fused_policy_loss)
+
+
+def fused(
+    batch: dict[str, Tensor], operator: Callable[..., Any] = fused_policy_loss, **options: Any
+) -> tuple[Tensor, PolicyStats]:
     """The operator on a batch."""
-    return fused_policy_loss(**batch, **options)
+    return operator(**batch, **options)
 
 
 def plain(batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, PolicyStats]:
     """The composition of the reference's rules."""
     return composition(batch, plain=True, **options)
+
+
+def weighed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with a little advantage where there was none, so that all active steps are in the statistics."""
+    advantages = batch["advantages"]
+    return {**batch, "advantages": torch.where(advantages == 0, 0.01, advantages)}
 
 
 def assert_same_stats(got: PolicyStats, expected: PolicyStats) -> None:
@@ -108,15 +120,17 @@ OPTIONS = [
 ]
 
 
+@FUSED
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_equals_its_two_parts_and_the_plain_rule(options, make_trajectory):
-    batch = make_batch(make_trajectory)
+def test_equals_its_two_parts_and_the_plain_rule(operator, options, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     options = dict(options, temperature=0.7, clip_low=0.1, clip_high=0.3)
-    got = run(fused, batch, **options)
+    got = run(fused, batch, operator=operator, **options)
+    exact = narrowed(batch, torch.float64)
     for other in (composition, plain):
-        expected = run(other, batch, **options)
+        expected = run(other, exact, **options)
         for a, b in zip(got[:3], expected[:3], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT64)
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=tol.EXACT[precision(operator)])
         assert_same_stats(got[3], expected[3])
     assert got[3].clip_fraction > 0
     assert (got[3].kl > 0).item()
@@ -132,24 +146,28 @@ def test_equals_its_two_parts_and_the_plain_rule(options, make_trajectory):
     ],
     ids=["one-step", "one-row-vocab-17-k-1", "k-is-vocab-31", "vocab-4099"],
 )
-def test_odd_sizes_equal_the_plain_rule(case, make_trajectory):
-    batch = make_batch(make_trajectory, **case)
+@FUSED
+def test_odd_sizes_equal_the_plain_rule(operator, case, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory, **case), precision(operator))
     batch["mask"][:] = True
     batch["advantages"][:] = 1.0
     unclipped = dict(clip_low=1.0, clip_high=1e3)
-    got, expected = run(fused, batch, **unclipped), run(plain, batch, **unclipped)
+    got = run(fused, batch, operator=operator, **unclipped)
+    expected = run(plain, narrowed(batch, torch.float64), **unclipped)
     for a, b in zip(got[:3], expected[:3], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT64)
+        torch.testing.assert_close(a.double(), b, rtol=tol.EXACT[precision(operator)], atol=tol.FLOAT32)
     assert got[1].abs().max() > 0
 
 
+@FUSED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_error_is_bounded_by_the_compositions(dtype, aggregation, make_trajectory):
+def test_error_is_bounded_by_the_compositions(operator, dtype, aggregation, make_trajectory):
     batch = make_batch(make_trajectory, vocab=1000, top_k=10, width=64, dtype=dtype)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     options = dict(aggregation=aggregation, temperature=0.8)
-    exact, naive, got = run(plain, wide, **options), run(plain, batch, **options), run(fused, batch, **options)
+    exact, naive = run(plain, wide, **options), run(plain, batch, **options)
+    got = run(fused, batch, operator=operator, **options)
     assert [part.dtype for part in got[:3]] == [torch.float32, dtype, dtype]
     for ours, theirs, truth in zip(got[:3], naive[:3], exact[:3], strict=True):
         scale = max(1.0, truth.abs().max().item())
@@ -166,9 +184,10 @@ def test_gradcheck(margins, mode, make_trajectory):
     assert torch.autograd.gradcheck(lambda h, w: fused_policy_loss(h, w, **batch, **options)[0], leaves)
 
 
-def test_statistics_count_the_crossed_margins(make_trajectory):
-    batch = make_batch(make_trajectory)
-    _, stats = fused(batch)
+@FUSED
+def test_statistics_count_the_crossed_margins(operator, make_trajectory):
+    batch = weighed(narrowed(make_batch(make_trajectory), precision(operator)))
+    _, stats = fused(batch, operator)
     logits = batch["hidden"] @ batch["lm_head"].T
     latent = batch["mask"] & (batch["ids"][..., 1] != -100)
     margins = batch["scores"] - logits.log_softmax(-1).gather(-1, batch["ids"].clamp_min(0))
@@ -180,26 +199,88 @@ def test_statistics_count_the_crossed_margins(make_trajectory):
     assert not any(value.requires_grad for value in stats)
 
 
-def test_margins_are_nan_where_no_step_is_latent(make_trajectory):
-    batch = make_batch(make_trajectory)
+@FUSED
+def test_margins_are_nan_where_no_step_is_latent(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     batch["ids"][..., 1:] = -100
-    assert torch.isnan(fused(batch)[1].margin_crossed)
+    assert torch.isnan(fused(batch, operator)[1].margin_crossed)
 
 
-# Masks
+def padded(value: Tensor, rows: int, steps: int) -> Tensor:
+    """The tensor [r, t, ...] in the first corner of zeros [rows, steps, ...]."""
+    out = value.new_zeros(rows, steps, *value.shape[2:])
+    out[: value.shape[0], : value.shape[1]] = value
+    return out
 
 
+@FUSED
+def test_float16_gradients_keep_their_bits_in_a_large_batch(operator, make_trajectory):
+    batch = make_batch(make_trajectory, (2, 4), dtype=torch.float16)
+    batch["mask"][:] = True
+    # A step's weight is 1 / (512 * 1024): times it, float16 would hold gradients of one to three bits.
+    batch = {name: value if name == "lm_head" else padded(value, 512, 1024) for name, value in batch.items()}
+    options = dict(aggregation="seq-mean-token-sum-norm", clip_low=1.0, clip_high=1e3)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    results = []
+    for function, data in ((operator, batch), (fused_policy_loss, wide)):
+        leaves = [data[name].requires_grad_() for name in ("hidden", "lm_head")]
+        loss, _ = function(**data, **options)
+        results.append(torch.autograd.grad(loss * 2.0**19, leaves))  # the loss scale of float16
+    for got, expected in zip(*results, strict=True):
+        tolerance = tol.ERROR_FLOOR[torch.float16] * expected.abs().max().item()
+        torch.testing.assert_close(got.double(), expected, rtol=tol.ERROR_FLOOR[torch.float16], atol=tolerance)
+
+
+# Masks, and steps without an advantage
+
+
+@FUSED
+def test_steps_without_an_advantage_never_reach_the_head(operator, make_trajectory, monkeypatch):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
+    batch["advantages"][1:, ::2] = 0.0
+    module, seen = sys.modules["latent_kernels.fused_policy_loss"], []
+    project = module.project
+    monkeypatch.setattr(module, "project", lambda h, w, out: seen.append(len(h)) or project(h, w, out))
+    exact = tol.EXACT[precision(operator)]
+    for ref, kl_coef in ((None, 0.0), (batch["ref_logprob"], 0.1)):
+        seen.clear()
+        given = {**batch, "ref_logprob": ref}
+        got = run(fused, given, operator=operator, kl_coef=kl_coef)
+        # With a reference model they have a KL term.
+        counted = batch["mask"] & (batch["advantages"] != 0) if ref is None else batch["mask"]
+        assert 0 < sum(seen) == counted.sum()
+        expected = run(plain, narrowed(given, torch.float64), kl_coef=kl_coef)
+        for a, b in zip(got[:3], expected[:3], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=exact)
+        # The statistics are means over the steps that were scored.
+        alone = plain({**given, "mask": counted}, kl_coef=kl_coef)[1]
+        for name in ("clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio"):
+            assert getattr(got[3], name).item() == pytest.approx(getattr(alone, name).item(), abs=tol.FLOAT32), name
+
+
+@FUSED
+def test_a_batch_without_an_advantage_gives_zero(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
+    batch["advantages"].zero_()
+    batch["ref_logprob"] = None
+    loss, *gradients, stats = run(fused, batch, operator=operator)
+    assert loss.item() == 0.0
+    assert not any(gradient.any() for gradient in gradients)
+    assert [value.item() for value in stats[:5]] == [0.0] * 5
+
+
+@FUSED
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf], ids=["nan", "inf"])
-def test_masked_steps_may_hold_anything(aggregation, junk, make_trajectory):
-    batch = make_batch(make_trajectory)
+def test_masked_steps_may_hold_anything(operator, aggregation, junk, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     mask = batch["mask"]
     dirty = dict(batch)
     for name in ("hidden", "scores", "old_logprob", "advantages", "ref_logprob"):
         wide = mask.unsqueeze(-1) if batch[name].ndim == 3 else mask
         dirty[name] = torch.where(wide, batch[name], junk)
     dirty["ids"] = torch.where(mask.unsqueeze(-1), batch["ids"], -100)
-    options = dict(aggregation=aggregation, kl_coef=0.1)
+    options = dict(aggregation=aggregation, kl_coef=0.1, operator=operator)
     got, expected = run(fused, dirty, **options), run(fused, batch, **options)
     for a, b in zip((*got[:3], *got[3]), (*expected[:3], *expected[3]), strict=True):
         assert torch.equal(a, b)
@@ -207,13 +288,14 @@ def test_masked_steps_may_hold_anything(aggregation, junk, make_trajectory):
     assert (got[1][mask].abs().sum(-1) > 0).any()
 
 
+@FUSED
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0)], ids=str)
-def test_a_fully_masked_batch_gives_zero(aggregation, shape, make_trajectory):
-    batch = make_batch(make_trajectory, (3, 4))
+def test_a_fully_masked_batch_gives_zero(operator, aggregation, shape, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory, (3, 4)), precision(operator))
     batch = {n: v if n == "lm_head" else v[: shape[0], : shape[1]] for n, v in batch.items()}
     batch["mask"] = torch.zeros(shape, dtype=torch.bool)
-    loss, hidden_grad, head_grad, stats = run(fused, batch, aggregation=aggregation, kl_coef=0.1)
+    loss, hidden_grad, head_grad, stats = run(fused, batch, operator=operator, aggregation=aggregation, kl_coef=0.1)
     assert loss.item() == 0.0
     assert torch.equal(hidden_grad, torch.zeros_like(batch["hidden"]))
     assert torch.equal(head_grad, torch.zeros_like(batch["lm_head"]))
@@ -240,51 +322,58 @@ def test_responses_may_come_in_any_order(make_trajectory, seed, aggregation):
         torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT64)
 
 
+@FUSED
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("mode", ["aligned", "released", "none"])
-def test_huge_margins_stay_finite(sign, mode, make_trajectory):
+def test_huge_margins_stay_finite(operator, sign, mode, make_trajectory):
     batch = make_batch(make_trajectory, dtype=torch.float32)
     batch["mask"][:] = True
     batch["scores"][:, ::2] += sign * 1e4
     batch["scores"][:, 1::2, 0] = -torch.inf
-    loss, hidden_grad, head_grad, stats = run(fused, batch, margin_gradient=mode, kl_coef=0.1)
+    loss, hidden_grad, head_grad, stats = run(fused, batch, operator=operator, margin_gradient=mode, kl_coef=0.1)
     assert torch.isfinite(loss)
     assert torch.isfinite(hidden_grad).all()
     assert torch.isfinite(head_grad).all()
     assert all(torch.isfinite(value) for value in stats)
 
 
-def test_strided_inputs_equal_contiguous_ones(make_trajectory):
-    batch = make_batch(make_trajectory)
+@FUSED
+def test_strided_inputs_equal_contiguous_ones(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     strided = {
         name: value.transpose(0, 1).contiguous().transpose(0, 1) if name != "lm_head" else value.T.contiguous().T
         for name, value in batch.items()
     }
     assert not any(value.is_contiguous() for value in strided.values())
-    for a, b in zip(run(fused, strided)[:3], run(fused, batch)[:3], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT64)
+    got, expected = (run(fused, data, operator=operator)[:3] for data in (strided, batch))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tol.EXACT[precision(operator)])
 
 
-def test_inputs_are_left_as_they_were(make_trajectory):
-    batch = make_batch(make_trajectory)
+@FUSED
+def test_inputs_are_left_as_they_were(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     before = {name: value.clone() for name, value in batch.items()}
-    run(fused, batch, kl_coef=0.1)
+    run(fused, batch, operator=operator, kl_coef=0.1)
     assert all(torch.equal(batch[name], before[name]) for name in batch)
 
 
 # Chunks and memory
 
 
+@FUSED
 @pytest.mark.parametrize("rows_a_chunk", [1, 5])
-def test_chunks_do_not_change_the_result(rows_a_chunk, make_trajectory, monkeypatch):
-    batch = make_batch(make_trajectory)
-    expected = run(fused, batch, kl_coef=0.1)
-    monkeypatch.setattr(rows, "CHUNK_BYTES", rows_a_chunk * 257 * 8)
+def test_chunks_do_not_change_the_result(operator, rows_a_chunk, make_trajectory, monkeypatch):
+    dtype = precision(operator)
+    batch = narrowed(make_batch(make_trajectory), dtype)
+    expected = run(fused, batch, operator=operator, kl_coef=0.1)
+    for limit in ("CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
+        monkeypatch.setattr(rows, limit, rows_a_chunk * 257 * dtype.itemsize)
     monkeypatch.setattr(linear, "BLOCK_ROWS", 50)
-    assert len(rows.row_chunks(int(batch["mask"].sum()), 257, torch.float64, torch.device("cpu"))) > 1
-    got = run(fused, batch, kl_coef=0.1)
+    assert len(rows.row_chunks(int(batch["mask"].sum()), 257, dtype, torch.device("cpu"))) > 1
+    got = run(fused, batch, operator=operator, kl_coef=0.1)
     for a, b in zip(got[:3], expected[:3], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT64)
+        torch.testing.assert_close(a, b, rtol=0, atol=tol.EXACT[dtype])
     for a, b in zip(got[3], expected[3], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT32)
 
@@ -306,10 +395,11 @@ def test_no_tensor_is_as_large_as_all_logits(dtype, make_trajectory, monkeypatch
 # Autograd's corners
 
 
+@FUSED
 @pytest.mark.parametrize("wanted", ["both", "hidden", "lm_head", "neither", "no-grad"])
-def test_gradient_subsets(wanted, make_trajectory, monkeypatch):
-    batch = make_batch(make_trajectory)
-    expected = run(fused, batch)
+def test_gradient_subsets(operator, wanted, make_trajectory, monkeypatch):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
+    expected = run(fused, batch, operator=operator)
     leaves = {"both": ("hidden", "lm_head"), "no-grad": ("hidden", "lm_head"), "neither": ()}.get(wanted, (wanted,))
     for name in leaves:
         batch[name].requires_grad_()
@@ -318,7 +408,7 @@ def test_gradient_subsets(wanted, make_trajectory, monkeypatch):
         for product in ("back_project", "add_outer_"):
             monkeypatch.setattr(module, product, lambda *_: pytest.fail("took a gradient that nobody wants"))
     with torch.set_grad_enabled(wanted != "no-grad"):
-        loss, _ = fused(batch)
+        loss, _ = fused(batch, operator)
     assert torch.equal(loss, expected[0])
     assert loss.requires_grad == (wanted in ("both", "hidden", "lm_head"))
     if not loss.requires_grad:
@@ -326,36 +416,39 @@ def test_gradient_subsets(wanted, make_trajectory, monkeypatch):
     loss.backward()
     for name, gradient in zip(("hidden", "lm_head"), expected[1:3], strict=True):
         if name in leaves:
-            torch.testing.assert_close(batch[name].grad, gradient, rtol=0, atol=tol.FLOAT64)
+            torch.testing.assert_close(batch[name].grad, gradient, rtol=0, atol=tol.EXACT[precision(operator)])
         else:
             assert batch[name].grad is None
 
 
-def test_upstream_scales_and_calls_accumulate(make_trajectory):
-    batch = make_batch(make_trajectory)
-    once = run(fused, batch)[1:3]
+@FUSED
+def test_upstream_scales_and_calls_accumulate(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
+    once = run(fused, batch, operator=operator)[1:3]
     leaves = batch["hidden"].requires_grad_(), batch["lm_head"].requires_grad_()
     for factor in (2.0, -0.5):
-        (factor * fused(batch)[0]).backward()
+        (factor * fused(batch, operator)[0]).backward()
     for leaf, gradient in zip(leaves, once, strict=True):
-        torch.testing.assert_close(leaf.grad, 1.5 * gradient, rtol=0, atol=tol.FLOAT64)
+        torch.testing.assert_close(leaf.grad, 1.5 * gradient, rtol=0, atol=tol.EXACT[precision(operator)])
 
 
-def test_backward_may_run_twice_over_a_retained_graph(make_trajectory):
-    batch = make_batch(make_trajectory)
+@FUSED
+def test_backward_may_run_twice_over_a_retained_graph(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     hidden = batch["hidden"].requires_grad_()
-    loss, _ = fused(batch)
+    loss, _ = fused(batch, operator)
     (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(3.0 * loss, hidden)
-    torch.testing.assert_close(second, 3.0 * first, rtol=0, atol=tol.FLOAT64)
+    torch.testing.assert_close(second, 3.0 * first, rtol=0, atol=tol.EXACT[precision(operator)])
 
 
+@FUSED
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_activation_checkpointing(reentrant, make_trajectory):
-    batch = make_batch(make_trajectory)
+def test_activation_checkpointing(operator, reentrant, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
 
     def loss(hidden: Tensor, head: Tensor) -> Tensor:
-        return fused({**batch, "hidden": torch.tanh(hidden), "lm_head": head})[0]
+        return fused({**batch, "hidden": torch.tanh(hidden), "lm_head": head}, operator)[0]
 
     results = []
     for call in (loss, lambda *leaves: checkpoint(loss, *leaves, use_reentrant=reentrant)):
@@ -366,29 +459,32 @@ def test_activation_checkpointing(reentrant, make_trajectory):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_autocast_changes_nothing(make_trajectory):
+@FUSED
+def test_autocast_changes_nothing(operator, make_trajectory):
     batch = make_batch(make_trajectory, dtype=torch.float32)
-    expected = run(fused, batch)
+    expected = run(fused, batch, operator=operator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run(fused, batch)
+        got = run(fused, batch, operator=operator)
     assert all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
 
 
-def test_double_backward_raises(make_trajectory):
-    batch = make_batch(make_trajectory)
+@FUSED
+def test_double_backward_raises(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     hidden = batch["hidden"].requires_grad_()
-    loss, _ = fused(batch)
+    loss, _ = fused(batch, operator)
     (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-def test_old_log_probs_carry_no_gradient(make_trajectory):
-    batch = make_batch(make_trajectory)
+@FUSED
+def test_old_log_probs_carry_no_gradient(operator, make_trajectory):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
     hidden = batch["hidden"].requires_grad_()
     for name in ("old_logprob", "advantages", "scores", "ref_logprob"):
         batch[name].requires_grad_()
-    loss, _ = fused(batch, kl_coef=0.1)
+    loss, _ = fused(batch, operator, kl_coef=0.1)
     loss.backward()
     assert hidden.grad is not None
     assert all(batch[name].grad is None for name in ("old_logprob", "advantages", "scores", "ref_logprob"))
@@ -429,7 +525,8 @@ INVALID = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), INVALID.values(), ids=INVALID)
-def test_wrong_arguments_are_named(change, error, message):
+def test_wrong_arguments_are_named(change, error, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {
         "hidden": torch.zeros(2, 3, 8), "lm_head": torch.zeros(9, 8), "ids": IDS, "scores": torch.zeros(2, 3, 4),
         "old_logprob": FLAT, "advantages": FLAT, "mask": FLAT.bool(), **change,
