@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 
 import pytest
+import tolerances as tol
 import torch
+from kernels import NEEDS_TRITON
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSampling, LatentSFTConfig, LatentSFTTrainer
 from latent_grpo.config import ConfigError
 from latent_grpo.data import DataError
 from latent_grpo.evaluate import evaluate, pass_at_k
 from latent_grpo.model import ModelError, check_compatible, end_marker_ids
+from latent_grpo.rollout import Rollout
 from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, input_mixtures, target_loss
 from latent_grpo.world import FORGOTTEN, World, make_model, make_problems, make_tokenizer, worked_examples
+from latent_kernels._backend import resolve
 
 ROWS = make_problems(64, seed=1)
 
@@ -142,6 +147,46 @@ def test_sft_learns_and_saves(tokenizer, tmp_path):
 def test_sft_without_a_chain_says_so(tokenizer):
     with pytest.raises(DataError, match="chain"):
         build_examples(tokenizer, [{"prompt": "a", "answer": "1"}], LatentSFTConfig())
+
+
+def step_with(impl: str, monkeypatch: pytest.MonkeyPatch, trainer: LatentGRPOTrainer) -> tuple[set[str], Rollout]:
+    """A rollout and its update with `impl` where the trainer asks for "auto". Which operators ran so; the rollout."""
+    used: set[str] = set()
+
+    def choose(op: str, asked: str, *tensors: torch.Tensor, **options: str | None) -> str:
+        assert asked == "auto", f"the trainer asks for impl={asked!r} of {op}"
+        used.add(op)
+        return resolve(op, impl, *tensors, **options)
+
+    for name in ("latent_step", "mix_embeddings", "latent_logprob", "group_advantages", "fused_policy_loss"):
+        monkeypatch.setattr(sys.modules[f"latent_kernels.{name}"], "resolve", choose)
+    batch, _ = trainer.collect()
+    trainer.update(batch)
+    return used, batch.rollout
+
+
+@NEEDS_TRITON
+def test_a_training_step_is_the_same_with_eager_operators_and_kernels(tokenizer, warm, tmp_path, monkeypatch):
+    trainers, rollouts = [], []
+    for impl in ("eager", "triton"):
+        trainer = grpo(
+            tmp_path, tokenizer, even, warm, max_completion_length=5, generation_batch_size=8, beta=0.01, max_steps=4,
+            learning_rate=1e-4, loss_type="grpo",
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            used, rollout = step_with(impl, patch, trainer)
+        assert {"latent_step", "mix_embeddings", "group_advantages", "fused_policy_loss"} <= used
+        assert {"latent_logprob", "latent_logprob_from_logits"} <= used
+        trainers.append(trainer)
+        rollouts.append(rollout)
+    assert torch.equal(rollouts[0].ids, rollouts[1].ids)
+    eager, kernels, before = (
+        torch.nn.utils.parameters_to_vector(m.parameters()).detach()
+        for m in (trainers[0].model, trainers[1].model, warm)
+    )
+    assert (eager - before).abs().max() > 5 * tol.TRAINING_STEP
+    torch.testing.assert_close(kernels, eager, rtol=0, atol=tol.TRAINING_STEP)
+    assert torch.linalg.vector_norm(kernels - eager) < 1e-3 * torch.linalg.vector_norm(eager - before)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, warm, tmp_path):

@@ -31,6 +31,10 @@ REORDERED = 1e-5
 FLOAT32 = 1e-5
 EXACT = {torch.float64: FLOAT64, torch.float32: FLOAT32}  # by the dtype that an operator computes in
 
+# Parameters after one update at a learning rate of 1e-4 whose gradients differ by roundings: Adam's quotient magnifies
+# them where a gradient is near zero, there by up to a tenth of the update.
+TRAINING_STEP = 1e-5
+
 # An operator's error against float64 may be this many times that of the plain PyTorch composition at that dtype ...
 ERROR_FACTOR = 2.0
 # ... plus a floor relative to the largest value (at least 1: log-probs of that size are subtracted on the way), where
