@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=_positive, metavar="N", help="rounds a case (default: about ten seconds' worth)"
     )
+    parser.add_argument(
+        "--rows", nargs="+", type=_positive, metavar="N", help="rows of the inputs (default: each operator's own)"
+    )
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these, such as eager, matmul, ours-triton")
     parser.add_argument("--compile", action="store_true", help="also time the PyTorch version under torch.compile")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write environment and rows as JSON")
@@ -77,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device,
         DTYPES[options.dtype or DEFAULT_DTYPE[device.type]],
         repeats=options.repeats,
+        rows=None if options.rows is None else tuple(options.rows),
+        providers=None if options.providers is None else tuple(options.providers),
         compile=options.compile,
         memory=options.memory,
     )
@@ -87,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings,
         on_rows=lambda rows: print_rows(console, rows),
     )
+    if not report.rows:
+        parser.error(f"no operator here has a provider named {' or '.join(options.providers or [])}")
     stamp = report.environment
     console.print(
         f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}, commit {stamp['commit']}; copy "

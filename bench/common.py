@@ -143,11 +143,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run: device, storage dtype, rounds (None: as many as fit the time of a case), and what to include."""
+    """How to run: device, storage dtype, rounds (None: as many as fit a case's time), rows of the inputs (None: each
+    operator's own), names of providers (None: all), and what to include."""
 
     device: torch.device
     dtype: torch.dtype
     repeats: int | None = None
+    rows: tuple[int, ...] | None = None
+    providers: tuple[str, ...] | None = None
     compile: bool = False
     memory: bool = True
 
@@ -420,6 +423,10 @@ def run_case(
 ) -> list[Row]:
     """Check, time and measure every provider of a case."""
     problem = operator.build(parameters, settings.device, settings.dtype, settings.compile)
+    if settings.providers is not None:
+        problem = replace(problem, providers=[p for p in problem.providers if p.name in settings.providers])
+    if not problem.providers:
+        return []
     verdicts = {provider.name: gate(problem, provider) for provider in problem.providers}
     right = {provider.name: provider for provider in problem.providers if verdicts[provider.name][0]}
     samples = time_alternating({name: p.run for name, p in right.items()}, settings.device, settings.repeats)
@@ -459,6 +466,19 @@ def run_case(
     return rows
 
 
+def cases_of(operator: Operator, shape: Shape, settings: Settings) -> list[Parameters]:
+    """The operator's cases; with the rows that the settings ask for, where its cases have rows."""
+    found = operator.cases(shape, settings.device)
+    if settings.rows is None:
+        return found
+    asked = [
+        {**parameters, "rows": rows} if "rows" in parameters else parameters
+        for parameters in found
+        for rows in settings.rows
+    ]
+    return [parameters for i, parameters in enumerate(asked) if parameters not in asked[:i]]
+
+
 def run_benchmarks(
     operators: Sequence[Operator],
     shapes: Sequence[Shape],
@@ -471,10 +491,11 @@ def run_benchmarks(
     report = Report(environment(settings, roofline))
     for operator in operators:
         for shape in shapes:
-            for parameters in operator.cases(shape, settings.device):
+            for parameters in cases_of(operator, shape, settings):
                 rows = run_case(operator, shape, parameters, settings, roofline)
                 report.rows.extend(rows)
-                on_rows(rows)
+                if rows:
+                    on_rows(rows)
     return report
 
 

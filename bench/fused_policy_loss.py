@@ -1,6 +1,9 @@
-"""`fused_policy_loss`, forward and gradient in hidden, against PyTorch that holds [N, V]."""
+"""`fused_policy_loss`, forward and gradient in hidden, against PyTorch that holds [N, V], the two bare products, and on
+text alone Liger's fused linear GRPO, which also takes the head's gradient (a third product)."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape
 from bench.latent_logprob import (
     TEMPERATURE,
     Logprob,
+    Trajectory,
     in_blocks,
     logprob_cost,
     make_trajectory,
@@ -17,21 +21,46 @@ from bench.latent_logprob import (
     reference,
 )
 from bench.latent_logprob import cases as logprob_cases
-from latent_kernels import fused_policy_loss
+from latent_kernels import fused_policy_loss, latent_logprob
+from latent_kernels._rows import chunk_buffer, row_chunks
 from latent_kernels.reference import policy_loss_ref
+
+CLIP, DUAL_CLIP = 0.2, 3.0
+ROWS_ON_A_GPU = (2048, 8192, 32768)
+CHECKED_ROWS = 8  # of the bare products
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
-    """The steps of `latent_logprob` as responses of 128 steps (16 on the tiny shape)."""
+    """The steps of `latent_logprob` as responses of 128 steps (16 on the tiny shape); on a GPU more of them too.
+
+    A case of text alone comes last, but for a CPU on the shapes of models.
+    """
     steps = 16 if shape.name == "tiny" else 128
-    return [{**parameters, "response_steps": steps} for parameters in logprob_cases(shape, device)]
+    (base,) = ({**parameters, "response_steps": steps} for parameters in logprob_cases(shape, device))
+    on_gpu = device.type == "cuda"
+    found = [{**base, "rows": rows} for rows in ROWS_ON_A_GPU] if on_gpu and shape.name != "tiny" else [base]
+    return [*found, {**found[-1], "latent_share": 0.0}] if on_gpu or shape.name == "tiny" else found
+
+
+def make_old_logprob(trajectory: Trajectory) -> Tensor:
+    """Log-probs [N] of an old policy: one step in five is beyond the clip range, none near its ends.
+
+    Near them the rounding of bfloat16 logits would decide whether a step is clipped, and no two providers would agree.
+    """
+    hidden, lm_head, ids, scores, _ = trajectory
+    with torch.no_grad():
+        policy = latent_logprob(hidden, lm_head, ids, scores, temperature=TEMPERATURE, impl="eager")
+    return policy - torch.where(torch.rand_like(policy) < 0.2, 0.6, 0.03) * torch.randn_like(policy).sign()
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
     """Outputs: the loss, and dHidden [R, T, D]."""
     trajectory = make_trajectory(parameters, device, dtype)
-    flat_hidden, lm_head, flat_ids, flat_scores, flat_old, flat_advantages = trajectory
     steps = parameters["response_steps"]
+    of_response = trajectory.advantages.unflatten(0, (-1, steps))[:, :1].expand(-1, steps)
+    trajectory = trajectory._replace(advantages=of_response.flatten())
+    flat_hidden, lm_head, flat_ids, flat_scores, flat_advantages = trajectory
+    flat_old = make_old_logprob(trajectory)
     hidden = flat_hidden.detach().unflatten(0, (-1, steps)).requires_grad_()
     ids, scores, old, advantages = (
         x.unflatten(0, (-1, steps)) for x in (flat_ids, flat_scores, flat_old, flat_advantages)
@@ -58,6 +87,31 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
 
         return Provider("ours", run)
 
+    def liger() -> Outputs:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        loss = LigerFusedLinearGRPOLoss(
+            beta=0.0, compiled=device.type == "cuda", use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP,
+            loss_type="bnpo", temperature=TEMPERATURE, delta=DUAL_CLIP,
+        )  # fmt: skip
+        advantage = advantages[:, 0].contiguous()
+        return with_gradient(loss(hidden, lm_head, ids[..., 0], mask, advantage, old_per_token_logps=old)[0])
+
+    def products() -> Outputs:
+        states, out = flat_hidden.detach(), torch.empty_like(flat_hidden)
+        parts = row_chunks(len(states), len(lm_head), torch.float32, device)
+        buffer = chunk_buffer(parts, len(lm_head), dtype, device)
+        for part in parts:
+            logits = torch.mm(states[part], lm_head.T, out=buffer[: part.stop - part.start])
+            torch.mm(logits, lm_head, out=out[part])
+        return (out,)
+
+    def check_products(outputs: Outputs) -> str | None:
+        states, head = flat_hidden[:CHECKED_ROWS].detach().float(), lm_head.float()
+        return compare("product", outputs[0][:CHECKED_ROWS], (states @ head.T) @ head, tolerance(dtype))
+
+    missing = None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+    text_alone = [Provider("liger", liger, unavailable=missing, optional=True)]
     expected: list[Tensor] = []
 
     def check(outputs: Outputs) -> str | None:
@@ -83,6 +137,8 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
             naive(one_softmax),
             naive(reference, "reference"),
             *compiled(naive, one_softmax, compile),
+            *(text_alone if parameters["latent_share"] == 0.0 else ()),
+            Provider("matmul", products, check=check_products),
             *ours("fused_policy_loss", make, device),
         ],
         check,

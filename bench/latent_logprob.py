@@ -43,7 +43,6 @@ class Trajectory(NamedTuple):
     lm_head: Tensor  # [V, D], frozen
     ids: Tensor  # [N, K]
     scores: Tensor  # [N, K]
-    old_logprob: Tensor  # [N], near the policy's own
     advantages: Tensor  # [N]
 
 
@@ -62,7 +61,7 @@ def make_trajectory(parameters: Parameters, device: torch.device, dtype: torch.d
     """Random states whose targets lie one-sided noise above an estimate of the policy's log-probs.
 
     Logits are normal, so that log-sum-exp is about log V plus half their variance: no [N, V] is needed to place the
-    targets, and the ratios to the old policy spread around the clip range.
+    targets.
     """
     rows, vocab, width = parameters["rows"], parameters["vocab"], parameters["hidden"]
     hidden = torch.randn(rows, width, device=device).to(dtype)
@@ -72,11 +71,8 @@ def make_trajectory(parameters: Parameters, device: torch.device, dtype: torch.d
     log_vocab = torch.log(torch.tensor(float(vocab)))
     noise = 4.5 * torch.rand(rows, TOP_K, device=device)
     scores = picked - log_vocab - LOGIT_STD**2 / 2 + noise
-    text = picked[:, 0] / TEMPERATURE - log_vocab - (LOGIT_STD / TEMPERATURE) ** 2 / 2
-    policy = torch.where(is_hard(ids), text, surrogate(noise))
-    drift = torch.where(torch.rand(rows, device=device) < 0.2, 0.6, 0.03) * torch.randn(rows, device=device).sign()
     advantages = torch.randn(rows, device=device)
-    return Trajectory(hidden.requires_grad_(), lm_head, ids, scores, policy - drift, advantages)
+    return Trajectory(hidden.requires_grad_(), lm_head, ids, scores, advantages)
 
 
 def one_softmax(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
@@ -150,7 +146,7 @@ def cases(shape: Shape, device: torch.device) -> list[Parameters]:
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
     """Outputs: log-probs [N], and dHidden [N, D] for an upstream gradient of the advantages."""
     trajectory = make_trajectory(parameters, device, dtype)
-    hidden, lm_head, ids, scores, _, advantages = trajectory
+    hidden, lm_head, ids, scores, advantages = trajectory
     shortage = naive_shortage(parameters, device)
 
     def provider(logprob: Logprob, name: str = "eager", unavailable: str | None = None) -> Provider:

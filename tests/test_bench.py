@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -20,6 +21,8 @@ from bench.routes import Timing, table_of
 from bench.routes import main as routes_main
 
 CPU = torch.device("cpu")
+LIGER = importlib.util.find_spec("liger_kernel") is not None
+BARE_PRODUCT = ("fused_policy_loss", "latent_step")  # operators that are compared with it
 QUICK = ["--shapes", "tiny", "--device", "cpu", "--repeats", "2"]
 
 
@@ -67,7 +70,7 @@ def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
         assert set(row) == {field.name for field in fields(Row)}
         assert (row["shape"], row["dtype"]) == ("tiny", "float32")
         assert row["peak_extra_mb"] is None
-        if row["provider"] == "ours-triton":
+        if row["provider"] == "ours-triton" or (row["provider"] == "liger" and not LIGER):
             assert row["correct"] is row["median_ms"] is row["ratio"] is None
             assert row["note"].startswith("not available: ")
         else:
@@ -77,7 +80,7 @@ def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
             assert row["ratio"] > 0
             assert row["roofline"] > 0
             assert row["gb_per_s"] > 0
-            assert (row["over_matmul"] is not None) == (row["op"] == "latent_step")
+            assert (row["over_matmul"] is not None) == (row["op"] in BARE_PRODUCT)
         if row["provider"] == "eager":
             assert row["ratio"] == 1
         if row["provider"] == "matmul":
@@ -134,6 +137,16 @@ def test_a_provider_that_raises_is_wrong_and_the_rest_goes_on(
     assert json.loads(path.read_text())["rows"][0]["median_ms"] > 0
 
 
+def test_rows_and_providers_can_be_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    chosen = ["--rows", "16", "32", "--providers", "eager", "ours-eager"]
+    assert main(["fused_policy_loss", "policy_loss", *QUICK, "--no-memory", *chosen, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["provider"] for row in rows} == {"eager", "ours-eager"}
+    sizes = [row["parameters"].get("rows") for row in rows]
+    assert sizes == [16, 16, 32, 32, 16, 16, 32, 32, None, None]  # two cases; the policy loss has no rows
+
+
 def test_memory_measure_sees_a_known_allocation() -> None:
     size = 64 * 2**20
     assert size * 0.9 < peak_extra_bytes(lambda: (torch.ones(size // 4),), CPU) < size * 1.2
@@ -145,6 +158,8 @@ def test_memory_of_every_provider_is_measured(tmp_path: Path) -> None:
     assert main(["fused_policy_loss", *QUICK, "--json", str(path)]) == 0
     peaks = {row["provider"]: row["peak_extra_mb"] for row in json.loads(path.read_text())["rows"]}
     assert peaks.pop("ours-triton") is None
+    if not LIGER:
+        assert peaks.pop("liger") is None
     assert all(0 <= peak < 50 for peak in peaks.values())
     assert max(peaks.values()) > 0
 
@@ -165,6 +180,8 @@ def test_providers_take_turns() -> None:
         (["--shapes", "huge"], "'huge'"),
         (["--repeats", "0"], "'0'"),
         (["--dtype", "int8"], "'int8'"),
+        (["--rows", "-1"], "'-1'"),
+        (["policy_loss", "--providers", "theirs"], "theirs"),
         (["--json", "no/such/directory/out.json"], "no/such/directory"),
     ],
 )
