@@ -183,16 +183,14 @@ class Report:
 # Providers
 
 
-def ours(op: str, make: Callable[[str], Provider], device: torch.device) -> list[Provider]:
-    """Our implementations of `op`; `make(impl)` builds a provider, whose name is replaced."""
-    triton = replace(make("triton"), name="ours-triton", unavailable=triton_unavailable(op, device))
+def ours(make: Callable[[str], Provider], device: torch.device) -> list[Provider]:
+    """Our implementations; `make(impl)` builds a provider, whose name is replaced."""
+    triton = replace(make("triton"), name="ours-triton", unavailable=triton_unavailable(device))
     return [replace(make("eager"), name="ours-eager"), triton]
 
 
-def triton_unavailable(op: str, device: torch.device) -> str | None:
-    """Why `impl="triton"` of `op` cannot run on `device`, or None where it can."""
-    if op not in _backend.TRITON_OPS:
-        return f"{op} has no Triton kernel in this version"
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why `impl="triton"` cannot run on `device`, or None where it can."""
     if not _backend.triton_available():
         return "Triton is not installed"
     return None if device.type == "cuda" else "no CUDA device"

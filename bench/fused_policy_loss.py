@@ -139,7 +139,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
             *compiled(naive, one_softmax, compile),
             *(text_alone if parameters["latent_share"] == 0.0 else ()),
             Provider("matmul", products, check=check_products),
-            *ours("fused_policy_loss", make, device),
+            *ours(make, device),
         ],
         check,
         *logprob_cost(parameters, dtype),

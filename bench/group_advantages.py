@@ -67,7 +67,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         [
             provider(group_advantages_ref),
             *compiled(provider, group_advantages_ref, compile),
-            *ours("group_advantages", make, device),
+            *ours(make, device),
         ],
         check,
         bytes_moved=responses * (4 + 8 + 1 + 4 + 16),

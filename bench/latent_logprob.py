@@ -180,7 +180,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
             naive(one_softmax),
             naive(reference, "reference"),
             *compiled(naive, one_softmax, compile),
-            *ours("latent_logprob", make, device),
+            *ours(make, device),
         ],
         check,
         *logprob_cost(parameters, dtype),

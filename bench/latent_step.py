@@ -66,7 +66,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
             plain(released),
             *compiled(plain, released, compile),
             Provider("matmul", run=lambda: (hidden @ head.T,), check=check_product),
-            *ours("latent_step", make, device),
+            *ours(make, device),
         ],
         check=step_check(reference, dtype),
         bytes_moved=(vocab * width + rows * width * (TOP_K + 2)) * dtype.itemsize,

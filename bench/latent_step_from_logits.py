@@ -116,7 +116,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
             plain(sorted_step),
             plain(reference, "reference"),
             *compiled(plain, sorted_step, compile),
-            *ours("latent_step", make, device),
+            *ours(make, device),
         ],
         check=step_check(lambda: reference(logits, embedding, stream()), dtype),
         bytes_moved=traffic,

@@ -46,7 +46,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
     gathers = int((ids >= 0).sum())
     traffic = (gathers + rows) * hidden * dtype.itemsize + ids.numel() * 12
     return Problem(
-        [plain(gathered_mixture), *compiled(plain, gathered_mixture, compile), *ours("mix_embeddings", make, device)],
+        [plain(gathered_mixture), *compiled(plain, gathered_mixture, compile), *ours(make, device)],
         check,
         traffic,
     )

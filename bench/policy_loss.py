@@ -57,7 +57,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
 
     traffic = logprob.numel() * (4 * 4 + 1)
     return Problem(
-        [provider(plain_loss), *compiled(provider, plain_loss, compile), *ours("policy_loss", make, device)],
+        [provider(plain_loss), *compiled(provider, plain_loss, compile), *ours(make, device)],
         check,
         traffic,
     )

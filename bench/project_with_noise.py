@@ -56,7 +56,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
 
     traffic = (2 * hidden.numel() + weight.numel() + bias.numel()) * dtype.itemsize
     return Problem(
-        [plain(noisy_linear), *compiled(plain, noisy_linear, compile), *ours("project_with_noise", make, device)],
+        [plain(noisy_linear), *compiled(plain, noisy_linear, compile), *ours(make, device)],
         check,
         traffic,
         flops=2 * rows * width * width,

@@ -10,14 +10,6 @@ from torch import Tensor
 
 IMPLS = ("auto", "triton", "eager")
 
-# Operators that have a Triton kernel in this version; `auto` means eager for all others.
-TRITON_OPS: frozenset[str] = frozenset(
-    {
-        "fused_policy_loss", "group_advantages", "latent_logprob", "latent_logprob_from_logits", "latent_step",
-        "mix_embeddings", "policy_loss", "project_with_noise",
-    }
-)  # fmt: skip
-
 MAX_TOP_K = 32  # mixture components that the kernel of the latent step keeps
 MAX_COMPONENTS = 128  # components of a trajectory's row that the kernel of the log-prob compares with each other
 
@@ -50,11 +42,9 @@ def resolve(op: str, impl: str, *tensors: Tensor, beyond: str | None = None) -> 
     device = tensors[0].device
     kernel_dtype = op in FLOAT64_OPS or all(tensor.dtype != torch.float64 for tensor in tensors)
     if impl == "auto":
-        fits = op in TRITON_OPS and device.type == "cuda" and kernel_dtype and beyond is None
+        fits = device.type == "cuda" and kernel_dtype and beyond is None
         return "triton" if fits and triton_available() else "eager"
     if impl == "triton":
-        if op not in TRITON_OPS:
-            raise RuntimeError(f"{op} has no Triton kernel in this version; use impl='auto' or impl='eager'")
         if not triton_available():
             raise RuntimeError(f"impl='triton' for {op} needs Triton; `pip install triton` or use impl='auto'")
         if not kernel_dtype:
