@@ -104,6 +104,8 @@ class Problem:
 class Operator:
     """A benchmark: `cases(shape, device)` and `build(parameters, device, dtype, compile)`.
 
+    `baseline` is the provider that ratios refer to.
+
     `measure_memory`: measure peak memory on a CPU too, where it takes a fresh process for every provider.
     """
 
@@ -111,6 +113,7 @@ class Operator:
     cases: Callable[[Shape, torch.device], list[Parameters]]
     build: Callable[[Parameters, torch.device, torch.dtype, bool], Problem]
     measure_memory: bool = False
+    baseline: str = BASELINE
 
 
 @dataclass(frozen=True)
@@ -428,7 +431,7 @@ def run_case(
     verdicts = {provider.name: gate(problem, provider) for provider in problem.providers}
     right = {provider.name: provider for provider in problem.providers if verdicts[provider.name][0]}
     samples = time_alternating({name: p.run for name, p in right.items()}, settings.device, settings.repeats)
-    base, bare = samples.get(BASELINE), samples.get(BARE)
+    base, bare = samples.get(operator.baseline), samples.get(BARE)
     floor = roofline.seconds(problem)
     rows = []
     for provider in problem.providers:

@@ -8,6 +8,7 @@ from bench.latent_step_from_logits import LATENT_STEP_FROM_LOGITS
 from bench.mix_embeddings import MIX_EMBEDDINGS
 from bench.policy_loss import POLICY_LOSS
 from bench.project_with_noise import PROJECT_WITH_NOISE
+from bench.rollout import ROLLOUT
 
 OPERATORS = {
     operator.name: operator
@@ -20,5 +21,6 @@ OPERATORS = {
         POLICY_LOSS,
         GROUP_ADVANTAGES,
         PROJECT_WITH_NOISE,
+        ROLLOUT,
     )
 }

@@ -81,7 +81,7 @@ def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
             assert row["roofline"] > 0
             assert row["gb_per_s"] > 0
             assert (row["over_matmul"] is not None) == (row["op"] in BARE_PRODUCT)
-        if row["provider"] == "eager":
+        if row["provider"] == OPERATORS[row["op"]].baseline:
             assert row["ratio"] == 1
         if row["provider"] == "matmul":
             assert row["over_matmul"] == 1
@@ -106,16 +106,17 @@ def test_providers_are_right_in_half_precision(op: str, dtype: torch.dtype) -> N
 def test_a_wrong_provider_is_not_timed(
     op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    timed = spoil(monkeypatch, op, "ours-eager")
+    ours = "ours-latent" if op == "rollout" else "ours-eager"
+    timed = spoil(monkeypatch, op, ours)
     path = tmp_path / "out.json"
     assert main([op, *QUICK, "--no-memory", "--json", str(path)]) == 1
-    assert f"bench: error: {op}, tiny, ours-eager: wrong, not timed" in capsys.readouterr().err
+    assert f"bench: error: {op}, tiny, {ours}: wrong, not timed" in capsys.readouterr().err
     assert not timed
     for row in json.loads(path.read_text())["rows"]:
-        if row["provider"] == "ours-eager":
+        if row["provider"] == ours:
             assert row["correct"] is False
             assert row["median_ms"] is row["p20"] is row["p80"] is row["ratio"] is row["peak_extra_mb"] is None
-        elif row["provider"] == "eager":
+        elif row["provider"] == OPERATORS[op].baseline:
             assert row["median_ms"] > 0
 
 
