@@ -13,15 +13,16 @@ from latent_kernels._types import PolicyStats
 # GPU needs about 1,000 before the product with the head costs more than reading the head and writing the logits.
 CHUNK_BYTES = 96 * 1024 * 1024
 CUDA_CHUNK_BYTES = 512 * 1024 * 1024
-TILE_ROWS = 128  # a chunk is whole tiles of the matrix product where it is larger than one
+TILE_ROWS = 128  # a larger chunk is whole tiles of the GPU's matrix product
 ALIGNMENT = 16  # elements: rows of logits start where wide loads and the library's fast products may
 
 
 def row_chunks(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
     """Slices of equal length (the last shorter) whose logits take at most a chunk's bytes, or one row each."""
-    budget = CUDA_CHUNK_BYTES if device.type == "cuda" else CHUNK_BYTES
-    size = max(1, budget // (vocab * dtype.itemsize))
-    size -= size % TILE_ROWS if size > TILE_ROWS else 0
+    on_gpu = device.type == "cuda"
+    size = max(1, (CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (vocab * dtype.itemsize))
+    if on_gpu and size > TILE_ROWS:
+        size -= size % TILE_ROWS
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
