@@ -8,7 +8,7 @@ from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
 from latent_kernels.fused_policy_loss import fused_policy_loss
 from latent_kernels.group_advantages import group_advantages
 from latent_kernels.latent_logprob import latent_logprob, latent_logprob_from_logits
-from latent_kernels.latent_step import latent_step, latent_step_from_logits
+from latent_kernels.latent_step import latent_step, latent_step_from_logits, latent_step_with_logits
 from latent_kernels.mix_embeddings import mix_embeddings
 from latent_kernels.policy_loss import policy_loss
 from latent_kernels.project_with_noise import project_with_noise
@@ -24,6 +24,7 @@ __all__ = [
     "latent_logprob_from_logits",
     "latent_step",
     "latent_step_from_logits",
+    "latent_step_with_logits",
     "mix_embeddings",
     "philox_uniform",
     "policy_loss",

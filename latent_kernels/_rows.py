@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,29 @@ class RowScores(NamedTuple):
     slope: Tensor | None  # [n, V] d logprob / d logits, where the logits were
 
 
+class RowEntropies(NamedTuple):
+    """Log-probs and entropies of a chunk of n rows."""
+
+    logprob: Tensor  # [n]
+    crossed: Tensor  # [n] integer, latent components with a negative margin
+    log_z: Tensor  # [n] log-sum-exp of the row's logits, of a text row's over the temperature
+    entropy: Tensor  # [n] nats; 0 on latent rows
+
+
+class LossOptions(NamedTuple):
+    """The options of `fused_policy_loss`, but the last one those of `policy_loss` too, with their defaults."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0
+    aggregation: str = "token-mean"
+    ratio: str = "token"
+    objective: str = "clip"
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+
+
 class LossSpec(NamedTuple):
     """What the loss of N response steps needs besides their log-probs; tensors are [N]."""
 
@@ -67,22 +90,16 @@ class LossSpec(NamedTuple):
     advantages: Tensor
     ref_logprob: Tensor | None
     weights: Tensor  # of a step in the loss
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coef: float
+    sequence_log_ratio: Tensor | None  # of the step's response, where that is what is clipped
+    options: LossOptions
 
     def rows(self, part: slice | Tensor) -> LossSpec:
         """The same for a part of the steps."""
-        return self._replace(
-            old_logprob=self.old_logprob[part],
-            advantages=self.advantages[part],
-            ref_logprob=None if self.ref_logprob is None else self.ref_logprob[part],
-            weights=self.weights[part],
-        )
+        parts: dict[str, Any] = {name: x[part] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**parts)
 
 
-# What is summed over the steps, in this order: the loss (weighted), plain statistics, the k3 term (weighted).
+# What is summed over the steps, in this order: the loss (weighted), plain statistics, the KL term (weighted).
 SUMS = ("loss", "clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio", "kl")
 
 
@@ -93,7 +110,9 @@ class StepLosses(NamedTuple):
     sums: Tensor  # [6] in the order of SUMS
 
 
-def loss_and_stats(sums: Tensor, count: Tensor | int, unit: Tensor | float, crossed: Tensor) -> tuple[Tensor, ...]:
+def loss_and_stats(
+    sums: Tensor, count: Tensor | int, unit: Tensor | float, crossed: Tensor, entropy: Tensor
+) -> tuple[Tensor, ...]:
     """The loss and PolicyStats from sums over `count` steps whose weights were divided by `unit`; all 0-d."""
     weighted = sums * unit
     means = sums / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
@@ -101,5 +120,6 @@ def loss_and_stats(sums: Tensor, count: Tensor | int, unit: Tensor | float, cros
         **{name: means[i].float() for i, name in enumerate(SUMS[1:-1], start=1)},
         kl=weighted[SUMS.index("kl")].float(),
         margin_crossed=crossed.float(),
+        entropy=entropy.float(),
     )
     return weighted[0], *stats

@@ -30,9 +30,10 @@ class GroupAdvantages(NamedTuple):
 class PolicyStats(NamedTuple):
     """Masked means over response steps; detached 0-d float32 tensors on the loss's device."""
 
-    clip_fraction: Tensor  # steps where the clipped surrogate is the larger one
+    clip_fraction: Tensor  # steps where the clipped surrogate is the larger one; with "cispo", whose weight is clipped
     dual_clip_fraction: Tensor  # steps with a negative advantage held by the dual clip
     approx_kl: Tensor  # k1 estimate, old_logprob - logprob
     abs_log_ratio: Tensor  # |logprob - old_logprob|: before the first update, the rollout/train gap
-    kl: Tensor  # k3 estimate to the reference model under the loss's aggregation; 0 without one
+    kl: Tensor  # estimate to the reference model under the loss's aggregation; 0 without one
     margin_crossed: Tensor  # share of latent components whose margin is negative; NaN where margins are not seen
+    entropy: Tensor  # nats of the policy at a text step, mean; NaN where there is no entropy bonus

@@ -70,13 +70,16 @@ def check_noise(
     step: int | Tensor,
     row_ids: Tensor | None,
     exponential: Tensor | None,
+    *,
+    step_a_row: bool = False,
 ) -> None:
-    """The arguments that describe a [rows, width] field of noise."""
+    """The arguments that describe a [rows, width] field of noise; `step_a_row` where step may be [rows]."""
     check_choice("noise", noise, NOISE_KINDS)
     check_row_range("noise_scale", noise_scale, rows, like, 0.0)
     for name, value in (("seed", seed), ("step", step)):
         if isinstance(value, Tensor):
-            check_tensor(name, value, [], INTEGERS, like=like)
+            a_row = name == "step" and step_a_row and value.ndim > 0
+            check_tensor(name, value, [rows] if a_row else [], INTEGERS, like=like)
         elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {type(value).__name__}")
     if row_ids is not None:

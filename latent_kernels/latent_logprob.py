@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from latent_kernels._backend import beyond_components, resolve
 from latent_kernels._eager.linear import add_outer_, back_project, project
-from latent_kernels._eager.rows import logprob_rows_
+from latent_kernels._eager.rows import logprob_rows_, score_rows
 from latent_kernels._rows import LogprobSpec, RowScores, chunk_buffer, row_chunks, slope_dtype
 from latent_kernels._validate import check_choice, check_range, check_rows, check_tensor
 from latent_kernels.reference import compute_dtype
@@ -32,18 +32,22 @@ MARGIN_GRADIENTS = ("aligned", "released", "none")
 ScoreRows = Callable[..., RowScores]  # `logprob_rows_` of one of the implementations
 
 
+def _score_from_logits(logits: Tensor, spec: LogprobSpec) -> Tensor:
+    """The log-probs alone."""
+    dtype = compute_dtype(logits)
+    parts = row_chunks(len(logits), logits.shape[1], dtype, logits.device)
+    found = [score_rows(logits[part].to(dtype), spec.rows(part)) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat([logits.new_empty(0, dtype=dtype), *found])
+
+
 class _FromLogits(torch.autograd.Function):
     """Saves the logits; the backward pass recomputes their exponentials chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, spec: LogprobSpec) -> Tensor:
-        dtype = compute_dtype(logits)
         ctx.spec = spec
         ctx.save_for_backward(logits)
-        out = torch.empty(len(logits), dtype=dtype, device=logits.device)
-        for part in row_chunks(len(logits), logits.shape[1], dtype, logits.device):
-            out[part] = logprob_rows_(logits[part].to(dtype, copy=True), spec.rows(part), None).logprob
-        return out
+        return _score_from_logits(logits, spec)
 
     @staticmethod
     @once_differentiable
@@ -148,6 +152,8 @@ def latent_logprob_from_logits(
         from latent_kernels._triton import logprob as kernel
 
         out = kernel.FromLogits.apply(logits, spec)
+    elif not (torch.is_grad_enabled() and logits.requires_grad):
+        out = _score_from_logits(logits, spec)
     else:
         out = _FromLogits.apply(logits, spec)
     return out

@@ -40,9 +40,8 @@ def latent_step_from_logits(
     """Candidates by nucleus, clamped Gumbel noise on them, the top_k best, their mixture of embeddings (Eq. 1, 12-14).
 
     Args:
-        logits: [B, V], any float dtype; computed in float32 (float64 for float64). -inf masks a token. Each row needs
-        at
-            least one finite logit.
+        logits: [B, V], any float dtype; computed in float32 (float64 for float64). -inf masks a token; each row needs
+            at least one finite logit.
         embedding: [V, D'], the input embedding table.
         top_k: K, mixture components, 1 to V.
         top_p: nucleus mass, a float or [B]; the first top_k tokens are always candidates, 1 keeps every token.
@@ -51,8 +50,8 @@ def latent_step_from_logits(
             not applied).
         noise_scale: factor on the noise, a float or [B].
         seed, step, row_ids: the noise of a token is a function of (seed, step, row_ids[b], token id) alone, whatever
-            the batch, the order, the dtype and the implementation; int or 0-d int64 tensor, and [B] int64 (default
-            arange). seed None draws a fresh one from torch's generator.
+            the batch, the order, the dtype and the implementation; int or 0-d int64 tensor (step also [B]), and [B]
+            int64 (default arange). seed None draws a fresh one from torch's generator.
         exponential: [B, V] Exp(1) draws in place of a seed.
         latent_mask: [B] bool, rows still in their latent run (default all).
         end_token_id: a row whose highest raw logit is this token ends: it gets no noise and is_latent False.
@@ -98,6 +97,37 @@ def latent_step(
     hidden [B, D] and lm_head [V, D] of any float dtype; logits are accumulated in float32. All else as in
     `latent_step_from_logits`.
     """
+    found, _ = latent_step_with_logits(
+        hidden, lm_head, embedding, top_k=top_k, top_p=top_p, tau=tau, noise=noise, noise_scale=noise_scale, seed=seed,
+        step=step, row_ids=row_ids, exponential=exponential, latent_mask=latent_mask, end_token_id=end_token_id,
+        impl=impl,
+    )  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def latent_step_with_logits(
+    hidden: Tensor,  # [B, D]
+    lm_head: Tensor,  # [V, D]
+    embedding: Tensor,  # [V, D']
+    *,
+    top_k: int = 10,
+    top_p: float | Tensor = 0.95,
+    tau: float | Tensor = 1.0,
+    noise: str = "one_sided",
+    noise_scale: float | Tensor = 1.0,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    exponential: Tensor | None = None,
+    latent_mask: Tensor | None = None,
+    end_token_id: int | None = None,
+    impl: str = "auto",
+) -> tuple[LatentStep, Tensor]:
+    """`latent_step`, and the logits [B, V] that it made on the way, for the text rows of a batch.
+
+    Logits are float32, or float64 for float64 inputs. All else as in `latent_step`.
+    """
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     options = _checked(
@@ -108,8 +138,10 @@ def latent_step(
     if resolve("latent_step", impl, hidden, lm_head, beyond=_beyond_kernel(top_k)) == "triton":
         from latent_kernels._triton.latent_step import select
 
-        return select(_sidecar(hidden, lm_head), embedding, **options)
-    return latent_step_from_logits_eager(project(hidden, lm_head), embedding, **options)
+        sidecar = _sidecar(hidden, lm_head)
+        return select(sidecar, embedding, **options), sidecar.logits[:, : len(lm_head)]
+    logits = project(hidden, lm_head)
+    return latent_step_from_logits_eager(logits, embedding, **options), logits
 
 
 def _sidecar(hidden: Tensor, lm_head: Tensor) -> Sidecar:
@@ -142,7 +174,7 @@ def _checked(
         raise ValueError(f"top_k must be between 1 and the vocabulary size {vocab}, got {top_k}")
     check_row_range("top_p", top_p, rows, like, 0.0, 1.0)
     check_row_range("tau", tau, rows, like, 0.0, open_low=True)
-    check_noise(rows, vocab, like, noise, noise_scale, seed, step, row_ids, exponential)
+    check_noise(rows, vocab, like, noise, noise_scale, seed, step, row_ids, exponential, step_a_row=True)
     if latent_mask is not None:
         check_tensor("latent_mask", latent_mask, [rows], (torch.bool,), like=like)
     if end_token_id is not None and (isinstance(end_token_id, bool) or not isinstance(end_token_id, int)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latent_kernels._noise import exponential_draws, gumbel_noise
+from latent_kernels._rows import LossOptions
 from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
 
 HARD = -100  # marks the unused components of a hard row
@@ -177,6 +178,13 @@ def latent_logprob_from_logits_ref(
     return torch.where(is_hard(ids), text, latent)
 
 
+def text_entropy_ref(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy [N] of softmax(logits / T) on text rows of ids [N, K], in nats; 0 on latent rows."""
+    log_probs = (logits.to(compute_dtype(logits)) / temperature).log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs.clamp_min(-MARGIN_MAX)).sum(-1)
+    return torch.where(is_hard(ids), entropy, 0.0)
+
+
 def group_advantages_ref(
     rewards: Tensor,  # [R]
     group_ids: Tensor,  # [R]
@@ -212,32 +220,59 @@ def group_advantages_ref(
     return GroupAdvantages(advantages.float(), first_step.float(), mean.float(), std.float())
 
 
+def sequence_log_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tensor:
+    """log s [R] of responses (GSPO, arXiv 2507.18071): the mean log-ratio of their active steps, each in its range.
+
+    All [R, T]; masked steps may hold anything.
+    """
+    gaps = torch.where(mask, (logprob - old_logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX), 0.0)
+    return gaps.sum(-1) / mask.sum(-1).clamp_min(1)
+
+
+def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
+    """Estimate "k1", "k2" or "k3" of KL(policy || reference) from samples of the policy. Any shape."""
+    gap = (ref_logprob - logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    if estimator == "k1":
+        return -gap
+    if estimator == "k2":
+        return 0.5 * gap.square()
+    return (gap.exp() - gap - 1.0).clamp(-KL_MAX, KL_MAX)
+
+
 def token_loss(
     logprob: Tensor,
     old_logprob: Tensor,
     advantages: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
     ref_logprob: Tensor | None,
-    kl_coef: float,
+    response_log_ratio: Tensor | None,
+    options: LossOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate of every step plus its KL penalty (Eq. 22-23), and the terms of the statistics. Any shape."""
-    log_ratio = (logprob - old_logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    """Surrogate of every step plus its KL penalty (Eq. 22-23), and the terms of the statistics. Any shape.
+
+    `response_log_ratio`, that of the step's response, takes the place of the step's own, whose gradient it is given:
+    s_t = sg[s] pi(t) / sg[pi(t)] (GSPO-token, arXiv 2507.18071, 4.3).
+    """
+    own = (logprob - old_logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    terms = {"approx_kl": -own, "abs_log_ratio": own.abs()}
+    log_ratio = own
+    if response_log_ratio is not None:
+        log_ratio = response_log_ratio.detach() + (own - own.detach())
     ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss = torch.maximum(plain, clipped)
-    terms = {"clip_fraction": clipped > plain, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
-    if dual_clip is not None:
-        bound = -advantages * dual_clip
-        terms["dual_clip_fraction"] = (advantages < 0) & (loss > bound)
-        loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
+    held = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
+    if options.objective == "cispo":
+        loss = -advantages * held.detach() * logprob
+        terms["clip_fraction"] = held != ratio
+    else:
+        plain, clipped = -advantages * ratio, -advantages * held
+        loss = torch.maximum(plain, clipped)
+        terms["clip_fraction"] = clipped > plain
+        if options.dual_clip is not None:
+            bound = -advantages * options.dual_clip
+            terms["dual_clip_fraction"] = (advantages < 0) & (loss > bound)
+            loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
     if ref_logprob is not None:
-        gap = (ref_logprob - logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
-        terms["kl"] = (gap.exp() - gap - 1.0).clamp(-KL_MAX, KL_MAX)
-        loss = loss + kl_coef * terms["kl"]
+        terms["kl"] = kl_estimate(logprob, ref_logprob, options.kl_estimator)
+        loss = loss + options.kl_coef * terms["kl"]
     return loss, {name: term.detach().to(loss.dtype) for name, term in terms.items()}
 
 
@@ -256,7 +291,7 @@ def aggregation_weights(mask: Tensor, aggregation: str) -> Tensor:
     return mask * response_weights(mask.sum(-1), mask.shape[1], aggregation).unsqueeze(-1)
 
 
-def policy_stats(terms: dict[str, Tensor], mask: Tensor, weights: Tensor, margin_crossed: Tensor | None) -> PolicyStats:
+def policy_stats(terms: dict[str, Tensor], mask: Tensor, weights: Tensor) -> PolicyStats:
     """Statistics from the terms of `token_loss`, all [R, T] or all flattened alike."""
     count = mask.sum().clamp_min(1.0)
     zero = torch.zeros((), dtype=torch.float32, device=mask.device)
@@ -270,7 +305,8 @@ def policy_stats(terms: dict[str, Tensor], mask: Tensor, weights: Tensor, margin
         approx_kl=mean("approx_kl"),
         abs_log_ratio=mean("abs_log_ratio"),
         kl=(terms["kl"] * weights).sum().float() if "kl" in terms else zero,
-        margin_crossed=torch.full_like(zero, torch.nan) if margin_crossed is None else margin_crossed,
+        margin_crossed=torch.full_like(zero, torch.nan),
+        entropy=torch.full_like(zero, torch.nan),
     )
 
 
@@ -284,22 +320,26 @@ def policy_loss_ref(
     clip_high: float = 0.2,
     dual_clip: float | None = 3.0,
     aggregation: str = "token-mean",
+    ratio: str = "token",
+    objective: str = "clip",
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
 ) -> tuple[Tensor, PolicyStats]:
     """Clipped, dual-clipped policy loss and its statistics (Eq. 22-23). Masked steps may hold anything, NaN
     included."""
+    options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
     dtype = compute_dtype(logprob)
     keep = mask.bool()
     logprob, old_logprob, advantages = (torch.where(keep, x.to(dtype), 0.0) for x in (logprob, old_logprob, advantages))
     if ref_logprob is not None:
         ref_logprob = torch.where(keep, ref_logprob.to(dtype), 0.0)
-    loss, terms = token_loss(
-        logprob, old_logprob, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-        ref_logprob=ref_logprob, kl_coef=kl_coef,
-    )  # fmt: skip
+    of_response = None
+    if ratio == "sequence":
+        of_response = sequence_log_ratio(logprob, old_logprob, keep).unsqueeze(-1)
+    loss, terms = token_loss(logprob, old_logprob, advantages, ref_logprob, of_response, options)
     weights = aggregation_weights(keep.to(dtype), aggregation)
-    return (loss * weights).sum(), policy_stats(terms, keep.float(), weights, None)
+    return (loss * weights).sum(), policy_stats(terms, keep.float(), weights)
 
 
 def project_with_noise_ref(

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from latent_kernels._noise import NoiseSpec
-from latent_kernels._rows import LossSpec
+from latent_kernels._rows import LossOptions, LossSpec
 from latent_kernels._triton import group_advantages as advantages
 from latent_kernels._triton import latent_step, lm_head, logprob, policy_loss, project_with_noise, routes
 from latent_kernels._triton import mix_embeddings as mix
@@ -133,7 +133,8 @@ def latent_step_builds() -> Iterator[Build]:
             "table_ptr": f"*{table}", "list_ptr": "*i32", "buffer_ptr": "*i64", "ids_ptr": "*i64",
             "scores_ptr": "*fp32", "weights_ptr": "*fp32", "mixture_ptr": f"*{table}", "top_ptr": "*i64",
             "is_latent_ptr": "*i8", "top_p": number, "tau": number, **option_types(noise),
-            **dict.fromkeys(("end_token_id", "logits_stride", "draws_stride", "table_stride", "V", "G", "D"), "i32"),
+            **dict.fromkeys(("step_stride", "end_token_id", "logits_stride", "draws_stride", "table_stride"), "i32"),
+            **dict.fromkeys(("V", "G", "D"), "i32"),
         }  # fmt: skip
         name = f"latent_step {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
         options = {"num_warps": latent_step.NUM_WARPS, **latent_step.BUILD_OPTIONS}
@@ -157,43 +158,56 @@ def project_with_noise_builds() -> Iterator[Build]:
 
 
 def logprob_builds() -> Iterator[Build]:
-    """Log-probs alone; with the slope over float32 logits in each dtype; the slope alone, for logits of each dtype."""
-    variants = [(logits, None, 10, "aligned", True, False) for logits in DTYPES]
-    variants += [(logits, logits, 10, "aligned", False, True) for logits in DTYPES]
-    variants += [("fp32", slope, 10, margin, True, False) for slope, margin in product(DTYPES, logprob.MARGINS)]
-    variants += [("fp32", "bf16", width, "aligned", True, True) for width in (1, 10, 32, 128)]
-    for logits, slope, width, margin, forward, upstream in variants:
-        chosen = logprob.constants(128_256, width, margin, forward=forward, slope=slope is not None, upstream=upstream)
+    """Log-probs alone; with the slope over float32 logits in each dtype; the slope alone, for logits of each dtype; and
+    with an entropy."""
+    variants = [(logits, None, 10, "aligned", True, False, False) for logits in DTYPES]
+    variants += [(logits, logits, 10, "aligned", False, True, False) for logits in DTYPES]
+    variants += [("fp32", slope, 10, margin, True, False, False) for slope, margin in product(DTYPES, logprob.MARGINS)]
+    variants += [("fp32", "bf16", width, "aligned", True, True, False) for width in (1, 10, 32, 128)]
+    variants += [("fp32", None, width, "aligned", True, False, True) for width in (10, 128)]
+    variants += [("fp32", slope, 10, margin, False, True, True) for slope, margin in product(DTYPES, logprob.MARGINS)]
+    variants += [("fp32", "bf16", width, "aligned", False, True, True) for width in (1, 32, 128)]
+    for logits, slope, width, margin, forward, upstream, entropy in variants:
+        chosen = logprob.constants(
+            128_256, width, margin, forward=forward, slope=slope is not None, upstream=upstream, entropy=entropy
+        )
         types = {
             "logits_ptr": f"*{logits}", "ids_ptr": "*i64", "scores_ptr": "*fp32",
             **dict.fromkeys(("advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr"), "*fp32"),
+            **dict.fromkeys(("entropy_ptr", "bonus_ptr"), "*fp32"),
             "crossed_ptr": "*i32", "slope_ptr": f"*{slope or logits}",
             **dict.fromkeys(("logits_stride", "slope_stride", "V"), "i32"), "inverse_temperature": "fp32",
         }  # fmt: skip
         options = logprob.launch_options(128_256)
-        name = f"logprob {logits} slope={slope} K={width} {margin} forward={forward} upstream={upstream}"
+        name = f"logprob {logits} slope={slope} K={width} {margin} {forward=} {upstream=} {entropy=}"
         strides = ("logits_stride", "slope_stride", "V")
         yield Build(name, logprob.logprob_kernel, types, chosen, options, aligned=strides)
 
 
 def policy_loss_builds() -> Iterator[Build]:
-    """Every combination of mask, reference and dual clip in float32; log-probs of the other dtypes."""
-    modes = list(product((True, False), (True, False), (3.0, None)))
+    """Every combination of mask, reference and dual clip in float32; other dtypes; other ratios, objectives and KLs."""
+    default = LossOptions()
+    modes = list(product((True, False), (True, False), (default, default._replace(dual_clip=None))))
+    others = product(("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"))
+    variants = [("fp32", *mode) for mode in modes] + [(dtype, *modes[0]) for dtype in ("bf16", "fp16")]
+    variants += [
+        ("fp32", True, True, default._replace(ratio=ratio, objective=objective, kl_estimator=kl))
+        for ratio, objective, kl in others if (ratio, objective, kl) != ("token", "clip", "k3")
+    ]  # fmt: skip
     zero = torch.zeros(1)
-    for dtype, (has_mask, has_ref, dual_clip) in [("fp32", mode) for mode in modes] + [
-        (dtype, modes[0]) for dtype in ("bf16", "fp16")
-    ]:
-        spec = LossSpec(zero, zero, zero if has_ref else None, zero, 0.2, 0.2, dual_clip, 0.1)
+    for dtype, has_mask, has_ref, options in variants:
+        of_response = zero if options.ratio == "sequence" else None
+        spec = LossSpec(zero, zero, zero if has_ref else None, zero, of_response, options)
         chosen = policy_loss.constants(spec, has_mask=has_mask)
         pointers = ("logprob_ptr", "old_ptr", "advantages_ptr", "ref_ptr")
         types = {
             **dict.fromkeys(pointers, f"*{dtype}"), "mask_ptr": "*i8" if has_mask else f"*{dtype}",
-            **dict.fromkeys(("weights_ptr", "gradient_ptr", "sums_ptr"), "*fp32"), "N": "i32", "T": "i32",
-            **dict.fromkeys(("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef"), "fp32"),
+            **dict.fromkeys(("weights_ptr", "sequence_ptr", "gradient_ptr", "sums_ptr"), "*fp32"), "N": "i32",
+            "T": "i32", **dict.fromkeys(("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef"), "fp32"),
         }  # fmt: skip
-        options = {"num_warps": policy_loss.NUM_WARPS}
-        name = f"policy_loss {dtype} mask={has_mask} ref={has_ref} dual_clip={dual_clip}"
-        yield Build(name, policy_loss.policy_loss_kernel, types, chosen, options)
+        launch = {"num_warps": policy_loss.NUM_WARPS}
+        name = f"policy_loss {dtype} mask={has_mask} ref={has_ref} {options}"
+        yield Build(name, policy_loss.policy_loss_kernel, types, chosen, launch)
 
 
 def builds() -> list[Build]:

@@ -20,7 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from latent_kernels import PolicyStats, fused_policy_loss, latent_logprob, policy_loss
 from latent_kernels import _rows as rows
 from latent_kernels._eager import linear
-from latent_kernels.reference import latent_logprob_from_logits_ref, policy_loss_ref
+from latent_kernels._eager import rows as eager_rows
+from latent_kernels.reference import (
+    aggregation_weights,
+    latent_logprob_from_logits_ref,
+    policy_loss_ref,
+    text_entropy_ref,
+)
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 LOGPROB_OPTIONS = ("temperature", "margin_gradient")
@@ -108,7 +114,7 @@ def weighed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_same_stats(got: PolicyStats, expected: PolicyStats) -> None:
-    for name in PolicyStats._fields[:-1]:  # margins are only seen by the fused operator
+    for name in PolicyStats._fields[:-2]:  # margins and entropies are only seen by the fused operator
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=tol.FLOAT32, msg=name)
 
 
@@ -117,6 +123,9 @@ OPTIONS = [
     for aggregation, (mode, dual, kl) in itertools.product(
         AGGREGATIONS, [("aligned", 3.0, 0.0), ("released", 1.2, 0.1), ("none", None, 0.5)]
     )
+] + [
+    dict(ratio=ratio, objective=objective, kl_estimator=kl, kl_coef=0.1)
+    for ratio, objective, kl in itertools.product(("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"))
 ]
 
 
@@ -133,7 +142,7 @@ def test_equals_its_two_parts_and_the_plain_rule(operator, options, make_traject
             torch.testing.assert_close(a.double(), b, rtol=0, atol=tol.EXACT[precision(operator)])
         assert_same_stats(got[3], expected[3])
     assert got[3].clip_fraction > 0
-    assert (got[3].kl > 0).item()
+    assert (got[3].kl != 0).item()
 
 
 @pytest.mark.parametrize(
@@ -235,6 +244,26 @@ def test_float16_gradients_keep_their_bits_in_a_large_batch(operator, make_traje
 
 
 @FUSED
+def test_a_sequence_ratio_counts_steps_without_an_advantage_but_no_such_response(
+    operator, make_trajectory, monkeypatch
+):
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
+    batch["ref_logprob"] = None
+    batch["advantages"][1] = 0.0
+    batch["advantages"][2:, ::2] = 0.0
+    module, seen = sys.modules["latent_kernels.fused_policy_loss"], []
+    project = module.project
+    monkeypatch.setattr(module, "project", lambda h, w, out: seen.append(len(h)) or project(h, w, out))
+    got = run(fused, batch, operator=operator, ratio="sequence")
+    counted = batch["mask"] & (batch["advantages"] != 0).any(-1, keepdim=True)
+    assert sum(seen) == 2 * counted.sum() < 2 * batch["mask"].sum()  # once for the ratios, once for the gradient
+    expected = run(plain, narrowed(batch, torch.float64), ratio="sequence")
+    for a, b in zip(got[:3], expected[:3], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tol.EXACT[precision(operator)])
+    assert got[1].abs().max() > 0
+
+
+@FUSED
 def test_steps_without_an_advantage_never_reach_the_head(operator, make_trajectory, monkeypatch):
     batch = narrowed(make_batch(make_trajectory), precision(operator))
     batch["advantages"][1:, ::2] = 0.0
@@ -270,9 +299,13 @@ def test_a_batch_without_an_advantage_gives_zero(operator, make_trajectory):
 
 
 @FUSED
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    "options",
+    [*(dict(aggregation=aggregation) for aggregation in AGGREGATIONS), dict(ratio="sequence"), dict(entropy_coef=0.1)],
+    ids=str,
+)
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf], ids=["nan", "inf"])
-def test_masked_steps_may_hold_anything(operator, aggregation, junk, make_trajectory):
+def test_masked_steps_may_hold_anything(operator, options, junk, make_trajectory):
     batch = narrowed(make_batch(make_trajectory), precision(operator))
     mask = batch["mask"]
     dirty = dict(batch)
@@ -280,10 +313,10 @@ def test_masked_steps_may_hold_anything(operator, aggregation, junk, make_trajec
         wide = mask.unsqueeze(-1) if batch[name].ndim == 3 else mask
         dirty[name] = torch.where(wide, batch[name], junk)
     dirty["ids"] = torch.where(mask.unsqueeze(-1), batch["ids"], -100)
-    options = dict(aggregation=aggregation, kl_coef=0.1, operator=operator)
+    options = dict(options, kl_coef=0.1, operator=operator)
     got, expected = run(fused, dirty, **options), run(fused, batch, **options)
     for a, b in zip((*got[:3], *got[3]), (*expected[:3], *expected[3]), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(got[1][~mask], torch.zeros_like(got[1][~mask]))
     assert (got[1][mask].abs().sum(-1) > 0).any()
 
@@ -334,7 +367,7 @@ def test_huge_margins_stay_finite(operator, sign, mode, make_trajectory):
     assert torch.isfinite(loss)
     assert torch.isfinite(hidden_grad).all()
     assert torch.isfinite(head_grad).all()
-    assert all(torch.isfinite(value) for value in stats)
+    assert all(torch.isfinite(value) for value in stats[:-1])  # there is no entropy without its bonus
 
 
 @FUSED
@@ -358,24 +391,101 @@ def test_inputs_are_left_as_they_were(operator, make_trajectory):
     assert all(torch.equal(batch[name], before[name]) for name in batch)
 
 
+# Entropy bonus
+
+
+def with_entropy(batch: dict[str, Tensor], *, entropy_coef: float, **options: Any) -> tuple[Tensor, PolicyStats]:
+    """The plain rule, less the entropy of text steps; it holds [N, V]."""
+    loss, stats = plain(batch, **options)
+    logits = batch["hidden"].flatten(0, 1) @ batch["lm_head"].T
+    entropy = text_entropy_ref(logits, batch["ids"].flatten(0, 1), options["temperature"]).view_as(batch["mask"])
+    weights = aggregation_weights(batch["mask"].double(), options.get("aggregation", "token-mean"))
+    text = batch["mask"] & (batch["ids"][..., 1] == -100)
+    return loss - entropy_coef * (weights * entropy).sum(), stats._replace(entropy=entropy[text].mean().detach())
+
+
+@FUSED
+@pytest.mark.parametrize(
+    "options",
+    [*(dict(aggregation=aggregation) for aggregation in AGGREGATIONS), dict(ratio="sequence"), dict(objective="cispo")],
+    ids=lambda o: "-".join(o.values()),
+)
+@pytest.mark.parametrize("case", ["reference", "no-reference", "no-advantages", "bonus-alone"])
+def test_entropy_bonus_equals_the_plain_rule(operator, options, case, make_trajectory, monkeypatch):
+    monkeypatch.setattr(eager_rows, "BLOCK_COLUMNS", 100)
+    batch = narrowed(make_batch(make_trajectory), precision(operator))
+    if case != "reference":
+        batch["ref_logprob"] = None
+    if case in ("no-advantages", "bonus-alone"):
+        batch["advantages"][1:] = 0.0  # then nothing but the bonus gives text steps a gradient
+    if case == "bonus-alone":
+        batch["ids"][..., 1:] = -100
+    options = dict(options, temperature=0.7, entropy_coef=0.3, kl_coef=0.1 if case == "reference" else 0.0)
+    got = run(fused, batch, operator=operator, **options)
+    expected = run(with_entropy, narrowed(batch, torch.float64), **options)
+    for a, b in zip(got[:3], expected[:3], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tol.EXACT[precision(operator)])
+    assert got[3].entropy.item() == pytest.approx(expected[3].entropy.item(), abs=tol.FLOAT32)
+    without = run(fused, batch, operator=operator, **{**options, "entropy_coef": 0.0})
+    assert torch.isnan(without[3].entropy)
+    assert (got[1] - without[1]).abs().max() > 1e-3
+    if case == "bonus-alone":
+        assert without[1].abs().max() == 0.0
+
+
+def test_the_gradient_of_the_entropy_is_its_closed_form():
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    ids = torch.full((5, 2), -100)
+    ids[:, 0], ids[3] = 1, torch.tensor([2, 4])  # one latent row
+    entropy = text_entropy_ref(logits, ids, 0.7)
+    log_p = (logits.detach() / 0.7).log_softmax(-1)
+    expected = -log_p.exp() * (log_p + entropy.detach().unsqueeze(-1)) / 0.7
+    expected[3] = 0.0
+    (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=tol.FLOAT64)
+    assert entropy[3] == 0.0
+    assert torch.autograd.gradcheck(lambda x: text_entropy_ref(x, ids, 0.7), logits)
+
+
+def test_gradcheck_of_the_entropy_bonus(make_trajectory):
+    batch = make_batch(make_trajectory, (2, 3), vocab=11, top_k=3, width=4, margins="positive")
+    batch["mask"][:] = True
+    leaves = batch.pop("hidden").requires_grad_(), batch.pop("lm_head").requires_grad_()
+    options = dict(temperature=0.8, entropy_coef=0.5)
+    assert torch.autograd.gradcheck(lambda h, w: fused_policy_loss(h, w, **batch, **options)[0], leaves)
+
+
+def test_entropy_bonus_holds_no_second_chunk_of_logits(make_trajectory, monkeypatch):
+    vocab, rows_a_chunk = 512, 12
+    monkeypatch.setattr(rows, "CHUNK_BYTES", rows_a_chunk * vocab * 4)
+    monkeypatch.setattr(eager_rows, "BLOCK_COLUMNS", 64)
+    batch = make_batch(make_trajectory, (8, 12), vocab=vocab, width=8, dtype=torch.float32)
+    batch["mask"][:] = True
+    with LargestTensor() as seen:
+        run(fused, batch, entropy_coef=0.1)
+    assert rows_a_chunk * vocab <= seen.elements < 96 * vocab / 4
+
+
 # Chunks and memory
 
 
 @FUSED
 @pytest.mark.parametrize("rows_a_chunk", [1, 5])
-def test_chunks_do_not_change_the_result(operator, rows_a_chunk, make_trajectory, monkeypatch):
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_chunks_do_not_change_the_result(operator, rows_a_chunk, entropy_coef, make_trajectory, monkeypatch):
     dtype = precision(operator)
     batch = narrowed(make_batch(make_trajectory), dtype)
-    expected = run(fused, batch, operator=operator, kl_coef=0.1)
+    options = dict(operator=operator, kl_coef=0.1, entropy_coef=entropy_coef)
+    expected = run(fused, batch, **options)
     for limit in ("CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
         monkeypatch.setattr(rows, limit, rows_a_chunk * 257 * dtype.itemsize)
     monkeypatch.setattr(linear, "BLOCK_ROWS", 50)
     assert len(rows.row_chunks(int(batch["mask"].sum()), 257, dtype, torch.device("cpu"))) > 1
-    got = run(fused, batch, operator=operator, kl_coef=0.1)
+    got = run(fused, batch, **options)
     for a, b in zip(got[:3], expected[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tol.EXACT[dtype])
     for a, b in zip(got[3], expected[3], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT32)
+        torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT32, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -517,6 +627,7 @@ INVALID = {
     "clip-high": (dict(clip_high="a"), TypeError, "clip_high must be a number, got str"),
     "dual-clip": (dict(dual_clip=0.5), ValueError, "dual_clip .* got 0.5"),
     "aggregation": (dict(aggregation="sum"), ValueError, "aggregation must be one of .* got 'sum'"),
+    "entropy-coef": (dict(entropy_coef=-0.1), ValueError, "entropy_coef .* got -0.1"),
     "kl-without-ref": (dict(kl_coef=0.5), ValueError, "kl_coef is 0.5, but ref_logprob is None"),
     "ref-shape": (dict(ref_logprob=torch.zeros(2, 2)), ValueError, r"ref_logprob .* got \[2, 2\]"),
     "impl-bogus": (dict(impl="bogus"), ValueError, "impl must be one of .* got 'bogus'"),

@@ -15,7 +15,7 @@ import pytest
 # Bytes of shared memory that one block can have: A100, H100, B200.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # latent_step, its LM head, project_with_noise, mix_embeddings, group_advantages, logprob, policy_loss
-CONFIGURATIONS = 7 + 11 + 12 + 36 + 22 + 19 + 10
+CONFIGURATIONS = 7 + 11 + 12 + 36 + 22 + 33 + 21
 
 
 # A folder with another Triton, the oldest supported: `pip install --target FOLDER --no-deps triton==3.6.0`

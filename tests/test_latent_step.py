@@ -12,10 +12,10 @@ import tolerances as tol
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels import DEVICE, kernel, with_kernel
+from kernels import DEVICE, NEEDS_TRITON, kernel, with_kernel
 from torch import Tensor
 
-from latent_kernels import LatentStep, latent_step, latent_step_from_logits
+from latent_kernels import LatentStep, latent_step, latent_step_from_logits, latent_step_with_logits
 from latent_kernels._backend import MAX_TOP_K
 from latent_kernels._eager import linear
 from latent_kernels._noise import exponential_draws
@@ -352,6 +352,20 @@ def test_seed_and_step_may_be_tensors():
         assert not torch.equal(latent_step_from_logits(logits, table, **other).scores, ints.scores)
 
 
+@PUBLIC_AND_TRITON
+def test_a_step_a_row_gives_each_row_the_noise_of_its_step(operator):
+    logits, table = make_logits("normal", 4, 333), torch.randn(333, WIDTH)
+    steps = torch.tensor([3, 0, 3, 900])
+    mask = torch.tensor([True, True, False, True])
+    found = operator(logits, table, seed=5, step=steps, latent_mask=mask)
+    for row, step in enumerate(steps.tolist()):
+        alone = operator(logits, table, seed=5, step=step, latent_mask=mask)
+        assert torch.equal(found.ids[row], alone.ids[row])
+        assert torch.equal(found.scores[row], alone.scores[row])
+    with pytest.raises(ValueError, match="step"):
+        operator(logits, table, seed=5, step=steps[:3])
+
+
 def test_without_a_seed_torch_manual_seed_governs():
     logits, table = make_logits("normal", 4, 333), torch.randn(333, WIDTH)
     torch.manual_seed(1)
@@ -589,3 +603,12 @@ def test_wrong_arguments_of_the_step_from_hidden_are_named(change, error, messag
     arguments = {"hidden": torch.zeros(4, 8), "lm_head": torch.zeros(20, 8), "embedding": torch.zeros(20, 8), **change}
     with pytest.raises(error, match=message):
         latent_step(**arguments)
+
+
+@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_the_logits_of_a_step_come_with_it(impl):
+    hidden, head, table = torch.randn(5, 16), torch.randn(300, 16), torch.randn(300, 8)
+    step, logits = latent_step_with_logits(hidden, head, table, seed=3, impl=impl)
+    torch.testing.assert_close(logits, hidden @ head.T, rtol=1e-4, atol=1e-4)
+    alone = latent_step(hidden, head, table, seed=3, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(step, alone, strict=True))

@@ -38,12 +38,12 @@ def imports(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def base_layer(path: Path, root: Path) -> str | None:
-    """The layer of a module of latent_kernels that must need torch only, else None."""
+    """The layer of a module of latent_kernels that must need torch and NumPy only, else None."""
     parts = path.relative_to(root / "latent_kernels").with_suffix("").parts
     return parts[0] if parts[0] in BASE_LAYERS else None
 
 
-def test_base_modules_need_torch_and_the_layers_below(repository: Path):
+def test_base_modules_need_torch_numpy_and_the_layers_below(repository: Path):
     seen = set()
     for path in sources(repository, "latent_kernels"):
         layer = base_layer(path, repository)
@@ -56,16 +56,16 @@ def test_base_modules_need_torch_and_the_layers_below(repository: Path):
             if top == "latent_kernels":
                 assert rest.split(".")[0] in below, f"{layer} imports {module}"
             else:
-                assert top in STANDARD or top == "torch", f"{layer} imports {module}"
+                assert top in STANDARD or top in ("torch", "numpy"), f"{layer} imports {module}"
     assert seen == set(BASE_LAYERS)
 
 
-def test_kernels_need_nothing_but_torch_and_triton(repository: Path):
+def test_kernels_need_nothing_but_torch_numpy_and_triton(repository: Path):
     for path in sources(repository, "latent_kernels"):
         in_triton = "_triton" in path.parts
         for module, _ in imports(path):
             top = module.split(".")[0]
-            allowed = {"torch", "latent_kernels"} | ({"triton"} if in_triton else set())
+            allowed = {"torch", "numpy", "latent_kernels"} | ({"triton"} if in_triton else set())
             assert top in STANDARD or top in allowed, f"{path.relative_to(repository)} imports {module}"
 
 

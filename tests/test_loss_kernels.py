@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latent_kernels import fused_policy_loss, group_advantages, latent_logprob, policy_loss
 from latent_kernels._rows import LogprobSpec, chunk_buffer
-from latent_kernels.reference import HARD
+from latent_kernels.reference import HARD, is_hard, latent_logprob_from_logits_ref, text_entropy_ref
 
 NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 pytestmark = NEEDS_TRITON
@@ -52,6 +52,39 @@ def test_a_narrow_slope_over_the_logits_is_the_rounded_wide_one(vocab, dtype):
     assert ((narrow.slope.float() - wide.slope).abs() <= spacing).all()
     sums = wide.slope.double().sum(-1)
     torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=tol.FLOAT32)  # softmax and targets balance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [100, 8193, 20_011])
+def test_entropies_and_their_slope_over_the_logits_equal_float64(vocab, dtype):
+    """Over several tiles, with logits of -inf, at a temperature, text and latent rows."""
+    from latent_kernels._triton.logprob import entropy_rows, entropy_slope_
+
+    rows, storage = 6, -(-vocab // 16) * 16
+    spec = make_spec(rows, vocab)
+    logits = make_logits(rows, vocab, storage)
+    unreachable = torch.arange(vocab, device=DEVICE) % 7 == 3
+    unreachable[spec.ids.clamp_min(0).flatten()] = False
+    logits[:, unreachable] = -torch.inf
+    upstream, bonus = torch.randn(2, rows, device=DEVICE)
+    text = is_hard(spec.ids)
+    bonus = torch.where(text, bonus, 0.0)
+
+    exact = logits.double().cpu().requires_grad_()
+    ids, scores, advantages = (x.cpu() for x in spec[:3])
+    logprob = latent_logprob_from_logits_ref(exact, ids, scores.double(), temperature=0.7, advantages=advantages)
+    reachable = exact[:, ~unreachable.cpu()]
+    entropy = text_entropy_ref(reachable, ids, 0.7)
+    (expected,) = torch.autograd.grad((upstream.cpu() * logprob + bonus.cpu() * entropy).sum(), exact)
+
+    found = entropy_rows(logits, spec)
+    torch.testing.assert_close(found.logprob.double().cpu(), logprob.detach(), rtol=tol.FLOAT32, atol=tol.FLOAT32)
+    torch.testing.assert_close(found.entropy.double().cpu(), entropy.detach(), rtol=tol.FLOAT32, atol=tol.FLOAT32)
+    slope = entropy_slope_(logits, spec, found, dtype, upstream, bonus)
+    assert slope.dtype == dtype
+    spacing = torch.finfo(dtype).eps * expected.abs() + tol.FLOAT32
+    assert ((slope.double().cpu() - expected).abs() <= spacing).all()
+    assert not slope[:, unreachable].any()
 
 
 def make_batch(responses: int, steps: int, vocab: int, width: int, device: str) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ def test_draws_follow_the_clamped_gumbel_distribution(axis):
     elif axis == "over-rows":
         draws = exponential_draws(one, many, 5, 2)
     elif axis == "over-steps":
-        draws = exponential_draws(one, one.expand(count), 5, many.view(-1, 1))
+        draws = exponential_draws(one, one.expand(count), 5, many)
     else:
         draws = exponential_draws(one, one.expand(count), many.view(-1, 1) * 2654435761, 2)
     noise = gumbel_noise(draws.flatten(), "two_sided").double()

@@ -50,15 +50,26 @@ def by_hand(batch: dict[str, Tensor], options: dict[str, Any]) -> dict[str, floa
         advantage = cell["advantages"][i][t]
         gap = min(max(cell["logprob"][i][t] - cell["old_logprob"][i][t], -20.0), 20.0)
         ratio = math.exp(gap)
-        first, second = -advantage * ratio, -advantage * min(max(ratio, low), high)
-        loss = max(first, second)
-        clipped += second > first
-        if dual is not None and advantage < 0:
-            held += loss > -advantage * dual
-            loss = min(loss, -advantage * dual)
+        if options.get("ratio") == "sequence":
+            active = [j for j in range(steps) if cell["mask"][i][j]]
+            gaps = [cell["logprob"][i][j] - cell["old_logprob"][i][j] for j in active]
+            ratio = math.prod(math.exp(x) for x in gaps) ** (1 / len(gaps))  # (pi(y) / pi_old(y))^(1/|y|)
+        if options.get("objective") == "cispo":
+            weight = min(max(ratio, low), high)
+            loss = -weight * advantage * cell["logprob"][i][t]
+            clipped += weight != ratio
+        else:
+            first, second = -advantage * ratio, -advantage * min(max(ratio, low), high)
+            loss = max(first, second)
+            clipped += second > first
+            if dual is not None and advantage < 0:
+                held += loss > -advantage * dual
+                loss = min(loss, -advantage * dual)
         if "ref_logprob" in cell:
             away = min(max(cell["ref_logprob"][i][t] - cell["logprob"][i][t], -20.0), 20.0)
-            kls[i][t] = min(math.exp(away) - away - 1.0, 10.0)
+            kls[i][t] = {
+                "k1": -away, "k2": away**2 / 2, "k3": min(math.exp(away) - away - 1.0, 10.0)
+            }[options.get("kl_estimator", "k3")]  # fmt: skip
         losses[i][t] = loss + options["kl_coef"] * kls[i][t]
         drift, distance, count = drift - gap, distance + abs(gap), count + 1
 
@@ -123,16 +134,96 @@ def test_loss_and_statistics_equal_brute_force(operator, options):
     for name, value in expected.items():
         assert getattr(stats, name).item() == pytest.approx(value, abs=tol.FLOAT32), name
     assert torch.isnan(stats.margin_crossed)
+    assert torch.isnan(stats.entropy)
     assert expected["clip_fraction"] > 0
     assert (expected["dual_clip_fraction"] > 0) == (options["dual_clip"] is not None)
 
 
+VARIANTS = [
+    dict(ratio=ratio, objective=objective, kl_estimator=kl)
+    for ratio, objective, kl in itertools.product(("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"))
+]
+NAMED = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
+
+
+@PUBLIC_AND_REFERENCE
+@NAMED
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_ratios_objectives_and_kl_estimators_equal_brute_force(operator, variant, aggregation):
+    batch = narrowed(make_batch(), precision(operator))
+    options = dict(clip_low=0.1, clip_high=0.2, dual_clip=1.05, aggregation=aggregation, kl_coef=0.1, **variant)
+    expected = by_hand(batch, options)
+    loss, stats = operator(**batch, **options)
+    assert loss.item() == pytest.approx(expected.pop("loss"), abs=tol.EXACT[precision(operator)])
+    for name, value in expected.items():
+        assert getattr(stats, name).item() == pytest.approx(value, abs=tol.FLOAT32), name
+    assert 0 < expected["clip_fraction"] < 1
+    assert (expected["dual_clip_fraction"] > 0) == (variant["objective"] == "clip")
+
+
+def plain_gradient(batch: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+    """d loss / d logprob [R, T] as the papers write it, for a token mean."""
+    mask, advantages = batch["mask"].double(), batch["advantages"]
+    gap = batch["logprob"] - batch["old_logprob"]
+    ratio = gap.exp()
+    if options["ratio"] == "sequence":
+        ratio = ((gap * mask).sum(-1) / mask.sum(-1).clamp_min(1)).exp().unsqueeze(-1).expand_as(gap)
+    low, high = 1 - options["clip_low"], 1 + options["clip_high"]
+    if options["objective"] == "cispo":
+        slope = -advantages * ratio.clamp(low, high)
+    else:
+        inside = torch.where(advantages > 0, ratio < high, (ratio > low) & (ratio < options["dual_clip"]))
+        slope = -advantages * ratio * inside
+    away = batch["ref_logprob"] - batch["logprob"]
+    penalty = {"k1": torch.ones_like(away), "k2": -away, "k3": 1 - away.exp()}[options["kl_estimator"]]
+    return (slope + options["kl_coef"] * penalty) * mask / mask.sum()
+
+
+@PUBLIC_AND_REFERENCE
+@NAMED
+def test_gradients_are_those_of_the_papers(operator, variant):
+    batch = narrowed(make_batch(), precision(operator))
+    options = dict(clip_low=0.1, clip_high=0.2, dual_clip=1.05, kl_coef=0.1, **variant)
+    expected = plain_gradient(narrowed(batch, torch.float64), options)
+    logprob = batch.pop("logprob").requires_grad_()
+    (got,) = torch.autograd.grad(operator(logprob, **batch, **options)[0], logprob)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tol.EXACT[precision(operator)])
+    assert (expected == 0).any()
+    assert (expected != 0).any()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_sequence_ratio_has_the_gradient_of_its_own_loss(aggregation):
+    """GSPO's loss with one advantage a response, differentiated through the ratio: steps share its gradient."""
+    batch = make_batch(6, 5)
+    logprob, old, advantages, mask = (batch[name] for name in ("logprob", "old_logprob", "advantages", "mask"))
+    options = dict(clip_low=0.2, clip_high=0.3, dual_clip=None, aggregation=aggregation)
+
+    def gspo(logprob: Tensor) -> Tensor:
+        lengths = mask.sum(-1).double()
+        ratio = (((logprob - old) * mask).sum(-1) / lengths.clamp_min(1)).exp()
+        loss = torch.maximum(-advantages[:, 0] * ratio, -advantages[:, 0] * ratio.clamp(0.8, 1.3))
+        steps = {
+            "token-mean": lengths / lengths.sum(), "seq-mean-token-sum": lengths / 6,
+            "seq-mean-token-mean": (lengths > 0).double() / 6, "seq-mean-token-sum-norm": lengths / 6 / 5,
+        }[aggregation]  # fmt: skip
+        return (loss * steps).sum()
+
+    logprob.requires_grad_()
+    expected, (got, _) = gspo(logprob), policy_loss(logprob, old, advantages, mask, ratio="sequence", **options)
+    gradients = [torch.autograd.grad(value, logprob)[0] for value in (got, expected)]
+    torch.testing.assert_close(got, expected, rtol=0, atol=tol.FLOAT64)
+    torch.testing.assert_close(*gradients, rtol=0, atol=tol.FLOAT64)
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("dual_clip", [3.0, None])
-def test_gradcheck(aggregation, dual_clip):
+def test_gradcheck(aggregation, dual_clip, kl_estimator):
     batch = make_batch(3, 4)
     logprob = batch.pop("logprob").requires_grad_()
-    options = dict(aggregation=aggregation, dual_clip=dual_clip, kl_coef=0.1)
+    options = dict(aggregation=aggregation, dual_clip=dual_clip, kl_coef=0.1, kl_estimator=kl_estimator)
     assert torch.autograd.gradcheck(lambda x: policy_loss(x, **batch, **options)[0], logprob)
 
 
@@ -156,14 +247,17 @@ def test_low_precision_is_computed_in_float32(operator, dtype, aggregation):
 
 @PUBLIC_AND_REFERENCE
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "variant", [dict(), dict(ratio="sequence"), dict(objective="cispo", kl_estimator="k1")], ids=str
+)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_masked_steps_may_hold_anything(operator, junk, aggregation):
+def test_masked_steps_may_hold_anything(operator, junk, aggregation, variant):
     batch = narrowed(make_batch(), precision(operator))
     dirty = {n: v if n == "mask" else torch.where(batch["mask"], v, junk) for n, v in batch.items()}
     results = []
     for data in (batch, dirty):
         logprob = data.pop("logprob").requires_grad_()
-        loss, stats = operator(logprob, **data, aggregation=aggregation, kl_coef=0.1)
+        loss, stats = operator(logprob, **data, aggregation=aggregation, kl_coef=0.1, **variant)
         results.append((loss, torch.autograd.grad(loss, logprob)[0], *stats[:5]))
     for clean, soiled in zip(*results, strict=True):
         assert torch.equal(clean, soiled)
@@ -207,11 +301,12 @@ def test_on_policy_the_gradient_is_the_advantage(operator):
 @PUBLIC_AND_TRITON
 @pytest.mark.parametrize("gap", [19.0, 25.0, 1e4, float("inf")])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_huge_log_ratios_stay_finite(operator, gap, sign):
+@pytest.mark.parametrize("variant", [dict(), dict(ratio="sequence"), dict(kl_estimator="k2")], ids=str)
+def test_huge_log_ratios_stay_finite(operator, gap, sign, variant):
     logprob = torch.full((1, 2), sign * gap, requires_grad=True)
     advantages = torch.tensor([[1.0, -1.0]])
     zero = torch.zeros(1, 2)
-    options = dict(dual_clip=None, ref_logprob=zero, kl_coef=0.1)
+    options = dict(dual_clip=None, ref_logprob=zero, kl_coef=0.1, **variant)
     loss, stats = operator(logprob, zero, advantages, torch.ones(1, 2), **options)
     loss.backward()
     assert torch.isfinite(loss)
@@ -220,7 +315,7 @@ def test_huge_log_ratios_stay_finite(operator, gap, sign):
     policy_loss_ref(wide, zero, advantages, torch.ones(1, 2), **options)[0].backward()
     torch.testing.assert_close(logprob.grad.double(), wide.grad, rtol=tol.FLOAT32, atol=tol.FLOAT32)
     assert stats.abs_log_ratio.item() == min(gap, 20.0)
-    assert stats.kl.item() <= 10.0
+    assert stats.kl.item() <= (200.0 if variant.get("kl_estimator") == "k2" else 10.0)
 
 
 @given(seed=st.integers(0, 2**31), aggregation=st.sampled_from(AGGREGATIONS))
@@ -274,13 +369,14 @@ def test_strided_inputs_equal_contiguous_ones(operator):
 
 
 @NEEDS_TRITON
+@pytest.mark.parametrize("variant", [dict(), dict(ratio="sequence"), dict(objective="cispo")], ids=str)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_the_kernel_equals_the_reference_over_several_programs(aggregation):
+def test_the_kernel_equals_the_reference_over_several_programs(aggregation, variant):
     batch = narrowed(make_batch(70, 61), torch.float32)
     results = []
     for operator, data in ((kernel(policy_loss), batch), (policy_loss_ref, narrowed(batch, torch.float64))):
         logprob = data.pop("logprob").requires_grad_()
-        loss, stats = operator(logprob, **data, aggregation=aggregation, kl_coef=0.1)
+        loss, stats = operator(logprob, **data, aggregation=aggregation, kl_coef=0.1, **variant)
         results.append((loss.detach(), *torch.autograd.grad(loss, logprob), *stats[:5]))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected.to(got.dtype), rtol=tol.FLOAT32, atol=tol.FLOAT32)
@@ -290,7 +386,8 @@ def test_the_kernel_equals_the_reference_over_several_programs(aggregation):
 def test_not_a_number_is_not_hidden_by_the_kernel():
     zero = torch.zeros(2, 2)
     broken = torch.tensor([[torch.nan, 0.0], [0.0, 0.0]], requires_grad=True)
-    for options in (dict(), dict(ref_logprob=zero, kl_coef=0.1)):
+    penalties = (dict(ref_logprob=zero, kl_coef=0.1, kl_estimator=kl) for kl in ("k1", "k2", "k3"))
+    for options in (dict(), dict(ratio="sequence"), dict(objective="cispo"), *penalties):
         for advantage in (1.0, -1.0):
             loss, _ = kernel(policy_loss)(broken, zero, zero + advantage, torch.ones(2, 2), **options)
             assert torch.isnan(loss)
@@ -329,6 +426,9 @@ INVALID = {
     "clip-high": (dict(clip_high=-0.1), ValueError, "clip_high .* got -0.1"),
     "dual-clip": (dict(dual_clip=1.0), ValueError, r"dual_clip must be in \(1, inf\], got 1.0"),
     "aggregation": (dict(aggregation="mean"), ValueError, "aggregation must be one of .* got 'mean'"),
+    "ratio": (dict(ratio="response"), ValueError, "ratio must be one of 'token', 'sequence', got 'response'"),
+    "objective": (dict(objective="ppo"), ValueError, "objective must be one of 'clip', 'cispo', got 'ppo'"),
+    "kl-estimator": (dict(kl_estimator="k4"), ValueError, "kl_estimator must be one of .* got 'k4'"),
     "kl-coef": (dict(kl_coef=-1.0), ValueError, "kl_coef .* got -1.0"),
     "kl-without-ref": (dict(kl_coef=0.1), ValueError, "kl_coef is 0.1, but ref_logprob is None"),
     "impl-bogus": (dict(impl="bogus"), ValueError, "impl must be one of .* got 'bogus'"),

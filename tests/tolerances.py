@@ -49,3 +49,10 @@ def chi_squared_bound(degrees: int) -> float:
     """99.9% quantile of the chi-squared distribution (Wilson-Hilferty, accurate to 1% from 3 degrees of freedom on)."""
     spread = 2.0 / (9.0 * degrees)
     return degrees * (1.0 - spread + CHI_SQUARED_Z * spread**0.5) ** 3
+
+
+# Predicted over measured peak memory of training: temporaries of one operation, and what the allocator holds back.
+MEMORY_PLAN = 0.15
+
+# Twenty decoding steps of a float32 model in batches of other sizes, whose products round differently.
+ANOTHER_BATCH = 1e-3

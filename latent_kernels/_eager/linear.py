@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latent_kernels.reference import compute_dtype
@@ -14,6 +18,12 @@ def _blocks(weight: Tensor) -> list[slice]:
     return [slice(start, start + BLOCK_ROWS) for start in range(0, len(weight), BLOCK_ROWS)]
 
 
+def _no_autocast(device: torch.device) -> Any:
+    """Products in the dtype of their inputs. Entering autocast takes as long as a small product, so only if need be."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
 def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """`hidden @ weight.T` [n, V] for hidden [n, D], weight [V, D]: float32, or float64 for float64 inputs.
 
@@ -21,8 +31,11 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     """
     dtype = compute_dtype(hidden, weight)
     if out is None:
+        if hidden.dtype == weight.dtype == dtype and len(weight) <= BLOCK_ROWS and not weight.is_cuda:
+            with _no_autocast(hidden.device):
+                return F.linear(hidden, weight)
         out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden.device):
         if weight.is_cuda and weight.dtype == dtype:
             return torch.mm(hidden.to(dtype), weight.T, out=out)
         if weight.is_cuda and hidden.dtype == weight.dtype:
@@ -36,7 +49,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
 def back_project(slope: Tensor, weight: Tensor) -> Tensor:
     """`slope @ weight` [n, D] for slope [n, V]: accumulated and returned in float32, or float64 for float64 inputs."""
     dtype = compute_dtype(slope, weight)
-    with torch.autocast(slope.device.type, enabled=False):
+    with _no_autocast(slope.device):
         if slope.dtype == weight.dtype == dtype:
             return slope @ weight
         if slope.is_cuda and slope.dtype == weight.dtype:
@@ -49,7 +62,7 @@ def back_project(slope: Tensor, weight: Tensor) -> Tensor:
 
 def add_outer_(out: Tensor, slope: Tensor, hidden: Tensor) -> None:
     """Adds `slope.T @ hidden` to out [V, D], float32 or float64, for slope [n, V] and hidden [n, D]."""
-    with torch.autocast(out.device.type, enabled=False):
+    with _no_autocast(out.device):
         if slope.is_cuda and slope.dtype == hidden.dtype != out.dtype:
             torch.addmm(out, slope.T, hidden, out_dtype=out.dtype, out=out)
             return

@@ -40,10 +40,10 @@ def row_option(value, row, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def counter_option(value, IS_TENSOR: tl.constexpr):
-    """A number or the content of a 0-d tensor, in int64."""
+def counter_option(value, IS_TENSOR: tl.constexpr, offset=0):
+    """A number or an element of a tensor, in int64."""
     if IS_TENSOR:
-        return tl.load(value).to(tl.int64)
+        return tl.load(value + offset).to(tl.int64)
     else:
         return tl.cast(value, tl.int64)
 

@@ -209,11 +209,11 @@ def store_step(
         tl.store(mixture_ptr + row * D + d, mixed.to(mixture_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["end_token_id", "seed", "step"])
+@triton.jit(do_not_specialize=["end_token_id", "seed", "step", "step_stride"])
 def latent_step_kernel(
     logits_ptr, maxima_ptr, sums_ptr, draws_ptr, row_ids_ptr, latent_ptr, table_ptr, list_ptr, buffer_ptr,
     ids_ptr, scores_ptr, weights_ptr, mixture_ptr, top_ptr, is_latent_ptr,
-    top_p, tau, scale, seed, step, end_token_id, logits_stride, draws_stride, table_stride, V, G, D,
+    top_p, tau, scale, seed, step, step_stride, end_token_id, logits_stride, draws_stride, table_stride, V, G, D,
     NOISE: tl.constexpr, INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
     HAS_MASK: tl.constexpr, TOP_P_A_ROW: tl.constexpr, TAU_A_ROW: tl.constexpr, SCALE_A_ROW: tl.constexpr,
     SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -235,7 +235,7 @@ def latent_step_kernel(
     limit = tl.where(limit < 1.0, limit, float("inf"))
     tau = tl.where(noisy, row_option(tau, row, TAU_A_ROW), 1.0)
     scale = tl.where(noisy, row_option(scale, row, SCALE_A_ROW), 0.0)
-    seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR)
+    seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR, row * step_stride)
     noise_row = row
     if HAS_ROW_IDS:
         noise_row = tl.load(row_ids_ptr + row)
@@ -339,6 +339,7 @@ def select(
         latent_step_kernel[(rows,)](
             logits, sidecar.maxima, sidecar.sums, draws, row_ids, mask, table, empty(torch.int32, groups),
             empty(torch.int64, chosen["N"]), *found[:5], found.is_latent.view(torch.int8), **options,
+            step_stride=noise.step.stride(0) if isinstance(noise.step, Tensor) and noise.step.ndim else 0,
             end_token_id=-1 if end_token_id is None else end_token_id, logits_stride=logits.stride(0),
             draws_stride=draws.stride(0), table_stride=table.stride(0), V=vocab, G=groups, D=width, **chosen,
             num_warps=NUM_WARPS, **BUILD_OPTIONS,

@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from latent_kernels import reference
-from latent_kernels._rows import LogprobSpec, RowScores
+from latent_kernels._rows import LogprobSpec, RowEntropies, RowScores
 from latent_kernels._triton.common import MAX_REGISTERS
 
 HARD = tl.constexpr(reference.HARD)
 EXPONENT_MAX = tl.constexpr(reference.EXPONENT_MAX)
-MARGIN_MAX = tl.constexpr(reference.MARGIN_MAX)
+MARGIN_MAX = tl.constexpr(reference.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
 LOWEST = tl.constexpr(-3.0e38)  # below any logit that matters, and finite: differences from it are numbers
 BLOCK_V, NUM_WARPS = 8192, 16  # 16 elements a thread
 REGISTERS = 65536  # of a multiprocessor
@@ -47,6 +47,33 @@ def row_log_z(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def row_log_z_and_entropy(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr):
+    """log sum exp(logits / T) of a row and the entropy of its softmax, in one pass.
+
+    Every lane keeps a maximum, a sum of exponentials, and that sum weighted by the distances below the maximum, whose
+    range ends where exponentials are 0: 0 * -inf is not a number.
+    """
+    v = tl.arange(0, BLOCK_V)
+    highest = tl.full([BLOCK_V], LOWEST, dtype=tl.float32)
+    total = tl.zeros([BLOCK_V], dtype=tl.float32)
+    spread = tl.zeros([BLOCK_V], dtype=tl.float32)
+    for start in range(0, V, BLOCK_V):
+        z = tl.load(row_ptr + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) * inverse_temperature
+        below = -tl.abs(z - highest)
+        below = tl.where(below < -MARGIN_MAX, -MARGIN_MAX, below)
+        smaller = tl.exp(below)
+        spread = tl.where(z > highest, (spread + below * total) * smaller, spread + below * smaller)
+        total = tl.where(z > highest, total * smaller + 1.0, total + smaller)
+        highest = tl.maximum(highest, z)
+    peak = tl.max(highest, 0)
+    below = highest - peak
+    below = tl.where(below < -MARGIN_MAX, -MARGIN_MAX, below)
+    smaller = tl.exp(below)
+    mass = tl.sum(total * smaller, 0)
+    return peak + tl.log(mass), tl.log(mass) - tl.sum((spread + below * total) * smaller, 0) / mass
+
+
+@triton.jit
 def component_terms(log_probs, scores, replaced, MARGIN: tl.constexpr):
     """Terms of the surrogate, their slopes c_k, and the margins, of a row's components (Eq. 15-17).
 
@@ -65,11 +92,12 @@ def component_terms(log_probs, scores, replaced, MARGIN: tl.constexpr):
 
 @triton.jit
 def store_slope(
-    row_ptr, slope_ptr, V, ids, found, log_probs, coefficients, log_z, inverse_temperature, factor,
-    BLOCK_V: tl.constexpr,
+    row_ptr, slope_ptr, V, ids, found, log_probs, coefficients, log_z, inverse_temperature, factor, entropy, bonus,
+    ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """factor * sum_k c_k (onehot(id_k) - softmax) of a row, which may overwrite the logits it is made from.
 
+    With ENTROPY also bonus * -p (log p + entropy), the slope of bonus times the softmax's entropy.
     Where the slope is half as wide as the logits and lies in the second half of their bytes, a tile is written over
     itself and over tiles above it: hence from the end to the start, each tile read by all threads before it is written.
     """
@@ -81,10 +109,16 @@ def store_slope(
         z = tl.load(row_ptr + at, mask=at < V, other=0.0).to(tl.float32) * inverse_temperature
         tl.debug_barrier()
         value = -factor * total * tl.exp(z - log_z)
+        if ENTROPY:
+            log_p = tl.where(z - log_z < -MARGIN_MAX, -MARGIN_MAX, z - log_z)
+            value -= bonus * tl.exp(log_p) * (log_p + entropy)
         tl.store(slope_ptr + at, value.to(slope_ptr.dtype.element_ty), mask=at < V)
     # Duplicates of an id all store the same value: what all of them contribute.
     shared = tl.sum(tl.where(ids[:, None] == ids[None, :], coefficients[None, :], 0.0), 1)
     value = factor * (shared - total * tl.exp(log_probs))
+    if ENTROPY:
+        log_p = tl.where(log_probs < -MARGIN_MAX, -MARGIN_MAX, log_probs)
+        value -= bonus * tl.exp(log_p) * (log_p + entropy)
     tl.debug_barrier()
     tl.store(slope_ptr + ids, value.to(slope_ptr.dtype.element_ty), mask=found)
 
@@ -92,9 +126,9 @@ def store_slope(
 @triton.jit
 def logprob_kernel(
     logits_ptr, ids_ptr, scores_ptr, advantages_ptr, upstream_ptr, logprob_ptr, log_z_ptr, crossed_ptr, slope_ptr,
-    logits_stride, slope_stride, V, inverse_temperature,
+    entropy_ptr, bonus_ptr, logits_stride, slope_stride, V, inverse_temperature,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, MARGIN: tl.constexpr, FORWARD: tl.constexpr,
-    SLOPE: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
+    SLOPE: tl.constexpr, HAS_UPSTREAM: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
@@ -104,11 +138,19 @@ def logprob_kernel(
     used = k < tl.where(hard, 1, K)
     ids = tl.maximum(ids, 0)
     temperature = tl.where(hard, inverse_temperature, 1.0)
+    entropy, bonus = 0.0, 0.0
     if FORWARD:
-        log_z = row_log_z(row_ptr, V, temperature, BLOCK_V)
+        if ENTROPY:
+            log_z, entropy = row_log_z_and_entropy(row_ptr, V, temperature, BLOCK_V)
+            tl.store(entropy_ptr + row, tl.where(hard, entropy, 0.0))
+        else:
+            log_z = row_log_z(row_ptr, V, temperature, BLOCK_V)
         tl.store(log_z_ptr + row, log_z)
     else:
         log_z = tl.load(log_z_ptr + row)
+        if ENTROPY:
+            entropy = tl.load(entropy_ptr + row)
+            bonus = tl.load(bonus_ptr + row) * temperature
 
     # An id outside the vocabulary makes the row NaN: there is no other way to tell without waiting for the device.
     found = used & (ids < V)
@@ -131,7 +173,7 @@ def logprob_kernel(
             factor = temperature * tl.load(upstream_ptr + row)
         store_slope(
             row_ptr, slope_ptr + row * slope_stride, V, ids, found, log_probs, coefficients, log_z, temperature,
-            factor, BLOCK_V,
+            factor, entropy, bonus, ENTROPY, BLOCK_V,
         )  # fmt: skip
 
 
@@ -141,12 +183,13 @@ def block_v(vocab: int) -> int:
 
 
 def constants(
-    vocab: int, width: int, margin_gradient: str, *, forward: bool, slope: bool, upstream: bool
+    vocab: int, width: int, margin_gradient: str, *, forward: bool, slope: bool, upstream: bool, entropy: bool = False
 ) -> dict[str, int | bool]:
     """Constants of the kernel."""
     return {
         "K": width, "BLOCK_K": triton.next_power_of_2(width), "BLOCK_V": block_v(vocab),
         "MARGIN": MARGINS[margin_gradient], "FORWARD": forward, "SLOPE": slope, "HAS_UPSTREAM": upstream,
+        "ENTROPY": entropy,
     }  # fmt: skip
 
 
@@ -158,22 +201,24 @@ def launch_options(vocab: int) -> dict[str, int]:
 
 def _launch(
     logits: Tensor, spec: LogprobSpec, logprob: Tensor, log_z: Tensor, crossed: Tensor, slope: Tensor | None,
-    upstream: Tensor | None, *, forward: bool,
+    upstream: Tensor | None, *, forward: bool, entropy: Tensor | None = None, bonus: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows, vocab = logits.shape
     if not rows:
         return
     margin = "none" if spec.advantages is None else spec.margin_gradient
     chosen = constants(
-        vocab, spec.ids.shape[1], margin, forward=forward, slope=slope is not None, upstream=upstream is not None
-    )
+        vocab, spec.ids.shape[1], margin, forward=forward, slope=slope is not None, upstream=upstream is not None,
+        entropy=entropy is not None,
+    )  # fmt: skip
     # Arguments that are not used are some tensor of the right device.
     logprob_kernel[(rows,)](
         logits, spec.ids.contiguous(), spec.scores.contiguous(),
         logits if spec.advantages is None else spec.advantages.contiguous(),
         logits if upstream is None else upstream.contiguous(), logprob, log_z, crossed,
-        logits if slope is None else slope, logits.stride(0), 0 if slope is None else slope.stride(0), vocab,
-        1.0 / spec.temperature, **chosen, **launch_options(vocab),
+        logits if slope is None else slope, logits if entropy is None else entropy,
+        logits if bonus is None else bonus.contiguous(), logits.stride(0), 0 if slope is None else slope.stride(0),
+        vocab, 1.0 / spec.temperature, **chosen, **launch_options(vocab),
     )  # fmt: skip
 
 
@@ -205,6 +250,29 @@ def logprob_rows_(
     room = None if slope is None else slope_view(logits, slope)
     _launch(logits, spec, *outputs, room, upstream, forward=True)
     return RowScores(outputs[0], outputs[2], room)
+
+
+def entropy_rows(logits: Tensor, spec: LogprobSpec) -> RowEntropies:
+    """Log-probs of the rows of float32 logits [n, V], and entropies of its text rows. Logits stay."""
+    logprob, log_z, crossed = _outputs(logits)
+    entropy = torch.empty_like(log_z)
+    _launch(logits, spec, logprob, log_z, crossed, None, None, forward=True, entropy=entropy)
+    return RowEntropies(logprob, crossed, log_z, entropy)
+
+
+def entropy_slope_(
+    logits: Tensor, spec: LogprobSpec, found: RowEntropies, slope: torch.dtype, upstream: Tensor, bonus: Tensor
+) -> Tensor:
+    """Slope in dtype `slope` of `upstream * logprob + bonus * entropy` over the rows' logits [n, V].
+
+    `bonus` [n] is 0 on latent rows.
+    """
+    room, (_, crossed, log_z, entropy) = slope_view(logits, slope), found
+    # Log-probs and counts are not written again.
+    _launch(
+        logits, spec, log_z, log_z, crossed, room, upstream, forward=False, entropy=entropy, bonus=bonus
+    )  # fmt: skip
+    return room
 
 
 class FromLogits(torch.autograd.Function):
