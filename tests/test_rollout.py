@@ -6,13 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from latent_grpo import LatentSampling, generate_latent
+from latent_grpo import LatentSampling, decoding, generate_latent, generation
 from latent_grpo.loss import replay, replay_logprob, response_mask
 from latent_grpo.model import body, embedding_table, positions
-from latent_grpo.rollout import concatenate, mixture_entropy, sample_text
-from latent_kernels import mix_embeddings
+from latent_grpo.rollout import concatenate, mixture_entropy
+from latent_grpo.sampling import sample_text
+from latent_kernels import mix_embeddings, philox_uniform
 
 VOCAB, END, EOS = 120, 7, tuple(range(30, 50))
 SIZES = dict(
@@ -99,6 +107,78 @@ def test_a_row_does_not_depend_on_its_batch(model, prompts):
     assert torch.equal(alone.ids[alone.mask], everything.ids[8:, :steps][alone.mask])
 
 
+def test_rows_that_wait_for_a_slot_have_the_same_trajectories(model, prompts):
+    options = sampling(model, prompts)
+    whole = generate_latent(model, *prompts, options, num_generations=4)
+    assert len(whole.lengths.unique()) > 1
+    for max_rows in (1, 3, 5, 8):
+        queued = generate_latent(model, *prompts, options, num_generations=4, max_rows=max_rows)
+        assert torch.equal(queued.mask, whole.mask)
+        assert torch.equal(queued.ids[queued.mask], whole.ids[whole.mask])
+        torch.testing.assert_close(queued.logprob, whole.logprob, rtol=1e-4, atol=1e-4)
+
+
+def test_dropping_finished_rows_changes_no_trajectory(model, prompts, monkeypatch):
+    options = sampling(model, prompts)
+    dropped = generate_latent(model, *prompts, options, num_generations=4)
+    monkeypatch.setattr(generation, "COMPACT_BELOW", 0.0)  # until all are finished
+    kept = generate_latent(model, *prompts, options, num_generations=4)
+    assert torch.equal(dropped.ids[dropped.mask], kept.ids[kept.mask])
+    assert torch.equal(dropped.mask, kept.mask)
+
+
+def test_a_prompt_is_computed_once_for_all_its_rows(model, prompts, monkeypatch):
+    computed = []
+    prefill = generation.body
+
+    def counted(model, embeds, *args):
+        computed.append(len(embeds))
+        return prefill(model, embeds, *args)
+
+    monkeypatch.setattr(generation, "body", counted)
+    options = sampling(model, prompts)
+    computed.clear()
+    together = generate_latent(model, *prompts, options, num_generations=8)
+    assert computed == [3]
+    ids, mask = (x.repeat_interleave(8, 0) for x in prompts)
+    apart = generate_latent(model, ids, mask, options)
+    assert computed == [3, 24]
+    assert torch.equal(together.ids[together.mask], apart.ids[apart.mask])
+    torch.testing.assert_close(together.logprob, apart.logprob, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cost_of_a_batch_follows_its_live_rows(model, prompts, monkeypatch):
+    decoded = []
+    advance = decoding.Decoder.advance
+    monkeypatch.setattr(
+        decoding.Decoder,
+        "advance",
+        lambda self, state, *args: decoded.append(len(state.row)) or advance(self, state, *args),
+    )
+    options = replace(sampling(model, prompts), max_new_tokens=40)
+    rollout = generate_latent(model, *prompts, options, num_generations=16)
+    lengths = rollout.lengths
+    assert len(lengths.unique()) > 5
+    live = int((lengths - 1).sum())  # the first element comes of the prefill
+    assert live <= sum(decoded) < 1.12 * live + 40
+
+
+def test_sliding_window_layers_see_their_window_only(prompts):
+    torch.manual_seed(3)
+    config = MistralConfig(**SIZES, sliding_window=4, tie_word_embeddings=True)
+    windowed = MistralForCausalLM(config).eval()
+    rollout = generate_latent(windowed, *prompts, sampling(windowed, prompts), num_generations=2)
+    assert (replay_logprob(windowed, rollout, 1.0) - rollout.logprob).abs().max() < 1e-4
+    full = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None, tie_word_embeddings=True)).eval()
+    full.load_state_dict(windowed.state_dict())
+    assert (replay_logprob(full, rollout, 1.0) - rollout.logprob).abs().max() > 1e-3
+
+
+def test_no_rows_at_once_is_refused(model, prompts):
+    with pytest.raises(ValueError, match="max_rows is 0"):
+        generate_latent(model, *prompts, LatentSampling(latent=False), max_rows=0)
+
+
 def test_the_record_of_text_and_latent_steps(model, prompts):
     rollout = generate_latent(model, *prompts, sampling(model, prompts), num_generations=4)
     text = rollout.mask & ~rollout.is_latent
@@ -178,8 +258,8 @@ def test_entropy_of_mixtures_is_between_zero_and_log_k(model, prompts):
 def test_text_tokens_follow_temperature_top_k_and_top_p():
     logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
     draws = 20_000
-    options = LatentSampling(latent=False, temperature=0.8, top_k=4, top_p=0.9, seed=11)
-    tokens = sample_text(logits.expand(draws, -1), options, torch.arange(draws), 0)
+    options = LatentSampling(latent=False, temperature=0.8, top_k=4, top_p=0.9)
+    tokens = sample_text(logits.expand(draws, -1), options, philox_uniform(torch.arange(draws), seed=11, step=0))
     probs = (logits[0, :4] / 0.8).softmax(-1)
     kept = probs * (probs.cumsum(-1) - probs < 0.9)
     expected = draws * kept / kept.sum()
@@ -194,4 +274,22 @@ def test_text_tokens_follow_temperature_top_k_and_top_p():
 def test_greedy_text_is_the_highest_logit():
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     options = LatentSampling(latent=False, temperature=0.0)
-    assert torch.equal(sample_text(logits, options, torch.arange(5), 3), logits.argmax(-1))
+    assert torch.equal(sample_text(logits, options, torch.rand(5)), logits.argmax(-1))
+
+
+def test_text_without_top_k_is_drawn_from_the_sorted_vocabulary():
+    logits = 2.0 * torch.randn(40, 3000, generator=torch.Generator().manual_seed(0))
+    logits[:3] *= 0.01  # a nucleus of nearly all tokens
+    draw = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    options = LatentSampling(latent=False, temperature=0.7, top_k=0, top_p=0.9)
+    probs, ids = (logits.double() / 0.7).softmax(-1).sort(dim=-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= 0.9, 0.0)
+    place = (probs.cumsum(-1) <= draw.unsqueeze(-1) * probs.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    assert torch.equal(sample_text(logits, options, draw), ids.gather(-1, place).squeeze(-1))
+
+
+def test_a_float64_model_is_sampled_from(prompts):
+    double = make_model("llama-tied").double()
+    rollout = generate_latent(double, *prompts, sampling(double, prompts), num_generations=2)
+    gap = (replay_logprob(double, rollout, 1.0) - rollout.logprob) * rollout.mask
+    assert gap.abs().max() < 1e-5
