@@ -2,7 +2,8 @@
 
 from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.evaluate import evaluate, pass_at_k
-from latent_grpo.rollout import Rollout, generate_latent
+from latent_grpo.generation import generate_latent
+from latent_grpo.rollout import Rollout
 from latent_grpo.sft import LatentSFTTrainer
 from latent_grpo.trainer import LatentGRPOTrainer
 

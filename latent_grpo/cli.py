@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 a failure while running, 2 bad arguments or input (one lin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.table import Table
 
 INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -46,7 +44,10 @@ def config_parser(prog: str, config_class: type, description: str) -> Any:
         config_class, prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("--config", help="YAML file of options, or the name of a recipe; flags override it.")
+    parser.add_argument(
+        "--config", action="append",
+        help="YAML file of options, or the name of a recipe; given twice, the later wins; flags override both.",
+    )  # fmt: skip
     return parser
 
 
@@ -56,9 +57,8 @@ def parse_config(prog: str, config_class: type, description: str, argv: Sequence
 
     parser = config_parser(prog, config_class, description)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    path = first.parse_known_args(argv)[0].config
-    if path:
+    first.add_argument("--config", action="append", default=[])
+    for path in first.parse_known_args(argv)[0].config:
         # Strings go through the flag's own conversion, since YAML reads 1e-6 as one.
         values = read_yaml(path, config_class)
         numbers = {k: str(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
@@ -154,22 +154,42 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def command_eval(prog: str, argv: Sequence[str]) -> int:
-    """Pass@1, pass@k and reasoning tokens on one or more files."""
-    parser = Parser(
-        prog=prog, description="Evaluate a model: Pass@1 noise-free, pass@k under noise.", allow_abbrev=False
+    """Pass@1, pass@k and reasoning tokens on benchmarks by name, files or Hub data."""
+    about = (
+        "Evaluate a model: Pass@1 noise-free, pass@k under noise, reasoning tokens, with 95% bootstrap intervals. "
+        "Under torchrun the problems are split across the ranks; the results are those of one process."
     )
+    parser = Parser(prog=prog, description=about, allow_abbrev=False)
     sampling_flags(parser)
-    parser.add_argument("--data", nargs="+", required=True, help="JSON, JSONL or Parquet files, or Hub names")
-    parser.add_argument("--split", default="test", help="split of Hub datasets")
+    parser.add_argument("--noise", choices=("one_sided", "two_sided"), default="one_sided", help="noise of pass@k")
+    parser.add_argument(
+        "--data", nargs="+", required=True,
+        help="benchmarks by name (gsm8k-aug, gsm-hard, svamp, multiarith, math-500, aime24, aime25, gpqa-diamond), "
+        "low-difficulty or high-difficulty (the first or last four of them), JSON, JSONL or Parquet files, Hub names; "
+        "gsm8k=FILE takes a file for a benchmark, any LABEL=SOURCE names a row of the table",
+    )  # fmt: skip
+    parser.add_argument("--split", default="test", help="split of Hub datasets that are no benchmarks")
     parser.add_argument("--pass-at", "--pass_at", default="1", help="comma-separated k, as 1,8,32")
-    parser.add_argument("--limit", type=int, default=None, help="only the first rows of each file")
-    parser.add_argument("--batch_size", type=int, default=64, help="problems decoded together")
-    parser.add_argument("--out", default=None, help="write results as JSON")
+    parser.add_argument(
+        "--num_samples", type=int, default=None,
+        help="sampled responses a problem for pass@k; default: the largest k, and none where that is 1",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, default=None, help="only the first rows of each data set")
+    parser.add_argument("--batch_size", type=int, default=64, help="responses decoded together")
+    parser.add_argument("--out", default=None, help="write OUT.json (with every response) and OUT.md")
     for column in ("prompt_column", "answer_column", "chain_column"):
         parser.add_argument(f"--{column}", default=None, help="for data in no known format")
     args = parser.parse_args(argv)
+    from latent_grpo.distributed import process_group
+
+    tries = passes(args)
+    with process_group():
+        return run_evaluation(args, tries)
+
+
+def passes(args: argparse.Namespace) -> list[int]:
+    """The k of --pass-at; ConfigError for what cannot be evaluated."""
     from latent_grpo.config import ConfigError, require
-    from latent_grpo.evaluate import evaluate
 
     require(args.batch_size >= 1, "batch_size", args.batch_size, "give 1 or more")
     try:
@@ -177,38 +197,56 @@ def command_eval(prog: str, argv: Sequence[str]) -> int:
     except ValueError as error:
         raise ConfigError(f"pass-at is {args.pass_at!r}: give whole numbers, as 1,8,32") from error
     require(min(tries) >= 1, "pass-at", args.pass_at, "give 1 or more")
-    data = {source: load_dataset_rows(args, source, args.split, args.limit) for source in args.data}
+    enough = args.num_samples is None or args.num_samples >= max(tries)
+    require(enough, "num_samples", args.num_samples, f"pass@{max(tries)} needs at least {max(tries)}")
+    return tries
+
+
+def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
+    """Evaluate and report, from rank 0 alone."""
+    from dataclasses import asdict
+
+    from latent_grpo.benchmarks import load_benchmarks
+    from latent_grpo.distributed import rank
+    from latent_grpo.evaluate import evaluate
+    from latent_grpo.report import (
+        environment,
+        evaluation_cells,
+        evaluation_document,
+        mean_over_data,
+        require_writable,
+        write_json,
+        write_text,
+    )
+
+    out = None if args.out is None else Path(args.out)
+    if out is not None:
+        out = out.with_suffix("") if out.suffix in (".json", ".md") else out
+        require_writable(out)
+    columns = {f"{name}_column": getattr(args, f"{name}_column") for name in ("prompt", "answer", "chain")}
+    data = load_benchmarks(args.data, split=args.split, limit=args.limit, **columns)
     model, tokenizer, sampling = load_for_sampling(args)
+    sampling.noise = args.noise
     results = {
-        source: evaluate(
-            model, tokenizer, rows, sampling, pass_at=tries, batch_size=args.batch_size, end_marker=args.end_marker,
-            show_progress=True,
+        label: evaluate(
+            model, tokenizer, rows, sampling, pass_at=tries, num_samples=args.num_samples, batch_size=args.batch_size,
+            end_marker=args.end_marker, label=label, show_progress=True,
         )
-        for source, rows in data.items()
+        for label, rows in data.items()
     }  # fmt: skip
-    Console().print(results_table(results))
-    if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1))
+    if rank() > 0:
+        return 0
+    caption = "Pass@1 noise-free, pass@k under noise, tokens before the answer; below: 95% intervals over problems"
+    Console().print(evaluation_cells(results, short=True).rich("Evaluation", caption))
+    if out is not None:
+        record = {
+            "model": args.model, "data": args.data, "pass_at": tries, "sampling": asdict(sampling),
+            "environment": environment(model.device), "mean": mean_over_data(results), "results": results,
+        }  # fmt: skip
+        write_json(Path(f"{out}.json"), record)
+        write_text(Path(f"{out}.md"), evaluation_document(record))
+        print(f"wrote {out}.json and {out}.md")
     return 0
-
-
-# Short enough for eight columns on a narrow terminal; the JSON has the full names.
-COLUMNS = {
-    "pass_at_1": "Pass@1", "reasoning_tokens": "reasoning tokens", "response_length": "length",
-    "end_marker_rate": "ended", "truncation_rate": "cut off",
-}  # fmt: skip
-
-
-def results_table(results: dict[str, dict[str, Any]]) -> Table:
-    """One line a data set."""
-    names = [n for n in next(iter(results.values())) if n not in ("samples", "problems")]
-    table = Table(title="Evaluation")
-    table.add_column("data", overflow="fold")
-    for column in ("problems", *names):
-        table.add_column(COLUMNS.get(column, column), justify="right")
-    for source, result in results.items():
-        table.add_row(Path(source).name, str(result["problems"]), *(f"{result[n]:.3f}" for n in names))
-    return table
 
 
 def command_generate(prog: str, argv: Sequence[str]) -> int:
@@ -223,8 +261,8 @@ def command_generate(prog: str, argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from dataclasses import replace
 
+    from latent_grpo.generation import generate_latent
     from latent_grpo.model import encode_prompts
-    from latent_grpo.rollout import generate_latent
     from latent_grpo.show import print_response
 
     model, tokenizer, sampling = load_for_sampling(args)
@@ -251,10 +289,56 @@ def command_quickstart(prog: str, argv: Sequence[str]) -> int:
     return 0
 
 
+def command_compare(prog: str, argv: Sequence[str]) -> int:
+    """Methods and ablations over several seeds: one table, one figure."""
+    from latent_grpo.config import CompareConfig, LatentGRPOConfig, LatentSFTConfig
+
+    about = (
+        "Latent-SFT, Latent-GRPO, SofT-GRPO, text SFT, text GRPO and the paper's ablations over several seeds, by "
+        "default on the quickstart's world. Given again, it does only the runs that have no result yet."
+    )
+    args = parse_config(prog, CompareConfig, about, argv)
+    given = {"sft_config": LatentSFTConfig, "grpo_config": LatentGRPOConfig}
+    sft, grpo = (
+        parse_config(prog, config, "", ["--config", path]) if (path := getattr(args, name)) else None
+        for name, config in given.items()
+    )
+    from latent_grpo.compare import claim_folder, make_plan, run_all
+    from latent_grpo.compare_report import cells, write_report
+
+    plan = make_plan(args, sft, grpo)
+    claim_folder(plan)
+    failures = run_all(plan)
+    summary = write_report(plan, failures)
+    console = Console(highlight=False)
+    if summary:
+        caption = "mean ± standard deviation over seeds; difference: of Pass@1 to Latent-GRPO, seed by seed"
+        console.print(cells(summary, ablations=False, short=True).rich("Methods", caption))
+        console.print(cells(summary, ablations=True, short=True).rich("Ablations of Latent-GRPO", caption))
+        print(f"comparison.md, comparison.json and comparison.png are in {args.output_dir}/")
+    for run, reason in failures.items():
+        print(f"failed: {run}: {reason}", file=sys.stderr)
+    return FAILURE if failures else 0
+
+
 def command_doctor(prog: str, argv: Sequence[str]) -> int:
     """Environment, Triton and GPU, end marker, train/rollout parity, memory estimate."""
-    parser = Parser(prog=prog, description="Check the environment and, with --model, a model.", allow_abbrev=False)
+    about = (
+        "Check the environment and, with --model, a model. With --plan: what training it takes of memory; further "
+        "flags are then those of train (--config F, --generation_batch_size N, ...), and no weights are read."
+    )
+    parser = Parser(prog=prog, description=about, allow_abbrev=False)
     parser.add_argument("--model", default=None, help="model folder or Hub name to check")
+    parser.add_argument("--plan", action="store_true", help="predict the memory of training instead of checking")
+    if "--plan" in argv:
+        args, rest = parser.parse_known_args(argv)
+        from latent_grpo.config import LatentGRPOConfig
+        from latent_grpo.doctor import show_plan
+
+        config = parse_config(prog, LatentGRPOConfig, about, rest)
+        path = args.model or config.model_name_or_path
+        require_given(prog, model=path)
+        return show_plan(path, config)
     parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
     args = parser.parse_args(argv)
@@ -263,12 +347,36 @@ def command_doctor(prog: str, argv: Sequence[str]) -> int:
     return doctor(args.model, args.end_marker, args.dtype)
 
 
+def command_inspect(prog: str, argv: Sequence[str]) -> int:
+    """Curves, alarms and responses of a run."""
+    parser = Parser(prog=prog, description="Show a run: curves, alarms, responses.", allow_abbrev=False)
+    parser.add_argument("run", help="output folder of sft or train")
+    parser.add_argument("--samples", type=int, default=3, help="responses shown (needs --log_completions in training)")
+    parser.add_argument("--step", type=int, default=None, help="step of the responses; default: the last one logged")
+    parser.add_argument("--top", type=int, default=4, help="components shown of every mixture, up to 4")
+    parser.add_argument("--all", action="store_true", help="every metric, not the main ones alone")
+    parser.add_argument("--png", default=None, help="also draw the curves into this file")
+    args = parser.parse_args(argv)
+    from latent_grpo.config import require
+    from latent_grpo.inspection import inspect_run
+
+    require(args.samples >= 0, "samples", args.samples, "give 0 (none) or more")
+    require(args.top >= 1, "top", args.top, "give 1 or more")
+    picture = Path(args.png) if args.png else None
+    inspect_run(
+        Path(args.run), samples=args.samples, step=args.step, top=args.top, every_metric=args.all, picture=picture
+    )
+    return 0
+
+
 COMMANDS: dict[str, Callable[[str, Sequence[str]], int]] = {
     "quickstart": command_quickstart,
     "sft": command_sft,
     "train": command_train,
     "eval": command_eval,
     "generate": command_generate,
+    "inspect": command_inspect,
+    "compare": command_compare,
     "doctor": command_doctor,
 }
 

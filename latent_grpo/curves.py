@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from latent_grpo.figures import drawn_figure
+from latent_grpo.metrics import read_metrics
 
 PANELS = (
     ("Latent-SFT loss", "sft", {"loss": "loss"}, "KL and cross-entropy an element (nats)"),
@@ -21,25 +23,21 @@ PANELS = (
 )
 
 
-def draw_curves(metrics: Path, picture: Path, *, title: str) -> None:
-    """Six panels over the steps of `metrics` (JSONL) as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, (name, phase, series, unit) in zip(axes.flat, PANELS, strict=True):
-        for key, label in series.items():
-            points = [(row["step"], row[key]) for row in rows if row["phase"] == phase and key in row]
-            plot_series(axis, points, label)
-        axis.set(title=name, xlabel=f"{'Latent-SFT' if phase == 'sft' else 'Latent-GRPO'} step", ylabel=unit)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.suptitle(title)
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
+def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:
+    """The panels that `metrics` (JSONL) has figures for, over its steps, as a PNG."""
+    rows = read_metrics(metrics)
+    panels = [p for p in PANELS if any(row["phase"] == p[1] and not p[2].keys().isdisjoint(row) for row in rows)]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    with drawn_figure(picture, lines, columns, (1 + 4 * columns, 3.5 * lines), caption=caption) as axes:
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (name, phase, series, unit) in zip(axes.flat, panels, strict=False):
+            for key, label in series.items():
+                points = [(row["step"], row[key]) for row in rows if row["phase"] == phase and key in row]
+                plot_series(axis, points, label)
+            axis.set(title=name, xlabel=f"{'Latent-SFT' if phase == 'sft' else 'Latent-GRPO'} step", ylabel=unit)
+            axis.legend()
 
 
 def plot_series(axis: Any, points: list[tuple[int, float]], label: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.config import LatentSampling
+from latent_grpo.config import LatentGRPOConfig, LatentSampling
+from latent_grpo.generation import generate_latent
 from latent_grpo.loss import replay_logprob
 from latent_grpo.model import (
     embedding_table,
@@ -22,7 +23,7 @@ from latent_grpo.model import (
     load_model,
     load_tokenizer,
 )
-from latent_grpo.rollout import generate_latent
+from latent_grpo.planner import DEFAULT_PROMPT_LENGTH, make_plan, read_model_size
 
 PARITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 GIB = 2**30
@@ -40,6 +41,30 @@ def doctor(model_path: str | None, end_marker: str, dtype: str) -> int:
         table.add_row(name, result, "[green]ok[/]" if passed else "[red]failed[/]")
     Console().print(table)
     return 0 if all(passed for *_, passed in checks) else 1
+
+
+def show_plan(path: str, args: LatentGRPOConfig) -> int:
+    """Print what training with these options takes of memory, by phase and part; 1 where it does not fit, else 0."""
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    size = read_model_size(path, args)
+    plan = make_plan(size, args, device)
+    table = Table(title=f"Memory of training {path}: {size.parameters / 1e6:.0f}M parameters, {args.dtype}")
+    for column in ("GiB", "rollout", "update"):
+        table.add_column(column, justify="left" if column == "GiB" else "right")
+    for part in dict.fromkeys([*plan.rollout, *plan.update]):
+        table.add_row(part, *(f"{x[part] / GIB:.2f}" if part in x else "-" for x in (plan.rollout, plan.update)))
+    table.add_section()
+    table.add_row("together", *(f"{sum(phase.values()) / GIB:.2f}" for phase in (plan.rollout, plan.update)))
+    Console().print(table)
+    print(
+        f"{args.generation_batch_size} responses a rollout, {args.per_device_train_batch_size} in a pass, prompts of "
+        f"{args.max_prompt_length or DEFAULT_PROMPT_LENGTH} and responses of {args.max_completion_length} tokens"
+    )
+    if device == "cpu":
+        return 0
+    free = torch.cuda.mem_get_info()[0]
+    print(f"free on {torch.cuda.get_device_name()}: {free / GIB:.2f} GiB")
+    return 0 if plan.peak <= free else 1
 
 
 def environment() -> list[tuple[str, str, bool]]:

@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from latent_grpo.config import LatentGRPOConfig
 from latent_grpo.model import body, embedding_table, lm_head, positions
 from latent_grpo.rollout import Rollout
 from latent_kernels import latent_logprob, mix_embeddings
+
+AGGREGATIONS = {
+    "dapo": "token-mean", "bnpo": "token-mean", "cispo": "token-mean", "grpo": "seq-mean-token-mean",
+    "gspo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm",
+}  # fmt: skip
+CISPO_WEIGHT = 5.0  # the largest importance weight where none is given (ScaleRL, arXiv 2510.13786)
+STD_EPSILON = 1e-6
 
 
 def replay(model: Any, rollout: Rollout) -> Tensor:
@@ -50,6 +58,39 @@ def replay_logprob(model: Any, rollout: Rollout, temperature: float) -> Tensor:
         hidden[active], lm_head(model), rollout.ids[active], rollout.scores[active], temperature=temperature
     )
     return torch.zeros_like(rollout.logprob).masked_scatter(active, logprob.float())
+
+
+def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
+    """Options of `fused_policy_loss` by the names of the configuration."""
+    cispo, high = args.loss_type == "cispo", args.epsilon_high
+    if high is None:
+        high = CISPO_WEIGHT if cispo else args.epsilon
+    return dict(
+        temperature=args.temperature, margin_gradient=args.margin_gradient, dual_clip=args.delta,
+        aggregation=AGGREGATIONS[args.loss_type], objective="cispo" if cispo else "clip",
+        # CISPO's weight has no bound below.
+        clip_low=1.0 if cispo else args.epsilon, clip_high=high - 1.0 if cispo else high,
+        ratio="sequence" if args.loss_type == "gspo" else args.importance_sampling_level,
+        kl_coef=args.beta, kl_estimator=args.kl_estimator, entropy_coef=args.entropy_coef,
+    )  # fmt: skip
+
+
+def share_of_update(args: LatentGRPOConfig, mask: Tensor, total: Tensor, responses: float) -> Tensor | float:
+    """Factor on a micro-batch's loss, a mean over its mask [r, t], that makes their sum the loss of the update.
+
+    `total` steps of the update carry the loss, and `responses` is the micro-batch's share of its responses.
+    """
+    if args.loss_type in ("dapo", "cispo"):
+        return mask.sum() / total.clamp_min(1)
+    return responses * mask.shape[1] / args.max_completion_length if args.loss_type == "dr_grpo" else responses
+
+
+def batch_std(rewards: Tensor, counted: Tensor) -> Tensor:
+    """Standard deviation plus 1e-6 of the counted rewards [R] of a batch, 0-d; 1 where fewer than two count."""
+    count = counted.sum()
+    mean = (rewards * counted).sum() / count.clamp_min(1)
+    variance = ((rewards - mean).square() * counted).sum() / (count - 1).clamp_min(1)
+    return torch.where(count > 1, variance.sqrt() + STD_EPSILON, 1.0)
 
 
 def response_mask(rollout: Rollout, loss_on: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a progress bar, a JSONL file, TensorBoard when asked."""
+"""What a run shows and keeps of its figures: a line and a progress bar on the terminal, a JSONL file, trackers."""
 
 from __future__ import annotations
 
@@ -11,44 +11,122 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from latent_grpo.config import ConfigError
+from latent_grpo.alarms import Alarms
+from latent_grpo.checkpoint import checkpoints_in
+from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.files import write_whole
+from latent_grpo.trackers import open_trackers
+
+# One console for lines and bar, so that lines stand above the bar. Errors' stream: standard output is for results.
+CONSOLE = Console(stderr=True, highlight=False)
+
+# Metric, its heading in the table, its format. Widths are fixed, so that the lines of a log file stand in columns.
+TABLE = (
+    ("step", "step", "6d"),
+    ("loss", "loss", "9.4f"),
+    ("reward", "reward", "7.3f"),
+    ("reward_std", "std", "6.3f"),
+    ("groups_kept", "kept", "5.2f"),
+    ("response_length", "length", "7.1f"),
+    ("latent_length", "latent", "7.1f"),
+    ("mixture_entropy", "entropy", "8.3f"),
+    ("truncated", "cut", "5.2f"),
+    ("clip_fraction", "clip", "6.3f"),
+    ("kl", "kl", "8.4f"),
+    ("grad_norm", "grad", "8.3f"),
+    ("learning_rate", "rate", "9.1e"),
+    ("tokens_per_second", "tok/s", "7.0f"),
+    ("eval_pass_at_1", "Pass@1", "7.3f"),
+)
+LINES_A_HEADING = 20
 
 
 class Metrics:
-    """Appends one JSON object a step to `path`; forwards numbers to TensorBoard where that is reported to."""
+    """Writes the figures of every logged step to `output_dir/metrics.jsonl`, the terminal and the trackers.
 
-    def __init__(self, path: Path, report_to: list[str], *, resume: bool = False) -> None:
-        if path.exists() and not resume:
-            raise ConfigError(
-                f"output_dir {str(path.parent)!r} already holds a run; resume it or choose another folder"
-            )
+    history: the lines of a resumed run up to its checkpoint, which replace what the file holds; None starts a new run.
+    Raises ConfigError where a new run would write into a folder that holds a run or a model.
+    """
+
+    def __init__(self, args: RunOptions, history: list[dict[str, Any]] | None = None) -> None:
+        folder, path = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
+        begun = path.is_file() and path.stat().st_size > 0
+        if history is None and (begun or checkpoints_in(folder)):
+            raise ConfigError(f"output_dir {str(folder)!r} already holds a run; resume it or choose another folder")
+        if history is None and any(folder.glob("*.safetensors")):
+            raise ConfigError(f"output_dir {str(folder)!r} already holds a model; choose another folder")
+        self.history = list(history or [])
+        self.alarms = Alarms()
+        for values in self.history:
+            self.alarms.update(values)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.trackers = open_trackers(args, None if history is None else last_step(history))
+            if history is not None:
+                write_whole(path, "".join(map(json_line, history)))
             self.file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"cannot write to output_dir {str(path.parent)!r}: {error.strerror}") from error
-        self.writer = None
-        if "tensorboard" in report_to:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ConfigError("report_to is 'tensorboard': pip install 'latent-grpo[tensorboard]'") from error
-            self.writer = SummaryWriter(str(path.parent / "tensorboard"))
+            raise ConfigError(f"cannot write to output_dir {str(folder)!r}: {error.strerror}") from error
+        self.show = args.log_table
+        self.lines = 0
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line, flushed, so that a killed run keeps it. `values["step"]` is the TensorBoard step."""
-        self.file.write(json.dumps(values) + "\n")
+        """The figures of a step: a JSON line, flushed, so that a killed run keeps it; a line of the table; trackers."""
+        self.history.append(values)
+        self.file.write(json_line(values))
         self.file.flush()
-        if self.writer is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "step":
-                    self.writer.add_scalar(f"{values.get('phase', 'train')}/{name}", value, values["step"])
+        if self.show:
+            if self.lines % LINES_A_HEADING == 0:
+                CONSOLE.print(heading(values), style="bold", soft_wrap=True, markup=False)
+            CONSOLE.print(table_line(values), soft_wrap=True, markup=False)
+            self.lines += 1
+        for line in self.alarms.update(values):
+            CONSOLE.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
+        numbers = {
+            f"{values['phase']}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        for tracker in self.trackers:
+            tracker.log(numbers, values["step"])
 
     def close(self) -> None:
         """Close the sinks."""
         self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """A line of the JSONL file."""
+    return json.dumps(values) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a killed run left half written is dropped."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def last_step(history: list[dict[str, Any]]) -> int:
+    """Step of the last line, 0 where there is none."""
+    return int(history[-1]["step"]) if history else 0
+
+
+def heading(values: dict[str, Any]) -> str:
+    """Names of the table's columns that `values` has. Evaluation's is last and always there: few lines have it."""
+    names = {*values, "eval_pass_at_1"} if values["phase"] == "train" else {*values}
+    return "".join(f"{label:>{width(form)}}" for name, label, form in TABLE if name in names)
+
+
+def table_line(values: dict[str, Any]) -> str:
+    """The figures of `values` under `heading`."""
+    return "".join(f"{values[name]:{form}}" for name, _, form in TABLE if name in values)
+
+
+def width(form: str) -> int:
+    """Width of a format such as 7.3f."""
+    return int(form.rstrip("def").split(".")[0])
 
 
 class Bar:
@@ -70,5 +148,5 @@ def progress_bar(label: str, total: int, done: int = 0, *, shown: bool = True) -
         TextColumn(label), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+    with Progress(*columns, console=CONSOLE, disable=not shown) as progress:
         yield Bar(progress, total, done)

@@ -19,8 +19,8 @@ from rich.table import Table
 from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.curves import draw_curves
 from latent_grpo.evaluate import evaluate
+from latent_grpo.generation import generate_latent
 from latent_grpo.model import encode_prompts
-from latent_grpo.rollout import generate_latent
 from latent_grpo.sft import LatentSFTTrainer, build_examples, gold_chain_accuracy
 from latent_grpo.show import response_lines
 from latent_grpo.trainer import LatentGRPOTrainer
@@ -34,7 +34,7 @@ def sft_config(out: Path, seed: int) -> LatentSFTConfig:
     return LatentSFTConfig(
         output_dir=str(out / "latent-sft"), seed=seed, compression=2, answer_template="{answer}", max_steps=450,
         learning_rate=3e-3, lr_scheduler_type="linear", warmup_steps=20, per_device_train_batch_size=64,
-        max_completion_length=16,
+        max_completion_length=16, log_table=False,
     )  # fmt: skip
 
 
@@ -83,9 +83,12 @@ def quickstart(out: Path, *, seed: int = 0, loss_on: str = "all") -> dict[str, A
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     lines = "".join((out / part / "metrics.jsonl").read_text() for part in ("latent-sft", "latent-grpo"))
     (out / "metrics.jsonl").write_text(lines)
-    draw_curves(
-        out / "metrics.jsonl", out / "curves.png", title=f"quickstart, seed {seed}, policy loss on {loss_on} steps"
+    caption = (
+        f"latent-grpo quickstart --seed {seed} --loss_on {loss_on}: {summary['seconds']:.0f} s, "
+        f"{trainer.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}. Accuracy is on "
+        f"{WATCHED_PROBLEMS} held-out problems while training."
     )
+    draw_curves(out / "metrics.jsonl", out / "curves.png", caption=caption)
     for number, (problem, old, new) in enumerate(
         zip(held_out, before_lines, show(trainer, held_out[:SHOWN_PROBLEMS]), strict=False), 1
     ):

@@ -117,7 +117,24 @@ def exact_match_reward(completions: Sequence[Completion], answer: Sequence[Any],
     return [float(_visible_text(completion) == _reference(gold)) for completion, gold in pairs]
 
 
-REWARDS: dict[str, RewardFunc] = {"accuracy": accuracy_reward, "exact_match": exact_match_reward}
+def soft_overlong_reward(
+    completion_ids: Sequence[Sequence[int]], max_completion_length: int, soft_punish_cache: int | None = None, **_: Any
+) -> list[float]:
+    """0.0 for responses that end early, falling to -1.0 over the last steps before the limit (DAPO, arXiv 2503.14476).
+
+    Args:
+        completion_ids: N responses; their lengths count, latent steps included.
+        max_completion_length: the limit of a response.
+        soft_punish_cache: how many last steps; default a fifth of the limit.
+    """
+    cache = soft_punish_cache or max(1, max_completion_length // 5)
+    free = max_completion_length - cache
+    return [-min(max(len(ids) - free, 0) / cache, 1.0) for ids in completion_ids]
+
+
+REWARDS: dict[str, RewardFunc] = {
+    "accuracy": accuracy_reward, "exact_match": exact_match_reward, "soft_overlong": soft_overlong_reward
+}  # fmt: skip
 
 
 def _visible_text(completion: Completion) -> str:

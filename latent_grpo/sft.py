@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import set_seed
 
-from latent_grpo.checkpoint import graceful_interrupt, save_model
+from latent_grpo.adapters import add_adapters
+from latent_grpo.checkpoint import Checkpoints, graceful_interrupt, save_model
 from latent_grpo.config import LatentSFTConfig
 from latent_grpo.data import DataError
 from latent_grpo.metrics import Metrics, progress_bar
 from latent_grpo.model import body, embedding_table, end_marker_ids, lm_head, positions, prompt_ids
 from latent_grpo.optim import Updater
+from latent_grpo.recompute import recomputed
 
 LOSS_CHUNK = 1024  # rows of logits alive at a time
 
@@ -139,45 +142,67 @@ class LatentSFTTrainer:
     """Trains the warm start. rows: dicts with prompt, chain and answer."""
 
     def __init__(self, model: Any, args: LatentSFTConfig, train_dataset: Sequence[Any], processing_class: Any) -> None:
+        set_seed(args.seed)
         self.model, self.args, self.tokenizer = model, args, processing_class
         self.output_dir = Path(args.output_dir)
         self.examples = build_examples(processing_class, train_dataset, args)
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        epochs = round(args.num_train_epochs * len(self.examples) / size)
+        self.batch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        epochs = round(args.num_train_epochs * len(self.examples) / self.batch_rows)
         self.total_steps = args.max_steps if args.max_steps > 0 else max(1, epochs)
+        if args.use_peft:
+            add_adapters(model, args)
         self.updater = Updater(model, args, self.total_steps, args.freeze_embeddings)
+        self.checkpoints = Checkpoints(
+            "sft", args, model, processing_class, self.updater, train_dataset, self.total_steps
+        )
         self.generator = torch.Generator().manual_seed(args.seed)
+        self.queue: list[int] = []  # indices of the examples that come next
+        self.step = 0
+        self.metrics: Metrics
 
-    def train(self) -> dict[str, float]:
-        """Run to the last step and save; the last step's metrics. KeyboardInterrupt, model saved, on SIGINT."""
-        metrics = Metrics(self.output_dir / "metrics.jsonl", self.args.report_to)
-        values: dict[str, float] = {}
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
+        """Run to the last step and save; the last step's metrics. KeyboardInterrupt after a checkpoint on SIGINT."""
+        args = self.args
+        choice = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        history = self.resume(choice) if choice else None
+        self.metrics = Metrics(args, history)
+        values: dict[str, float] = dict(history[-1]) if history else {}
         self.model.train()
-        with graceful_interrupt() as interrupt, progress_bar("Latent-SFT ", self.total_steps) as bar:
-            for step, indices in enumerate(self.batches(), 1):
-                values = self.step(indices)
-                if step % self.args.logging_steps == 0:
-                    metrics.write({"phase": "sft", "step": step, **values})
+        with graceful_interrupt() as interrupt, progress_bar("Latent-SFT ", self.total_steps, self.step) as bar:
+            while self.step < self.total_steps:
+                values = self.update(self.next_examples())
+                self.step += 1
+                if self.step % args.logging_steps == 0:
+                    self.metrics.write({"phase": "sft", "step": self.step, **values})
                 bar.advance(f"loss {values['loss']:.3f}")
-                if interrupt.requested or step == self.total_steps:
-                    break
-        metrics.close()
+                if interrupt.requested or (args.save_steps and self.step % args.save_steps == 0):
+                    self.save()
+                if interrupt.requested:
+                    raise KeyboardInterrupt
+        self.metrics.close()
         save_model(self.output_dir, self.model, self.tokenizer)
-        if interrupt.requested:
-            raise KeyboardInterrupt
         return values
 
-    def batches(self) -> Any:
-        """Indices of every step's examples, a new order every epoch, without end."""
-        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        left: list[int] = []
-        while True:
-            while len(left) < size:
-                left += torch.randperm(len(self.examples), generator=self.generator).tolist()
-            yield left[:size]
-            left = left[size:]
+    def save(self) -> Path:
+        """Write `checkpoint-STEP`."""
+        position = {"queue": self.queue, "generator": self.generator.get_state()}
+        return self.checkpoints.save(self.step, position, self.metrics.history)
 
-    def step(self, indices: list[int]) -> dict[str, float]:
+    def resume(self, choice: str | bool) -> list[dict[str, Any]]:
+        """Go on from a checkpoint of this run; its metrics so far."""
+        self.step, position, history = self.checkpoints.resume(choice)
+        self.queue = position["queue"]
+        self.generator.set_state(position["generator"])
+        return history
+
+    def next_examples(self) -> list[int]:
+        """Indices of the next step's examples, a new order every epoch, without end."""
+        while len(self.queue) < self.batch_rows:
+            self.queue += torch.randperm(len(self.examples), generator=self.generator).tolist()
+        chosen, self.queue = self.queue[: self.batch_rows], self.queue[self.batch_rows :]
+        return chosen
+
+    def update(self, indices: list[int]) -> dict[str, float]:
         """One optimizer step over the examples of `indices`."""
         args = self.args
         chosen = [self.examples[i] for i in indices]
@@ -185,9 +210,10 @@ class LatentSFTTrainer:
         total = 0.0
         for start in range(0, len(chosen), args.per_device_train_batch_size):
             batch = collate(chosen[start : start + args.per_device_train_batch_size], self.model.device)
-            hidden, ids, weights = forward(self.model, batch, args.gumbel_scale, self.generator)
+            with recomputed(self.model, args.gradient_checkpointing):
+                hidden, ids, weights = forward(self.model, batch, args.gumbel_scale, self.generator)
             loss = target_loss(hidden, lm_head(self.model), ids, weights) / elements
-            loss.backward()
+            self.updater.backward(loss)
             total += float(loss.detach())
         learning_rate = self.updater.learning_rate
         return {"loss": total, "grad_norm": self.updater.step(), "learning_rate": learning_rate}

@@ -17,19 +17,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import set_seed
 
-from latent_grpo.checkpoint import find_checkpoint, graceful_interrupt, load_checkpoint, save_checkpoint, save_model
+from latent_grpo.adapters import add_adapters, without_adapters
+from latent_grpo.batching import micro_batches
+from latent_grpo.cache import rows_within
+from latent_grpo.checkpoint import Checkpoints, graceful_interrupt, save_model
+from latent_grpo.completions import Samples, concatenate_samples, print_samples, reward_names, write_completions
 from latent_grpo.config import ConfigError, LatentGRPOConfig, require
 from latent_grpo.evaluate import evaluate
-from latent_grpo.loss import mean_logprob, replay, replay_logprob, response_mask, step_advantages
+from latent_grpo.generation import generate_latent
+from latent_grpo.loss import (
+    batch_std,
+    loss_options,
+    mean_logprob,
+    replay,
+    replay_logprob,
+    response_mask,
+    share_of_update,
+    step_advantages,
+)
 from latent_grpo.metrics import Metrics, progress_bar
 from latent_grpo.model import encode_prompts, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
 from latent_grpo.optim import Updater
+from latent_grpo.recompute import recomputed
 from latent_grpo.reward import resolve_reward, score
-from latent_grpo.rollout import Rollout, concatenate, generate_latent, mixture_entropy, visible_text
+from latent_grpo.rollout import Rollout, concatenate, mixture_entropy, visible_text
 from latent_kernels import PolicyStats, fused_policy_loss, group_advantages
 
-AGGREGATIONS = {"dapo": "token-mean", "grpo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm"}
 WORD = 2**31
 
 
@@ -43,6 +58,7 @@ class Batch:
     old_logprob: Tensor  # [R, T]
     ref_logprob: Tensor | None  # [R, T]
     advantages: Tensor  # [R, T]
+    samples: Samples | None = None  # the texts, for the logs
 
 
 class LatentGRPOTrainer:
@@ -68,6 +84,7 @@ class LatentGRPOTrainer:
     ) -> None:
         self.args = args = args or LatentGRPOConfig()
         self.output_dir = Path(args.output_dir)
+        set_seed(args.seed)
         name = model if isinstance(model, str) else model.config._name_or_path
         self.tokenizer = processing_class or load_tokenizer(name)
         self.model = load_model(model, args.dtype, args.device) if isinstance(model, str) else model
@@ -91,22 +108,27 @@ class LatentGRPOTrainer:
         self.total_steps = args.max_steps if args.max_steps > 0 else max(1, round(per_epoch * args.num_train_epochs))
         rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
         updates = args.num_iterations * -(-args.generation_batch_size // rows_per_update)
+        if args.use_peft:
+            add_adapters(self.model, args)
         self.updater = Updater(self.model, args, self.total_steps * updates, args.freeze_embeddings)
-        self.reference = None
-        if args.beta > 0:
+        self.reference = self.model if args.use_peft and args.beta > 0 else None  # with its adapters disabled
+        if args.beta > 0 and not args.use_peft:
             self.reference = (
                 load_model(name, args.dtype, str(self.device)) if isinstance(model, str) else _frozen_copy(model)
             )
+        self.checkpoints = Checkpoints(
+            "train", args, self.model, self.tokenizer, self.updater, self.rows, self.total_steps
+        )
         self.step = self.prompts_seen = self.generations = 0
+        self.metrics: Metrics
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
         """Run to the last step and save; the last step's metrics. KeyboardInterrupt after a checkpoint on SIGINT."""
         args = self.args
-        choice = resume_from_checkpoint if resume_from_checkpoint is not None else args.resume_from_checkpoint
-        if choice:
-            self.resume(find_checkpoint(self.output_dir, choice))
-        metrics = Metrics(self.output_dir / "metrics.jsonl", args.report_to, resume=bool(choice))
-        values: dict[str, float] = {}
+        choice = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        history = self.resume(choice) if choice else None
+        self.metrics = Metrics(args, history)
+        values: dict[str, float] = dict(history[-1]) if history else {}
         with graceful_interrupt() as interrupt, progress_bar("Latent-GRPO", self.total_steps, self.step) as bar:
             while self.step < self.total_steps:
                 batch, values = self.collect()
@@ -115,13 +137,14 @@ class LatentGRPOTrainer:
                 if args.eval_steps and self.step % args.eval_steps == 0:
                     values |= self.evaluate()
                 if self.step % args.logging_steps == 0:
-                    metrics.write({"phase": "train", "step": self.step, **values})
+                    self.metrics.write({"phase": "train", "step": self.step, **values})
+                    self.log_completions(batch)
                 bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
                 if interrupt.requested or (args.save_steps and self.step % args.save_steps == 0):
                     self.save()
                 if interrupt.requested:
                     raise KeyboardInterrupt
-        metrics.close()
+        self.metrics.close()
         save_model(self.output_dir, self.model, self.tokenizer)
         return values
 
@@ -131,10 +154,11 @@ class LatentGRPOTrainer:
         args, started = self.args, time.perf_counter()
         rollouts: list[Rollout] = []
         rewards: list[Tensor] = []
+        kept_samples: list[Samples] = []
         seen_rewards: list[Tensor] = []
         kept_groups, seen_groups = 0, 0
         for _ in range(args.max_generation_batches):
-            rollout, reward = self.sample()
+            rollout, reward, samples = self.sample()
             groups = reward.view(-1, args.num_generations)
             keep = (groups != groups[:, :1]).any(-1) if args.group_filter else torch.ones(len(groups), dtype=torch.bool)
             seen_groups, seen_rewards = seen_groups + len(groups), [*seen_rewards, reward]
@@ -144,6 +168,7 @@ class LatentGRPOTrainer:
                 index = keep.repeat_interleave(args.num_generations).nonzero().squeeze(-1)
                 rollouts.append(rollout.select(index.to(self.device)))
                 rewards.append(reward[index])
+                kept_samples.append(samples.select(index.tolist()))
             if kept_groups >= self.prompts_per_batch or not args.group_filter:
                 break
         else:
@@ -154,9 +179,10 @@ class LatentGRPOTrainer:
                 )  # fmt: skip
         sampled = time.perf_counter()
         if not rollouts:  # every group agrees: an update of zero advantages
-            rollouts, rewards = [rollout], [reward]
+            rollouts, rewards, kept_samples = [rollout], [reward], [samples]
         everything, reward = concatenate(rollouts), torch.cat(rewards)
         batch, gap = self.prepare(everything, reward.to(self.device))
+        batch.samples = concatenate_samples(kept_samples)
         all_rewards = torch.cat(seen_rewards)
         tokens = int(everything.mask.sum())
         values = {
@@ -173,28 +199,34 @@ class LatentGRPOTrainer:
         }
         return batch, values
 
-    def sample(self) -> tuple[Rollout, Tensor]:
-        """One rollout of the next prompts, and its rewards [R] on the CPU."""
+    def sample(self) -> tuple[Rollout, Tensor, Samples]:
+        """One rollout of the next prompts, its rewards [R] on the CPU, and its texts."""
         args = self.args
         rows = [self.rows[i] for i in self.next_prompts()]
         prompts = [row["prompt"] for row in rows]
         ids, mask = encode_prompts(self.tokenizer, prompts, self.device, args.max_prompt_length)
         sampling = replace(self.sampling, seed=args.seed * WORD + self.generations)
         self.generations += 1
-        rollout = generate_latent(self.model, ids, mask, sampling, num_generations=args.num_generations)
+        max_rows = None
+        if args.rollout_memory is not None:
+            tokens = ids.shape[1] + args.max_completion_length
+            max_rows = rows_within(args.rollout_memory, self.model.config, self.model.dtype, tokens)
+        rollout = generate_latent(
+            self.model, ids, mask, sampling, num_generations=args.num_generations, max_rows=max_rows
+        )
         texts = visible_text(self.tokenizer, rollout, args.end_marker)
         repeated = [row for row in rows for _ in range(args.num_generations)]
         columns: dict[str, Any] = {k: [row[k] for row in repeated] for k in rows[0] if k != "prompt"}
         columns["completion_ids"] = [t[m].tolist() for t, m in zip(rollout.token, rollout.mask, strict=True)]
+        columns |= {name: getattr(args, name) for name in ("max_completion_length", "soft_punish_cache")}
         completions: list[Any] = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             for text, row in zip(texts, repeated, strict=True)
         ]
         scores = score(self.reward_funcs, args.reward_weights, [r["prompt"] for r in repeated], completions, columns)
-        if args.log_completions and self.step % args.logging_steps == 0:
-            for prompt, text, value in list(zip(prompts, texts, scores.total, strict=False))[: args.log_completions]:
-                print(f"[{value:.2f}] {str(prompt)[-160:]!r} -> {text!r}")
-        return rollout, torch.tensor(scores.total, dtype=torch.float32)
+        named = dict(zip(reward_names(self.reward_funcs), scores.per_function, strict=True))
+        samples = Samples([r["prompt"] for r in repeated], texts, [r.get("answer") for r in repeated], named)
+        return rollout, torch.tensor(scores.total, dtype=torch.float32), samples
 
     def next_prompts(self) -> list[int]:
         """Indices of the next prompts: every epoch a new order, a function of (seed, epoch) alone."""
@@ -216,6 +248,7 @@ class LatentGRPOTrainer:
         if args.old_logprobs == "recompute":
             old = self.logprobs(self.model, rollout)
             gap["logprob_gap"] = float(((old - rollout.logprob).abs() * rollout.mask).sum() / rollout.mask.sum())
+            self.check_gap(gap["logprob_gap"])
         group = torch.arange(len(rewards), device=self.device) // args.num_generations
         result = group_advantages(
             rewards, group, invalid_mask=~rollout.finished, invalid=args.invalid,
@@ -223,16 +256,37 @@ class LatentGRPOTrainer:
             first_token=args.first_token if args.latent else "all",
         )  # fmt: skip
         advantages = step_advantages(result.advantages, result.first_step, old.shape[1])
-        reference = None if self.reference is None else self.logprobs(self.reference, rollout)
+        if args.scale_rewards == "batch":
+            counted = rollout.finished if args.invalid == "exclude" else torch.ones_like(rollout.finished)
+            advantages = advantages / batch_std(rewards, counted)
+        if args.importance_sampling_cap is not None:
+            weights = (old - rollout.logprob).exp().clamp_max(args.importance_sampling_cap)
+            advantages = advantages * torch.where(rollout.mask, weights, 1.0)
+        with without_adapters(self.reference):
+            reference = None if self.reference is None else self.logprobs(self.reference, rollout)
         return Batch(rollout, group, rewards, old, reference, advantages), gap
 
     def logprobs(self, model: Any, rollout: Rollout) -> Tensor:
         """Log-probs [R, T] under `model`, a micro-batch at a time."""
         out = torch.zeros_like(rollout.logprob)
-        for rows in torch.arange(len(out), device=out.device).split(self.args.per_device_train_batch_size):
+        for rows in self.micro_batches(rollout, torch.arange(len(out), device=out.device)):
             part = replay_logprob(model, rollout.select(rows), self.args.temperature)
             out[rows, : part.shape[1]] = part
         return out
+
+    def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
+        """Rows that are replayed together."""
+        return micro_batches(rollout, rows, self.args.per_device_train_batch_size, self.args.micro_batch_tokens)
+
+    def check_gap(self, gap: float) -> None:
+        """Say so where sampler and trainer disagree more than `max_logprob_gap`."""
+        if gap > self.args.max_logprob_gap:
+            warnings.warn(
+                f"step {self.step + 1}: sampled log-probs are off the trainer's by {gap:.3g} nats, over "
+                f"max_logprob_gap {self.args.max_logprob_gap:g}; "
+                "use old_logprobs recompute with importance_sampling_cap 2",
+                stacklevel=2,
+            )
 
     def update(self, batch: Batch) -> dict[str, float]:
         """PPO epochs over the batch in mini-batches of whole groups; metrics of the updates."""
@@ -248,12 +302,14 @@ class LatentGRPOTrainer:
                 stats = self.accumulate(batch, mini)
                 if updates == 0 and args.old_logprobs == "rollout":
                     sums["logprob_gap"] = stats["abs_log_ratio"]
+                    self.check_gap(sums["logprob_gap"])
                 stats["grad_norm"] = self.updater.step()
                 updates += 1
                 for name, value in stats.items():
                     sums[f"sum_{name}"] = sums.get(f"sum_{name}", 0.0) + value
         means = {name[4:]: value / updates for name, value in sums.items() if name.startswith("sum_")}
-        means.pop("abs_log_ratio")
+        for unused in ("abs_log_ratio", *(() if args.entropy_coef else ("entropy",))):
+            means.pop(unused)
         return {
             **means, **{k: v for k, v in sums.items() if not k.startswith("sum_")},
             "learning_rate": self.updater.learning_rate, "skipped_updates": self.updater.skipped,
@@ -263,28 +319,23 @@ class LatentGRPOTrainer:
     def accumulate(self, batch: Batch, rows: Tensor) -> dict[str, float]:
         """Gradients of one mini-batch, a micro-batch at a time; its statistics."""
         args = self.args
-        aggregation = AGGREGATIONS[args.loss_type]
         carried = response_mask(batch.rollout, args.loss_on)
-        total = carried[rows].sum() if aggregation == "token-mean" else torch.tensor(len(rows))
+        total = carried[rows].sum()
         sums = dict.fromkeys(("loss", *PolicyStats._fields), 0.0)
-        for part in rows.split(args.per_device_train_batch_size):
+        for part in self.micro_batches(batch.rollout, rows):
             rollout = batch.rollout.select(part)
             steps = rollout.mask.shape[1]
             mask = carried[part, :steps]
-            # The operator averages over this micro-batch; weigh it by its share of the mini-batch.
-            share = mask.sum() / total.clamp_min(1) if aggregation == "token-mean" else len(part) / total
-            if aggregation == "seq-mean-token-sum-norm":
-                share = share * steps / args.max_completion_length
+            share = share_of_update(args, mask, total, len(part) / len(rows))
+            with recomputed(self.model, args.gradient_checkpointing):
+                hidden = replay(self.model, rollout)
             loss, stats = fused_policy_loss(
-                replay(self.model, rollout), lm_head(self.model), rollout.ids, rollout.scores,
+                hidden, lm_head(self.model), rollout.ids, rollout.scores,
                 batch.old_logprob[part, :steps], batch.advantages[part, :steps], mask,
-                temperature=args.temperature, margin_gradient=args.margin_gradient,
-                clip_low=args.epsilon,
-                clip_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-                dual_clip=args.delta, aggregation=aggregation,
-                ref_logprob=None if batch.ref_logprob is None else batch.ref_logprob[part, :steps], kl_coef=args.beta,
+                ref_logprob=None if batch.ref_logprob is None else batch.ref_logprob[part, :steps],
+                **loss_options(args),
             )  # fmt: skip
-            (loss * share).backward()
+            self.updater.backward(loss * share)
             weight = len(part) / len(rows)
             sums["loss"] += float(loss.detach() * share)
             for name, value in zip(PolicyStats._fields, stats, strict=True):
@@ -298,20 +349,26 @@ class LatentGRPOTrainer:
         result = evaluate(self.model, self.tokenizer, self.eval_rows, self.sampling, end_marker=self.args.end_marker)
         return {f"eval_{name}": value for name, value in result.items() if isinstance(value, int | float)}
 
+    def log_completions(self, batch: Batch) -> None:
+        """Print responses and write them to the Parquet log, as asked for."""
+        assert batch.samples is not None
+        print_samples(batch.samples, batch.rewards, self.args.num_completions_to_print)
+        if self.args.log_completions:
+            write_completions(
+                self.output_dir, self.step, self.tokenizer, batch.samples, batch.rollout, batch.rewards,
+                batch.advantages,
+            )  # fmt: skip
+
     def save(self) -> Path:
         """Write `checkpoint-STEP`."""
-        tensors = {"updater": self.updater.state_dict(), "rng": torch.get_rng_state()}
-        state = {"step": self.step, "prompts_seen": self.prompts_seen, "generations": self.generations}
-        return save_checkpoint(self.output_dir, self.step, self.model, self.tokenizer, tensors, state)
+        position = {"prompts_seen": self.prompts_seen, "generations": self.generations}
+        return self.checkpoints.save(self.step, position, self.metrics.history)
 
-    def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint of this configuration."""
-        tensors, state = load_checkpoint(folder)
-        weights = load_model(str(folder), self.args.dtype, str(self.device))
-        self.model.load_state_dict(weights.state_dict())
-        self.updater.load_state_dict(tensors["updater"])
-        torch.set_rng_state(tensors["rng"])
-        self.step, self.prompts_seen, self.generations = state["step"], state["prompts_seen"], state["generations"]
+    def resume(self, choice: str | bool) -> list[dict[str, Any]]:
+        """Go on from a checkpoint of this run; its metrics so far."""
+        self.step, position, history = self.checkpoints.resume(choice)
+        self.prompts_seen, self.generations = position["prompts_seen"], position["generations"]
+        return history
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

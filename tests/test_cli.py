@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from latent_grpo.cli import main
-from latent_grpo.config import LatentGRPOConfig, LatentSFTConfig, read_yaml
+from latent_grpo.config import CompareConfig, LatentGRPOConfig, LatentSFTConfig, read_yaml
 from latent_grpo.world import make_model, make_problems, make_tokenizer
 
 
@@ -74,6 +74,14 @@ MISTAKES = {
         "train", *READY, "--reward_funcs", "acuracy",
     ],
     "bad pass-at": ["eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--pass-at", "one"],
+    "too few samples": [
+        "eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--pass-at", "1,8", "--num_samples", "4",
+    ],
+    "benchmark without a network": ["eval", "--model", "{world}/model", "--data", "gsm8k"],
+    "data given twice": ["eval", "--model", "{world}/model", "--data", "svamp={world}/data.jsonl", "svamp"],
+    "results cannot be written": [
+        "eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--out", "{world}/data.jsonl/x",
+    ],
 }  # fmt: skip
 
 
@@ -95,21 +103,20 @@ def test_an_unknown_key_suggests_the_nearest(world, capsys):
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["low-difficulty", "high-difficulty", "gsm8k-smollm2"])
+@pytest.mark.parametrize("recipe", ["low-difficulty", "high-difficulty", "gsm8k-smollm2", "soft-grpo", "text-grpo"])
 def test_recipes_are_valid_configurations(recipe):
     config = LatentGRPOConfig(**read_yaml(recipe, LatentGRPOConfig))
     assert config.generation_batch_size % config.num_generations == 0
 
 
-@pytest.mark.parametrize("command", ["quickstart", "sft", "train", "eval", "generate", "doctor"])
+@pytest.mark.parametrize("command", ["quickstart", "sft", "train", "eval", "generate", "compare", "doctor"])
 def test_help_documents_every_flag(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for field in {"sft": LatentSFTConfig, "train": LatentGRPOConfig}.get(command, type("none", (), {})).__dict__.get(
-        "__dataclass_fields__", {}
-    ):
+    configs = {"sft": LatentSFTConfig, "train": LatentGRPOConfig, "compare": CompareConfig}
+    for field in configs.get(command, type("none", (), {})).__dict__.get("__dataclass_fields__", {}):
         assert f"--{field}" in text
 
 
@@ -120,6 +127,34 @@ def test_yaml_numbers_in_exponent_form_are_numbers(world):
 
     config = parse_config("train", LatentGRPOConfig, "", ["--config", str(path), "--seed", "3"])
     assert (config.learning_rate, config.seed) == (1e-6, 3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "algorithm"),
+    [
+        ("soft-grpo", dict(latent=True, noise="two_sided", first_token="all", invalid="keep", margin_gradient="none")),
+        ("text-grpo", dict(latent=False, loss_type="grpo", first_token="all", invalid="keep", delta=None)),
+    ],
+)
+def test_a_preset_behind_a_recipe_changes_the_algorithm_alone(preset, algorithm):
+    from latent_grpo.cli import parse_config
+
+    recipe = ["--config", "low-difficulty"]
+    base, changed = (
+        vars(parse_config("train", LatentGRPOConfig, "", argv))
+        for argv in (recipe, [*recipe, "--config", preset, "--seed", "5"])
+    )
+    assert {name: changed[name] for name in algorithm} == algorithm
+    different = {name for name in base if base[name] != changed[name]}
+    assert different <= {*algorithm, "seed"}
+    assert changed["seed"] == 5
+
+
+@pytest.mark.parametrize("preset", ["soft-grpo", "text-grpo"])
+def test_a_preset_trains(preset, world, tmp_path):
+    assert main(train_arguments(world, tmp_path / "run", "--config", preset, "--max_steps", "1")) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert (row["latent_share"] > 0) == (preset == "soft-grpo")
 
 
 def test_a_finished_folder_is_not_overwritten(world, tmp_path, capsys):
@@ -193,7 +228,7 @@ def test_sft_then_eval_then_generate(world, tmp_path, capsys):
         )
         == 0
     )
-    (result,) = json.loads(Path(out).read_text()).values()
+    (result,) = json.loads(Path(out).read_text())["results"].values()
     assert result["problems"] == 24
     assert 0 <= result["pass_at_1"] <= 1
     assert 0 <= result["pass@2"] <= 1

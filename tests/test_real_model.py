@@ -54,7 +54,7 @@ def test_train_saves_a_model_that_eval_and_generate_read(warm, data, tmp_path, c
     assert len(files) == 7
     result = tmp_path / "eval.json"
     assert main(["eval", "--model", str(out), "--data", *files, "--limit", "2", "--out", str(result), *short]) == 0
-    assert [r["problems"] for r in json.loads(result.read_text()).values()] == [2] * 7
+    assert [r["problems"] for r in json.loads(result.read_text())["results"].values()] == [2] * 7
     capsys.readouterr()
     assert main(["generate", "--model", str(out), "--prompt", "What is 12 + 7?", *short]) == 0
     assert "latent 1:" in capsys.readouterr().out

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from latent_grpo import reward
 from latent_grpo.data import load_rows
 from latent_grpo.reward import (
-    REWARDS,
     RewardError,
     accuracy_reward,
     exact_match_reward,
     resolve_reward,
     score,
+    soft_overlong_reward,
 )
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -236,7 +236,7 @@ def test_exact_match() -> None:
     assert exact_match_reward(completions, ["42"] * 5, prompts=["p"] * 5) == [1.0, 1.0, 0.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("function", REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize("function", [accuracy_reward, exact_match_reward])
 def test_references_are_checked(function: Any) -> None:
     for empty in (None, " "):
         with pytest.raises(ValueError, match="reference answer is empty"):
@@ -400,3 +400,14 @@ def test_score_checks_its_lengths() -> None:
         score([accuracy_reward], [1.0, 2.0], ["p"], ["c"], {"answer": ["1"]})
     with pytest.raises(ValueError, match="1 prompts for 2 completions"):
         score([accuracy_reward], None, ["p"], ["c", "d"], {"answer": ["1"]})
+
+
+def test_soft_overlong_follows_the_formula_of_dapo() -> None:
+    limit, cache = 20, 8
+    lengths = [0, 1, 12, 13, 16, 19, 20, 25]
+    # Eq. 13: 0 up to limit - cache, then (limit - cache - length) / cache, and -1 beyond the limit.
+    expected = [0.0, 0.0, 0.0, -1 / 8, -4 / 8, -7 / 8, -1.0, -1.0]
+    ids = [[7] * length for length in lengths]
+    assert soft_overlong_reward(ids, limit, cache, prompts=None) == expected
+    assert soft_overlong_reward(ids, limit) == soft_overlong_reward(ids, limit, 4)
+    assert soft_overlong_reward([[1, 2]], 2) == [-1.0]

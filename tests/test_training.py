@@ -12,14 +12,15 @@ import tolerances as tol
 import torch
 from kernels import NEEDS_TRITON
 
-from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSampling, LatentSFTConfig, LatentSFTTrainer
+from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
 from latent_grpo.config import ConfigError
 from latent_grpo.data import DataError
-from latent_grpo.evaluate import evaluate, pass_at_k
-from latent_grpo.model import ModelError, check_compatible, end_marker_ids
+from latent_grpo.loss import batch_std, replay, replay_logprob
+from latent_grpo.model import ModelError, check_compatible
 from latent_grpo.rollout import Rollout
 from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, input_mixtures, target_loss
 from latent_grpo.world import FORGOTTEN, World, make_model, make_problems, make_tokenizer, worked_examples
+from latent_kernels import fused_policy_loss
 from latent_kernels._backend import resolve
 
 ROWS = make_problems(64, seed=1)
@@ -190,7 +191,7 @@ def test_a_training_step_is_the_same_with_eager_operators_and_kernels(tokenizer,
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, warm, tmp_path):
-    for loss_type in ("dapo", "grpo", "dr_grpo"):
+    for loss_type in ("dapo", "grpo", "dr_grpo", "gspo", "cispo"):
         found = []
         for size in (16, 4):
             trainer = grpo(
@@ -202,6 +203,132 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, warm, tmp
             found.append(gradients(trainer.model))
         assert found[0].abs().max() > 0
         torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5 * float(found[0].abs().max()))
+
+
+def textbook_loss(loss_type, logprob, old, advantages, mask, size, limit) -> torch.Tensor:
+    """Each loss type as its paper and TRL write it, on a clip range of 0.2 and 0.3, in micro-batches of `size`."""
+    lengths = mask.sum(-1)
+    ratio = (logprob - old).exp()
+    if loss_type == "gspo":
+        sequence = (((logprob - old) * mask).sum(-1) / lengths).exp()
+        return torch.maximum(-advantages[:, 1] * sequence, -advantages[:, 1] * sequence.clamp(0.8, 1.3)).mean()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.3)) * mask
+    if loss_type == "cispo":
+        loss = -ratio.detach().clamp(max=1.3) * advantages * logprob * mask
+    if loss_type == "bnpo":
+        parts = zip(loss.split(size), mask.split(size), strict=True)
+        return sum(part.sum() / active.sum() for part, active in parts) / (len(loss) // size)
+    return {
+        "dapo": loss.sum() / mask.sum(), "cispo": loss.sum() / mask.sum(), "grpo": (loss.sum(-1) / lengths).mean(),
+        "dr_grpo": loss.sum() / len(loss) / limit,
+    }[loss_type]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"])
+def test_every_loss_type_is_the_textbook_formula(tokenizer, warm, tmp_path, loss_type):
+    trainer = grpo(
+        tmp_path, tokenizer, even, warm, loss_type=loss_type, first_token="all", invalid="keep", delta=None,
+        margin_gradient="none", epsilon_high=1.3 if loss_type == "cispo" else 0.3, per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    batch, _ = trainer.collect()
+    batch.old_logprob += 0.5 * torch.randn(batch.old_logprob.shape)
+    stats = trainer.accumulate(batch, torch.arange(16))
+    got = gradients(trainer.model)
+    trainer.model.zero_grad()
+    logprob = replay_logprob(trainer.model, batch.rollout, trainer.args.temperature)
+    loss = textbook_loss(loss_type, logprob, batch.old_logprob, batch.advantages, batch.rollout.mask, 4, 8)
+    loss.backward()
+    expected = gradients(trainer.model)
+    assert batch.rollout.mask.sum(-1).unique().numel() > 1  # or several of the means would be the same
+    assert 0.1 < stats["clip_fraction"] < 1
+    assert stats["loss"] == pytest.approx(loss.item(), abs=tol.FLOAT32)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(), dict(ratio="token", objective="clip", clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl_coef=0.0)),
+        (dict(epsilon=0.1, epsilon_high=0.28, delta=4.0), dict(clip_low=0.1, clip_high=0.28, dual_clip=4.0)),
+        (dict(loss_type="gspo"), dict(ratio="sequence", aggregation="seq-mean-token-mean")),
+        (dict(importance_sampling_level="sequence"), dict(ratio="sequence", aggregation="token-mean")),
+        (dict(loss_type="cispo"), dict(objective="cispo", clip_low=1.0, clip_high=4.0)),
+        (dict(loss_type="cispo", epsilon_high=2.5), dict(objective="cispo", clip_low=1.0, clip_high=1.5)),
+        (dict(beta=0.1, kl_estimator="k2"), dict(kl_coef=0.1, kl_estimator="k2")),
+        (dict(entropy_coef=0.01), dict(entropy_coef=0.01)),
+        (dict(margin_gradient="released", temperature=0.9), dict(margin_gradient="released", temperature=0.9)),
+    ],
+    ids=str,
+)
+def test_options_of_the_loss_reach_the_operator(tokenizer, warm, tmp_path, monkeypatch, options, expected):
+    seen = []
+    operator = fused_policy_loss
+
+    def record(*tensors, **given):
+        seen.append(given)
+        return operator(*tensors, **given)
+
+    trainer = grpo(tmp_path, tokenizer, even, warm, **options)
+    monkeypatch.setattr(sys.modules["latent_grpo.trainer"], "fused_policy_loss", record)
+    batch, _ = trainer.collect()
+    trainer.accumulate(batch, torch.arange(16))
+    assert {name: seen[0][name] for name in expected} == expected
+
+
+def test_the_entropy_bonus_is_a_mean_over_text_tokens_as_the_loss_is(tokenizer, warm, tmp_path):
+    found = {}
+    for coef in (0.0, 0.1):
+        trainer = grpo(
+            tmp_path, tokenizer, even, warm, entropy_coef=coef, per_device_train_batch_size=4,
+            gradient_accumulation_steps=4,
+        )  # fmt: skip
+        batch, _ = trainer.collect()
+        trainer.accumulate(batch, torch.arange(16))
+        found[coef] = gradients(trainer.model)
+    trainer.model.zero_grad()
+    rollout = batch.rollout
+    logits = replay(trainer.model, rollout) @ trainer.model.get_output_embeddings().weight.T
+    log_p = (logits / trainer.args.temperature).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)[rollout.mask & ~rollout.is_latent].sum() / rollout.mask.sum()
+    (-0.1 * entropy).backward()
+    expected = gradients(trainer.model)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(
+        found[0.1] - found[0.0], expected, rtol=1e-3, atol=1e-5 * float(found[0.1].abs().max())
+    )  # fmt: skip
+    assert trainer.update(batch)["entropy"] > 0
+
+
+@pytest.mark.parametrize("invalid", ["exclude", "zero", "keep"])
+def test_rewards_may_be_scaled_by_the_deviation_of_the_batch(tokenizer, warm, tmp_path, invalid):
+    trainer = grpo(tmp_path, tokenizer, even, warm, scale_rewards="batch", invalid=invalid, first_token="all")
+    rollout, rewards, _ = trainer.sample()
+    rollout.finished[::3] = False
+    batch, _ = trainer.prepare(rollout, rewards)
+    counted = rollout.finished if invalid == "exclude" else torch.ones(16, dtype=torch.bool)
+    expected = torch.zeros(16)
+    for group in torch.arange(16).split(4):
+        members = group[counted[group]]
+        expected[group] = rewards[group] - (rewards[members].mean() if len(members) > 1 else 0.0)
+    expected /= rewards[counted].std() + 1e-6
+    if invalid != "keep":
+        expected[~rollout.finished] = 0.0
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(batch.advantages, expected.unsqueeze(-1).expand_as(batch.advantages))
+
+
+def test_the_deviation_of_a_batch_with_one_reward_or_equal_ones_is_no_obstacle():
+    one = torch.tensor([True, False, False])
+    assert batch_std(torch.tensor([3.0, 1.0, 2.0]), one) == 1.0
+    assert batch_std(torch.tensor([2.0, 2.0, 2.0]), one | True) == pytest.approx(1e-6)
+
+
+def test_long_responses_are_punished_softly(tokenizer, warm, tmp_path):
+    trainer = grpo(tmp_path, tokenizer, ["soft_overlong"], warm, soft_punish_cache=4)
+    rollout, rewards, _ = trainer.sample()
+    assert rewards.unique().numel() > 1
+    assert rewards.tolist() == [-max(0, length - 4) / 4 for length in rollout.lengths.tolist()]
 
 
 def test_loss_on_latent_and_text_steps_add_up_to_all(tokenizer, warm, tmp_path):
@@ -283,6 +410,7 @@ def test_metrics_of_a_step(tokenizer, warm, tmp_path):
         "tokens_per_second",
     ):  # fmt: skip
         assert isinstance(row[name], float), name
+    assert "entropy" not in row  # which is not computed without a bonus
     assert row["logprob_gap"] < 1e-4
 
 
@@ -293,28 +421,6 @@ def test_the_reference_model_is_loaded_only_for_a_penalty(tokenizer, warm, tmp_p
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert abs(rows[0]["kl"]) < 1e-6
     assert rows[-1]["kl"] > 1e-5
-
-
-def test_pass_at_k_is_unbiased():
-    assert pass_at_k(4, 1, 1) == 0.25
-    assert pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)
-    assert pass_at_k(4, 0, 4) == 0.0
-    with pytest.raises(ValueError, match="pass@5"):
-        pass_at_k(4, 1, 5)
-
-
-def test_evaluation_counts_every_problem_once(tokenizer):
-    model = make_model(tokenizer, seed=0)
-    sampling = LatentSampling(
-        latent_top_k=2, max_new_tokens=6, end_token_id=end_marker_ids(tokenizer, "</think>")[0],
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    always = lambda completions, **kwargs: [1.0] * len(completions)  # noqa: E731
-    result = evaluate(model, tokenizer, ROWS[:10], sampling, pass_at=(1, 2), batch_size=4, reward=always)
-    assert result["problems"] == 10
-    assert result["pass_at_1"] == result["pass@2"] == 1.0
-    assert 0 <= result["truncation_rate"] <= 1
-    assert 0 < result["response_length"] <= 6
 
 
 def test_reading_out_of_the_gold_chain_is_zero_before_training(tokenizer):
@@ -339,11 +445,23 @@ def test_models_that_do_more_than_a_product_are_refused(tokenizer):
         ("noise", "none"),
         ("temperature", 0.0),
         ("max_steps", 0),
+        ("epsilon", 1.5),
+        ("epsilon_high", -0.1),
+        ("delta", 1.0),
+        ("beta", -0.1),
+        ("entropy_coef", -0.1),
+        ("soft_punish_cache", 0),
+        ("soft_punish_cache", 129),
     ],
 )
 def test_options_out_of_range_are_named(option, value):
     with pytest.raises(ConfigError, match=f"{option} is {value!r}"):
         LatentGRPOConfig(**{option: value})
+
+
+def test_a_cispo_weight_is_not_a_distance_from_one():
+    with pytest.raises(ConfigError, match=r"epsilon_high is 0\.28: cispo"):
+        LatentGRPOConfig(loss_type="cispo", epsilon_high=0.28)
 
 
 def test_sampling_options_reach_the_rollout():

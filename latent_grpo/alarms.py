@@ -1,0 +1,76 @@
+"""Alarms for a collapsing run, from the metrics of its steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+WINDOW = 10  # logged steps that are averaged, now and at the start
+EPSILON = 1e-6  # a standard deviation of float32 rewards that all agree
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Fires once, when `alarming(start, now)` holds of a metric's mean over WINDOW steps."""
+
+    metric: str
+    alarming: Callable[[float, float], bool]
+    message: str  # a format of {start} and {now}
+
+
+ALARMS = (
+    Alarm(
+        "latent_length",
+        lambda start, now: now < 0.5 * start,
+        "latent length fell from {start:.1f} to {now:.1f} steps: the latent run is collapsing; "
+        "lower learning_rate or raise beta",
+    ),
+    Alarm(
+        "mixture_entropy",
+        lambda start, now: now < 0.5 * start,
+        "mixture entropy fell from {start:.3f} to {now:.3f} nats: latent steps turn into single tokens; "
+        "lower learning_rate or raise noise_scale",
+    ),
+    Alarm(
+        "reward_std",
+        lambda start, now: now < EPSILON,
+        "rewards agree within every group: there is nothing to learn from; take harder or easier prompts, "
+        "raise num_generations or noise_scale",
+    ),
+    Alarm(
+        "truncated",
+        lambda start, now: now > start + 0.25,
+        "responses cut off by the limit rose from {start:.0%} to {now:.0%}: the end marker is being lost; "
+        "lower learning_rate, raise beta or max_completion_length",
+    ),
+)
+
+
+class Alarms:
+    """Feed `update` the metrics of every logged step, in order."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, list[float]] = {alarm.metric: [] for alarm in ALARMS}
+        self.recent: dict[str, deque[float]] = {alarm.metric: deque(maxlen=WINDOW) for alarm in ALARMS}
+        self.fired: set[str] = set()
+
+    def update(self, values: dict[str, Any]) -> list[str]:
+        """A line for every alarm that these values set off; each alarm fires once a run."""
+        lines = []
+        for alarm in ALARMS:
+            name, value = alarm.metric, values.get(alarm.metric)
+            if value is None or values.get("phase") != "train":
+                continue
+            start, recent = self.start[name], self.recent[name]
+            if len(start) < WINDOW:
+                start.append(value)
+            recent.append(value)
+            if len(recent) < WINDOW or name in self.fired:
+                continue
+            was, now = sum(start) / WINDOW, sum(recent) / WINDOW
+            if alarm.alarming(was, now):
+                self.fired.add(name)
+                lines.append(f"step {values['step']}: {alarm.message.format(start=was, now=now)}")
+        return lines
