@@ -11,7 +11,8 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from bench.common import DTYPES, SHAPES, Settings, print_rows, run_benchmarks, write_csv, write_json
+from bench import gpu_report
+from bench.common import DTYPES, SHAPES, Report, Row, Settings, print_rows, run_benchmarks, write_csv, write_json
 from bench.operators import OPERATORS
 
 DEFAULT_SHAPES = {"cpu": ["tiny"], "cuda": ["llama-1b", "qwen-7b"]}
@@ -42,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Time the operators of latent_kernels against PyTorch. Every implementation is checked before it "
         "is timed; a wrong one gets no timing.",
-        epilog="Exit codes: 0 done, 1 an implementation is wrong, 2 bad arguments, 130 interrupted.",
+        epilog="`python -m bench gpu-report --help`: tests and benches of a GPU within a time. "
+        "Exit codes: 0 done, 1 an implementation is wrong, 2 bad arguments, 130 interrupted.",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"operators (default: all): {', '.join(OPERATORS)}")
     parser.add_argument(
@@ -59,13 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these, such as eager, matmul, ours-triton")
     parser.add_argument("--compile", action="store_true", help="also time the PyTorch version under torch.compile")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
-    parser.add_argument("--json", type=_output, metavar="FILE", help="write environment and rows as JSON")
+    parser.add_argument(
+        "--json", type=_output, metavar="FILE", help="write environment and rows as JSON, after every case"
+    )
     parser.add_argument("--csv", type=_output, metavar="FILE", help="write the rows as CSV")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == [gpu_report.COMMAND]:
+        return gpu_report.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -87,12 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory=options.memory,
     )
     console = Console(width=None if sys.stdout.isatty() else 140)
-    report = run_benchmarks(
-        [OPERATORS[name] for name in names],
-        [SHAPES[name] for name in shapes],
-        settings,
-        on_rows=lambda rows: print_rows(console, rows),
-    )
+
+    def on_rows(report: Report, rows: list[Row]) -> None:
+        print_rows(console, rows)
+        if options.json is not None:
+            write_json(report, options.json)
+
+    report = run_benchmarks([OPERATORS[name] for name in names], [SHAPES[name] for name in shapes], settings, on_rows)
     if not report.rows:
         parser.error(f"no operator here has a provider named {' or '.join(options.providers or [])}")
     stamp = report.environment
@@ -100,8 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}, commit {stamp['commit']}; copy "
         f"{stamp['copy_gb_per_s']:.3g} GB/s, {stamp['matmul_dtype']} matmul {stamp['matmul_tflop_per_s']:.3g} TFLOP/s"
     )
-    if options.json is not None:
-        write_json(report, options.json)
     if options.csv is not None:
         write_csv(report, options.csv)
     for row in report.wrong:

@@ -484,9 +484,9 @@ def run_benchmarks(
     operators: Sequence[Operator],
     shapes: Sequence[Shape],
     settings: Settings,
-    on_rows: Callable[[list[Row]], None] = lambda rows: None,
+    on_rows: Callable[[Report, list[Row]], None] = lambda report, rows: None,
 ) -> Report:
-    """All cases of the operators on the shapes; `on_rows` sees each case's rows as they come."""
+    """All cases of the operators on the shapes; `on_rows` sees the report so far and each case's rows as they come."""
     torch.manual_seed(0)
     roofline = measure_roofline(settings.device, settings.dtype)
     report = Report(environment(settings, roofline))
@@ -496,7 +496,7 @@ def run_benchmarks(
                 rows = run_case(operator, shape, parameters, settings, roofline)
                 report.rows.extend(rows)
                 if rows:
-                    on_rows(rows)
+                    on_rows(report, rows)
     return report
 
 
@@ -588,10 +588,17 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     console.print(table)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file such that a reader, or a run cut off, finds the old content or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def write_json(report: Report, path: Path) -> None:
     """An object with the schema's number, the environment, and the rows, each with the fields of `Row`."""
     content = {"schema": SCHEMA, "environment": report.environment, "rows": [asdict(row) for row in report.rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_csv(report: Report, path: Path) -> None:

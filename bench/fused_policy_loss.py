@@ -53,6 +53,19 @@ def make_old_logprob(trajectory: Trajectory) -> Tensor:
     return policy - torch.where(torch.rand_like(policy) < 0.2, 0.6, 0.03) * torch.randn_like(policy).sign()
 
 
+def reference_loss(trajectory: Trajectory, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and dHidden [N, D], by the reference in float32, a block of rows at a time. old and the rest [R, T]."""
+    losses: list[Tensor] = []
+
+    def upstream(logprob: Tensor) -> Tensor:
+        logprob = logprob.view_as(old).requires_grad_()
+        losses.append(policy_loss_ref(logprob, old, advantages, mask)[0])
+        return torch.autograd.grad(losses[0], logprob)[0].flatten()
+
+    gradient = in_blocks(trajectory, upstream)[1]
+    return losses[0].detach(), gradient
+
+
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
     """Outputs: the loss, and dHidden [R, T, D]."""
     trajectory = make_trajectory(parameters, device, dtype)
@@ -116,21 +129,11 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
 
     def check(outputs: Outputs) -> str | None:
         if not expected:
-            expected.extend(_expected())
+            loss, gradient = reference_loss(trajectory, old, advantages, mask)
+            expected.extend((loss, gradient.view_as(hidden)))
         return compare("loss", outputs[0], expected[0], tolerance(dtype)) or compare(
             "dHidden", outputs[1], expected[1], tolerance(dtype)
         )
-
-    def _expected() -> tuple[Tensor, Tensor]:
-        losses: list[Tensor] = []
-
-        def upstream(logprob: Tensor) -> Tensor:
-            logprob = logprob.view_as(old).requires_grad_()
-            losses.append(policy_loss_ref(logprob, old, advantages, mask)[0])
-            return torch.autograd.grad(losses[0], logprob)[0].flatten()
-
-        gradient = in_blocks(trajectory, upstream)[1]
-        return losses[0].detach(), gradient.view_as(hidden)
 
     return Problem(
         [

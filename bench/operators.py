@@ -9,6 +9,8 @@ from bench.mix_embeddings import MIX_EMBEDDINGS
 from bench.policy_loss import POLICY_LOSS
 from bench.project_with_noise import PROJECT_WITH_NOISE
 from bench.rollout import ROLLOUT
+from bench.rollout_schedule import ROLLOUT_PREFIX, ROLLOUT_RAGGED
+from bench.train_step import TRAIN_STEP
 
 OPERATORS = {
     operator.name: operator
@@ -22,5 +24,8 @@ OPERATORS = {
         GROUP_ADVANTAGES,
         PROJECT_WITH_NOISE,
         ROLLOUT,
+        ROLLOUT_RAGGED,
+        ROLLOUT_PREFIX,
+        TRAIN_STEP,
     )
 }

@@ -106,7 +106,7 @@ def test_providers_are_right_in_half_precision(op: str, dtype: torch.dtype) -> N
 def test_a_wrong_provider_is_not_timed(
     op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours = "ours-latent" if op == "rollout" else "ours-eager"
+    ours = {"rollout": "ours-latent", "rollout_ragged": "ours", "rollout_prefix": "ours"}.get(op, "ours-eager")
     timed = spoil(monkeypatch, op, ours)
     path = tmp_path / "out.json"
     assert main([op, *QUICK, "--no-memory", "--json", str(path)]) == 1
@@ -155,14 +155,18 @@ def test_memory_measure_sees_a_known_allocation() -> None:
 
 
 def test_memory_of_every_provider_is_measured(tmp_path: Path) -> None:
-    path = tmp_path / "out.json"
-    assert main(["fused_policy_loss", *QUICK, "--json", str(path)]) == 0
-    peaks = {row["provider"]: row["peak_extra_mb"] for row in json.loads(path.read_text())["rows"]}
-    assert peaks.pop("ours-triton") is None
-    if not LIGER:
-        assert peaks.pop("liger") is None
-    assert all(0 <= peak < 50 for peak in peaks.values())
-    assert max(peaks.values()) > 0
+    path, rows = tmp_path / "out.json", 8192
+    logits, gradient = (rows * width * 4 / 1e6 for width in (SHAPES["tiny"].vocab, SHAPES["tiny"].hidden))
+    # Far above what the system's count of a process's memory is off by, and what an allocator still holds.
+    assert gradient > 2
+    assert main(["fused_policy_loss", *QUICK, "--rows", str(rows), "--json", str(path)]) == 0
+    peaks = [(row["provider"], row["peak_extra_mb"]) for row in json.loads(path.read_text())["rows"]]
+    assert {name for name, _ in peaks} >= {"eager", "reference", "matmul", "ours-eager", "ours-triton"}
+    for name, peak in peaks:
+        if name == "ours-triton" or (name == "liger" and not LIGER):
+            assert peak is None
+        else:
+            assert (logits if name == "eager" else gradient) * 0.9 < peak < 20 * logits, name
 
 
 def test_providers_take_turns() -> None:

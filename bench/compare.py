@@ -1,0 +1,144 @@
+"""Regressions between two results: `python -m bench.compare BEFORE.json AFTER.json`.
+
+A time changed where the intervals from p20 to p80 do not meet and the medians differ by more than a threshold; memory,
+which hardly varies, where it differs by more than the threshold and by a megabyte. A provider that was right before and
+is wrong or gone is a regression too. Exit codes: 0 none, 1 a regression, 2 the files cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.plot import ResultsError, Row, read_results
+
+THRESHOLD = 0.05
+LEAST_MB = 1.0
+SAME = ("device", "threads")  # of the environment: other machines' times say nothing about the code
+REGRESSIONS = ("slower", "more memory", "no longer right", "gone")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one provider on one case. after_over_before: of the medians, or of the memory."""
+
+    op: str
+    case: str
+    provider: str
+    verdict: str
+    after_over_before: float | None = None
+
+    @property
+    def regression(self) -> bool:
+        return self.verdict in REGRESSIONS
+
+
+def case_of(row: Row) -> tuple[str, str, str]:
+    """Operator, provider, and the case as text: what makes two rows the same measurement."""
+    parameters = ", ".join(f"{name} {value}" for name, value in sorted(row["parameters"].items()))
+    return row["op"], row["provider"], f"{row['shape']}, {row['dtype']}, {parameters}"
+
+
+def time_verdict(before: Row, after: Row, threshold: float) -> str:
+    """ "slower", "faster" or "same"."""
+    ratio = after["median_ms"] / before["median_ms"]
+    if after["p20"] > before["p80"] and ratio > 1 + threshold:
+        return "slower"
+    return "faster" if after["p80"] < before["p20"] and ratio < 1 / (1 + threshold) else "same"
+
+
+def memory_verdict(before: float, after: float, threshold: float) -> str:
+    """ "more memory", "less memory" or "same"."""
+    if abs(after - before) <= max(LEAST_MB, threshold * before):
+        return "same"
+    return "more memory" if after > before else "less memory"
+
+
+def compare_rows(before: list[Row], after: list[Row], threshold: float = THRESHOLD) -> list[Change]:
+    """A change for every figure that both have, and for every provider that one of them timed alone."""
+    left, right = ({case_of(row): row for row in rows} for rows in (before, after))
+    changes = []
+    for key in dict.fromkeys([*left, *right]):
+        op, provider, case = key
+        old, new = left.get(key), right.get(key)
+        timed_before, timed_after = (row is not None and row["median_ms"] is not None for row in (old, new))
+        if old is not None and new is not None and timed_before and timed_after:
+            ratio = new["median_ms"] / old["median_ms"]
+            changes.append(Change(op, case, provider, time_verdict(old, new, threshold), ratio))
+            peaks = old["peak_extra_mb"], new["peak_extra_mb"]
+            if None not in peaks and (verdict := memory_verdict(*peaks, threshold)) != "same":
+                changes.append(Change(op, case, provider, verdict, peaks[1] / peaks[0] if peaks[0] else None))
+        elif timed_before:
+            wrong = new is not None and new["correct"] is False
+            changes.append(Change(op, case, provider, "no longer right" if wrong else "gone"))
+        elif timed_after:
+            changes.append(Change(op, case, provider, "new"))
+    return changes
+
+
+def changes_table(changes: list[Change]) -> Table:
+    """The changes that are not "same"."""
+    table = Table(title="after against before", title_justify="left")
+    for column in ("operator", "case", "provider", "after / before", ""):
+        table.add_column(column, justify="right" if "/" in column else "left")
+    for change in changes:
+        colour = "red" if change.regression else "green"
+        ratio = "-" if change.after_over_before is None else f"{change.after_over_before:.2f}"
+        table.add_row(change.op, change.case, change.provider, ratio, f"[{colour}]{change.verdict}[/]")
+    return table
+
+
+def environments_differ(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """What makes the times of two environments incomparable, or None."""
+    for name in SAME:
+        old, new = (report["environment"].get(name) for report in (before, after))
+        if old != new:
+            return f"{name} {old!r} and {new!r} differ"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("before", type=Path, metavar="BEFORE.json", help="from `python -m bench --json`")
+    parser.add_argument("after", type=Path, metavar="AFTER.json")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="least change of a median (default: %(default)s)"
+    )
+    parser.add_argument("--any-device", action="store_true", help="compare results of different devices all the same")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the changes as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        before, after = (read_results(path) for path in (options.before, options.after))
+    except ResultsError as error:
+        print(f"bench.compare: error: {error}", file=sys.stderr)
+        return 2
+    difference = environments_differ(before, after)
+    if difference and not options.any_device:
+        remedy = "measure both on one machine, or give --any-device"
+        print(f"bench.compare: error: {difference}: {remedy}", file=sys.stderr)
+        return 2
+    changes = compare_rows(before["rows"], after["rows"], options.threshold)
+    if not changes:
+        print("bench.compare: error: the files have no timed row in common", file=sys.stderr)
+        return 2
+    counts = Counter(change.verdict for change in changes)
+    told = [change for change in changes if change.verdict != "same"]
+    if told:
+        Console(width=None if sys.stdout.isatty() else 160).print(changes_table(told))
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if options.json is not None:
+        options.json.write_text(json.dumps([vars(change) for change in changes], indent=1) + "\n")
+    return 1 if any(change.regression for change in changes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

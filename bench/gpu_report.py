@@ -1,0 +1,266 @@
+"""One command for a short slot on a GPU: `python -m bench gpu-report --out DIR --minutes 9`.
+
+The kernels' tests on the device, then the benches in order of importance, each in a process of its own, as far as the
+time goes. After each, DIR/report.json (which `python -m bench.plot` and `bench.compare` read) and DIR/report.md are
+written, so that a slot that ends early leaves what was measured, and says what was not. DIR/log.txt is all output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import REPO, SCHEMA, SHAPES, write_whole
+from bench.pytest_log import VARIABLE
+
+COMMAND = "gpu-report"
+DONE, FAILED, CUT_OFF, NOT_STARTED = "done", "failed", "cut off", "not started"
+UNPLANNED = 30  # seconds expected of an operator that the plan does not name
+LIMIT = 3.0  # times the expected seconds: what a job may take while others wait
+KERNEL_TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        "latent_step_kernel", "loss_kernels", "latent_step", "fused_policy_loss", "latent_logprob", "mix_embeddings",
+        "policy_loss", "group_advantages", "project_with_noise", "decoding_graphs",
+    )
+)  # fmt: skip
+REHEARSAL_TESTS = ("tests/test_mix_embeddings.py",)
+TEST_WORKERS = 8  # kernels compile on the CPU
+PATIENCE = 10.0  # seconds for a process told to stop
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process: its arguments after `python -m`, the seconds it is expected to take, and whether it is of tests."""
+
+    name: str
+    arguments: tuple[str, ...]
+    expected: float
+    tests: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job. `report`: what the bench wrote. `tests`: [test, outcome] of every test that ended."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    note: str = ""
+    report: dict[str, Any] | None = None
+    tests: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[str]:
+        """Tests that failed and providers that were wrong; the job itself where it failed and told of none."""
+        found = [name for name, outcome in self.tests if outcome == "failed"]
+        rows = self.report["rows"] if self.report else []
+        found += [f"{r['op']}, {r['shape']}, {r['provider']}: {r['note']}" for r in rows if r["correct"] is False]
+        return found or ([f"{self.name}: {self.note}"] if self.status == FAILED else [])
+
+
+def gpu_jobs() -> list[Job]:
+    """Tests first, then what matters most: the two fused operators, rollout and training step, then the rest."""
+    workers = ("-n", str(TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
+    select = ("-k", "triton or kernel or captured or cuda")
+    jobs = [Job("tests of the kernels", (*_pytest(), *workers, *select, *KERNEL_TESTS), 120, tests=True)]
+    plan = [
+        ("latent_step", "llama-1b", 30), ("fused_policy_loss", "llama-1b", 45), ("rollout", "llama-1b", 60),
+        ("train_step", "llama-1b", 30), ("latent_step", "qwen-7b", 30), ("fused_policy_loss", "qwen-7b", 60),
+        ("latent_logprob", "llama-1b", 25), ("latent_step_from_logits", "llama-1b", 25),
+        ("mix_embeddings", "llama-1b", 20), ("policy_loss", "llama-1b", 20), ("group_advantages", "llama-1b", 20),
+        ("project_with_noise", "llama-1b", 20), ("rollout", "qwen-7b", 120), ("train_step", "qwen-7b", 60),
+    ]  # fmt: skip
+    planned = {op for op, *_ in plan}
+    plan += [(op, "llama-1b", UNPLANNED) for op in with_cases("llama-1b", "cuda") if op not in planned]
+    return jobs + [Job(f"{op} {shape}", ("bench", op, "--shapes", shape), seconds) for op, shape, seconds in plan]
+
+
+def with_cases(shape: str, device: str) -> list[str]:
+    """The operators that have a case of the shape on such a device."""
+    from bench.operators import OPERATORS
+
+    return [name for name, operator in OPERATORS.items() if operator.cases(SHAPES[shape], torch.device(device))]
+
+
+def rehearsal_jobs() -> list[Job]:
+    """The same on a CPU with tiny shapes: that the command works, nothing of a GPU."""
+    quick = ("--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--no-memory")
+    jobs = [Job("tests of the kernels", (*_pytest(), "-k", "triton", *REHEARSAL_TESTS), 20, tests=True)]
+    return jobs + [Job(f"{op} tiny", ("bench", op, *quick), 10) for op in with_cases("tiny", "cpu")]
+
+
+def _pytest() -> tuple[str, ...]:
+    return "pytest", "-p", "bench.pytest_log", "-p", "no:cacheprovider"
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    seconds: float,
+    execute: Callable[[Job, float], Outcome],
+    record: Callable[[list[Outcome]], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """Execute the jobs in order while the time lasts; `record` sees all outcomes so far after each.
+
+    A job starts only where the time that it is expected to take is left, so a long one that no longer fits makes room
+    for a short one after it. `execute(job, limit)` must return within its limit.
+    """
+    deadline = clock() + seconds
+    outcomes: list[Outcome] = []
+    for job in jobs:
+        left = deadline - clock()
+        if left < job.expected:
+            note = f"takes about {job.expected:.0f} s, {max(left, 0.0):.0f} s were left"
+            outcomes.append(Outcome(job.name, NOT_STARTED, note=note))
+        else:
+            outcomes.append(execute(job, min(left, LIMIT * job.expected)))
+        record(outcomes)
+    return outcomes
+
+
+def execute(job: Job, limit: float, log: Path, interpret: bool) -> Outcome:
+    """Run a job as a process of its own, all its output appended to `log`; what it wrote until it ended or was cut."""
+    with tempfile.TemporaryDirectory() as folder:
+        written, tests = Path(folder) / "rows.json", Path(folder) / "tests.jsonl"
+        arguments = list(job.arguments) if job.tests else [*job.arguments, "--json", str(written)]
+        path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, VARIABLE: str(tests), "TRITON_INTERPRET": str(int(interpret))}
+        begin = time.monotonic()
+        with log.open("a") as output:
+            output.write(f"\n$ python -m {' '.join(arguments)}\n")
+            output.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=REPO, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _stop(process)
+        status = CUT_OFF if code is None else FAILED if code else DONE
+        note = f"after {limit:.0f} s" if code is None else f"exit code {code}, see log.txt" if code else ""
+        lines = tests.read_text().splitlines() if tests.exists() else []
+        return Outcome(
+            job.name, status, time.monotonic() - begin, note,
+            json.loads(written.read_text()) if written.exists() else None,
+            [(name, outcome) for name, outcome in map(json.loads, lines)],
+        )  # fmt: skip
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and those that it started, which are in one session, if it still runs."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, signum)
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def report_of(outcomes: Sequence[Outcome], command: str, rehearsal: bool) -> dict[str, Any]:
+    """The report: the benches' rows in one, in the form of `python -m bench --json`, and what became of each job."""
+    reports = [outcome.report for outcome in outcomes if outcome.report is not None]
+    jobs = [{"name": o.name, "status": o.status, "seconds": round(o.seconds, 1), "note": o.note} for o in outcomes]
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "rehearsal": rehearsal,
+        "environment": reports[0]["environment"] if reports else {},
+        "tests": dict(Counter(result for outcome in outcomes for _, result in outcome.tests)),
+        "faults": [fault for outcome in outcomes for fault in outcome.faults],
+        "jobs": jobs,
+        "rows": [row for report in reports for row in report["rows"]],
+    }
+
+
+def _cell(value: float | None, pattern: str = "{:.3g}") -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else pattern.format(value)
+
+
+def markdown_of(report: dict[str, Any]) -> str:
+    """The report as a page: environment, tests, what became of each job, and a table an operator and shape."""
+    stamp = report["environment"]
+    lines = ["# Report of a GPU" if not report["rehearsal"] else "# Rehearsal on a CPU: no figure here is a GPU's", ""]
+    lines += [f"`{report['command']}`", ""]
+    if stamp:
+        lines += [
+            f"{stamp['device']}, CUDA {stamp['cuda']}, torch {stamp['torch']}, triton {stamp['triton']}, Python "
+            f"{stamp['python']}, commit {stamp['commit']}, {stamp['date']}. Measured ceilings: copy "
+            f"{stamp['copy_gb_per_s']:.3g} GB/s, {stamp['matmul_dtype']} matmul {stamp['matmul_tflop_per_s']:.3g} "
+            "TFLOP/s.", "",
+        ]  # fmt: skip
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report["tests"].items()))
+    lines += ["## Tests", "", counts or "None ended.", ""]
+    lines += ["## Faults", "", *(f"- {fault}" for fault in report["faults"]), ""] if report["faults"] else []
+    lines += ["## Jobs", "", "| job | | s | |", "| --- | --- | --- | --- |"]
+    lines += [f"| {j['name']} | {j['status']} | {j['seconds']:.0f} | {j['note']} |" for j in report["jobs"]]
+    lines += ["", "## Times", "", "Milliseconds; `roofline` is the share of the measured ceilings."]
+    for op, shape in dict.fromkeys((row["op"], row["shape"]) for row in report["rows"]):
+        rows = [row for row in report["rows"] if (row["op"], row["shape"]) == (op, shape)]
+        lines += ["", f"### {op}, {shape}, {rows[0]['dtype']}", "", "| case | provider | median | p20 | p80 | times "]
+        lines[-1] += "baseline | over matmul | roofline | peak MB | |"
+        lines.append("| --- | --- " + "| ---: " * 7 + "| --- |")
+        for row in rows:
+            left_out = ("vocab", "hidden", "top_k", "model")
+            case = ", ".join(f"{name} {value}" for name, value in row["parameters"].items() if name not in left_out)
+            figures = [row[name] for name in ("median_ms", "p20", "p80", "ratio", "over_matmul")]
+            share = "-" if row["roofline"] is None else f"{row['roofline']:.0%}"
+            cells = [case, row["provider"], *map(_cell, figures), share, _cell(row["peak_extra_mb"]), row["note"]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 all ran and was right, 1 a fault or a job that failed, 2 no GPU or bad arguments."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {COMMAND}", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report, made if missing")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with tiny shapes and two tests"
+    )
+    options = parser.parse_args(arguments)
+    rehearsal = options.device == "cpu"
+    if not rehearsal and not torch.cuda.is_available():
+        print("bench: error: no CUDA device here; nothing was run (--device cpu rehearses)", file=sys.stderr)
+        return 2
+    if not options.minutes > 0:
+        parser.error(f"--minutes is {options.minutes}: give a positive time")
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "log.txt"
+    log.write_text("")
+    command = f"python -m bench {COMMAND} --out DIR --minutes {options.minutes:g} --device {options.device}"
+
+    def record(outcomes: list[Outcome]) -> None:
+        report = report_of(outcomes, command, rehearsal)
+        write_whole(options.out / "report.json", json.dumps(report, indent=1) + "\n")
+        write_whole(options.out / "report.md", markdown_of(report))
+        last = outcomes[-1]
+        print(f"{last.name}: {last.status}, {last.seconds:.0f} s {last.note}".rstrip(), flush=True)
+
+    outcomes = run_jobs(
+        rehearsal_jobs() if rehearsal else gpu_jobs(), options.minutes * 60,
+        lambda job, limit: execute(job, limit, log, interpret=rehearsal), record,
+    )  # fmt: skip
+    for fault in (fault for outcome in outcomes for fault in outcome.faults):
+        print(f"bench: error: {fault}", file=sys.stderr)
+    print(f"wrote {options.out / 'report.md'} and report.json; figures: python -m bench.plot {options.out}/report.json")
+    return 1 if any(outcome.faults for outcome in outcomes) else 0
