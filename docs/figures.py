@@ -1,0 +1,139 @@
+"""Draws the figures of the method's page with the package's own functions: `python docs/figures.py [FOLDER]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latent_grpo.figures import COLOURS, INK, drawn_figure
+from latent_kernels import __version__, group_advantages, latent_step_from_logits, policy_loss
+from latent_kernels.reference import gumbel_noise, margin_coefficients, nucleus_mask, surrogate
+
+BLUE, ORANGE, GREEN, RED = COLOURS[:4]
+DRAWN = f"Drawn by `python docs/figures.py` with latent_kernels {__version__}."
+TOP_K, TOP_P, SHOWN = 4, 0.7, 12
+
+
+def draw_latent_step(path: Path) -> None:
+    """Candidates, scores with noise, and the weights of the mixture, of one step over a vocabulary of 40."""
+    torch.manual_seed(3)
+    logits = 2.0 * torch.randn(1, 40)
+    log_probs = logits.log_softmax(-1)[0]
+    step = latent_step_from_logits(logits, torch.eye(40), top_k=TOP_K, top_p=TOP_P, seed=5)
+    order = log_probs.argsort(descending=True)[:SHOWN]
+    names = [str(int(i)) for i in order]
+    inside = nucleus_mask(log_probs.sort(descending=True).values, TOP_P, TOP_K)[:SHOWN]
+    kept = {int(i): (float(s), float(w)) for i, s, w in zip(step.ids[0], step.scores[0], step.weights[0], strict=True)}
+    caption = (
+        f"One latent step: K = {TOP_K}, top_p = {TOP_P}, one-sided noise, seed 5; the {SHOWN} most probable of 40 "
+        f"random tokens. {DRAWN}"
+    )
+    with drawn_figure(path, 1, 3, (11, 3.2), caption=caption) as axes:
+        left, middle, right = axes[0]
+        left.bar(names, log_probs[order].exp(), color=[BLUE if c else INK for c in inside])
+        left.set(title="1. Candidates: the nucleus (blue)", ylabel="probability", xlabel="token")
+        for place, token in enumerate(order.tolist()):
+            low = float(log_probs[token])
+            if token in kept:
+                middle.plot([place, place], [low, kept[token][0]], color=GREEN, linewidth=3)
+                middle.plot(place, kept[token][0], "^", color=GREEN)
+            middle.plot(place, low, "o", color=BLUE if inside[place] else INK)
+        middle.set_xticks(range(SHOWN), names)
+        middle.set(title="2. Noise (green) picks K of them", ylabel="log-prob, score", xlabel="token")
+        right.bar(names, [kept.get(int(i), (0.0, 0.0))[1] for i in order], color=GREEN)
+        right.set(title="3. Weights: softmax(scores / tau)", ylabel="weight", xlabel="token")
+
+
+def draw_noise(path: Path) -> None:
+    """Densities of the two noises."""
+    torch.manual_seed(0)
+    draws = torch.empty(200_000, dtype=torch.float64).exponential_()
+    caption = (
+        "Histogram of 200,000 draws of the noise. The bars at the ends are the clamp's. One-sided noise is never "
+        f"negative, so a sampled score is never below the log-prob it came from. {DRAWN}"
+    )
+    with drawn_figure(path, 1, 1, (7, 2.8), caption=caption) as axes:
+        bins = torch.linspace(-1.55, 4.55, 123).tolist()
+        for kind, colour in (("two_sided", ORANGE), ("one_sided", BLUE)):
+            axes[0, 0].hist(
+                gumbel_noise(draws, kind).numpy(), bins, density=True, color=colour, alpha=0.7, label=f'"{kind}"'
+            )
+        axes[0, 0].set(xlabel="noise added to a log-prob", ylabel="density")
+        axes[0, 0].legend()
+
+
+def draw_surrogate(path: Path) -> None:
+    """The surrogate log-prob of one component, and what multiplies its gradient."""
+    margin = torch.linspace(-2, 4.5, 400, dtype=torch.float64)
+    caption = (
+        "d = score - log-prob of a component. Right: the factor c on the gradient of the log-prob; below d = 0 and "
+        f"where the advantage is not positive it is replaced, by `margin_gradient`. {DRAWN}"
+    )
+    with drawn_figure(path, 1, 2, (9, 3.2), caption=caption) as axes:
+        left, right = axes[0]
+        left.plot(margin, surrogate(margin.unsqueeze(-1)), color=BLUE)
+        left.set(title="surrogate f(d) = -d - exp(-d)", xlabel="margin d", ylabel="f")
+        negative = torch.full((1,), -1.0, dtype=torch.float64)
+        for kind, colour, style in (("none", INK, "-"), ("released", ORANGE, "--"), ("aligned", GREEN, "-")):
+            factor = margin_coefficients(margin.unsqueeze(0), negative, kind)[0]
+            right.plot(margin, factor, style, color=colour, label=f'"{kind}"')
+        right.set(title="c(d) where the advantage is negative", xlabel="margin d", ylabel="c", ylim=(-2.05, 1.1))
+        right.legend()
+
+
+def draw_loss(path: Path) -> None:
+    """The loss of one step over the ratio, for both signs of the advantage."""
+    ratio = torch.linspace(0.02, 4, 200, dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    caption = f"Clip range 0.2 to both sides, dual clip 3. {DRAWN}"
+    with drawn_figure(path, 1, 1, (7, 2.8), caption=caption) as axes:
+        for advantage, colour in ((1.0, BLUE), (-1.0, ORANGE)):
+            losses = [policy_loss(r.log() * one, 0 * one, advantage * one, one)[0].item() for r in ratio]
+            axes[0, 0].plot(ratio, losses, color=colour, label=f"advantage {advantage:+.0f}")
+        axes[0, 0].set(xlabel="ratio r of new to old probability", ylabel="loss of the step")
+        axes[0, 0].legend()
+
+
+def draw_advantages(path: Path) -> None:
+    """A group of eight responses: three right, one of the wrong ones cut off by the limit."""
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0])
+    invalid = torch.tensor([False] * 7 + [True])
+    mean_logprob = torch.tensor([-1.2, -2, -1, -0.7, -1.5, -0.9, -2, -3])
+    found = group_advantages(
+        rewards, torch.zeros(8, dtype=torch.int64), invalid_mask=invalid, mean_logprob=mean_logprob
+    )
+    places = torch.arange(8)
+    caption = (
+        "A group of 8 responses, of which 0, 3 and 5 are right and 7 was cut off by the limit (advantage 0). Of the "
+        f"right ones, response 3 has the highest mean log-prob and alone counts at the first step. {DRAWN}"
+    )
+    with drawn_figure(path, 1, 1, (7, 2.8), caption=caption) as axes:
+        axes[0, 0].bar(places - 0.2, found.advantages, 0.4, color=BLUE, label="all steps but the first")
+        axes[0, 0].bar(places + 0.2, found.first_step, 0.4, color=ORANGE, label="first step")
+        axes[0, 0].set(xlabel="response", ylabel="advantage")
+        axes[0, 0].set_xticks(places.tolist())
+        axes[0, 0].legend()
+
+
+FIGURES: dict[str, Any] = {
+    "latent-step.svg": draw_latent_step,
+    "noise.svg": draw_noise,
+    "surrogate.svg": draw_surrogate,
+    "loss.svg": draw_loss,
+    "advantages.svg": draw_advantages,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Write every figure into the folder."""
+    folder = Path(arguments[0]) if arguments else Path(__file__).parent / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        draw(folder / name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
