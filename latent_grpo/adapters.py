@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latent_grpo.config import ConfigError, ModelOptions
 from latent_grpo.model import first_line
+from latent_grpo.sharding import assign
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NAME = "default"  # PEFT's name of the one adapter
@@ -67,7 +68,7 @@ def read_adapters(folder: Path, model: Any) -> None:
     saved = load_file(folder / ADAPTER_FILE)
     for name, parameter in model.named_parameters():
         if f".{NAME}." in name:
-            parameter.copy_(saved.pop(f"base_model.model.{name.replace(f'.{NAME}.', '.')}"))
+            assign(parameter, saved.pop(f"base_model.model.{name.replace(f'.{NAME}.', '.')}"))
     if saved:
         raise ConfigError(f"adapters that this model does not have: {', '.join(sorted(saved))}")
 

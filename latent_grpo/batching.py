@@ -1,6 +1,11 @@
-"""How the responses of an update are cut into micro-batches: like lengths together, so that cost follows tokens."""
+"""Who computes what, and when: prompts and responses over the ranks, a rank's responses over its micro-batches.
+
+Tokens are what it goes by: ranks get as many of them, and responses of like length are computed together.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,3 +37,30 @@ def micro_batches(rollout: Rollout, rows: Tensor, size: int, tokens: int | None 
             first = end - 1
             cuts.append(first)
     return [rows[order[a:b]] for a, b in zip(cuts, [*cuts[1:], len(figures)], strict=True)]
+
+
+def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Numbers of items for each rank: as many to each (or one more), and about as much length, by dealing the longest
+    first and turning round at the end of a row. Each rank's are in order."""
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for i, number in enumerate(sorted(range(len(lengths)), key=lambda n: -lengths[n])):
+        row, place = divmod(i, ranks)
+        hands[place if row % 2 == 0 else ranks - 1 - place].append(number)
+    return [sorted(hand) for hand in hands]
+
+
+def share_of_rank(rollout: Rollout, rows: Tensor, rank: int, ranks: int) -> Tensor:
+    """The part of `rows` [n] that a rank replays: about as many tokens for each, and responses to a prompt together but
+    where a cut between two ranks falls. A rank may get none where there are few.
+
+    A response counts its own tokens and its part of its prompt's.
+    """
+    if ranks == 1:
+        return rows
+    prompts = rollout.prompt_index[rows]
+    order = prompts.argsort(stable=True)
+    cost = rollout.lengths[rows] + rollout.prompt_mask.sum(-1)[prompts] / prompts.bincount()[prompts]
+    cost = cost[order].double()
+    middle = cost.cumsum(0) - cost / 2
+    owner = (middle / cost.sum() * ranks).long().clamp_max(ranks - 1)
+    return rows[order[owner == rank]]

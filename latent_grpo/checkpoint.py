@@ -2,7 +2,8 @@
 
 A checkpoint is written beside its final name, flushed to the disk and renamed, so that a run killed at any moment
 leaves complete ones only. It is resumed only by the run that wrote it: same options, data and parameters, every file
-whole.
+whole. The optimizer's tensors are in a folder of safetensors to which every rank writes its part; any number of ranks
+resumes.
 """
 
 from __future__ import annotations
@@ -26,20 +27,25 @@ from transformers.utils import logging as transformers_logging
 
 from latent_grpo.adapters import has_adapters, merged_model, read_adapters
 from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.distributed import gather, on_rank_zero, rank, world_size
 from latent_grpo.files import flush
 from latent_grpo.model import first_line, load_model
 from latent_grpo.optim import Updater
+from latent_grpo.sharding import assign, refresh
+from latent_grpo.shards import read_shards, write_shards
 
-STATE_FILE, TENSOR_FILE = "trainer_state.json", "trainer_state.pt"
+STATE_FILE, TENSOR_FILE, SHARDS = "trainer_state.json", "trainer_state.pt", "optimizer"
 FINGERPRINT_ROWS = 1000
 
-# Options that do not reach the parameters, or whose effect is compared as such: the rows, and the length of a schedule.
+# Options that do not reach the parameters, or whose effect is compared as such: the rows, the length of a schedule, the
+# size of an update.
 FREE_OPTIONS = frozenset(
     {
         "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
         "project", "run_name", "log_table", "log_completions", "num_completions_to_print", "device",
         "max_steps", "num_train_epochs",
         "dataset", "dataset_split", "prompt_column", "answer_column", "chain_column", "limit",
+        "per_device_train_batch_size", "gradient_accumulation_steps",
     }
 )  # fmt: skip
 
@@ -47,16 +53,16 @@ FREE_OPTIONS = frozenset(
 class Checkpoints:
     """Writes and resumes the checkpoints of one run in `args.output_dir`.
 
-    kind: name of the training phase, which its checkpoints carry. rows: the training data. total_steps: of the
-    schedule.
+    kind: name of the training phase, which its checkpoints carry. whole: what `shard` made of the model. rows: the
+    training data. total_steps: of the schedule. All ranks call its methods.
     """
 
     def __init__(
-        self, kind: str, args: RunOptions, model: Any, tokenizer: Any, updater: Updater, rows: Sequence[Any],
-        total_steps: int,
+        self, kind: str, args: RunOptions, model: Any, whole: Any, tokenizer: Any, updater: Updater,
+        rows: Sequence[Any], total_steps: int,
     ) -> None:  # fmt: skip
-        self.kind, self.args, self.model, self.tokenizer, self.updater = kind, args, model, tokenizer, updater
-        self.rows, self.total_steps = rows, total_steps
+        self.kind, self.args, self.model, self.whole, self.tokenizer = kind, args, model, whole, tokenizer
+        self.updater, self.rows, self.total_steps = updater, rows, total_steps
         self.output_dir = Path(args.output_dir)
 
     def save(self, step: int, position: dict[str, Any], history: list[dict[str, Any]]) -> Path:
@@ -65,25 +71,35 @@ class Checkpoints:
         position: where the trainer stands in its data and streams (numbers, lists, tensors). history: metrics so far.
         """
         final, partial = self.output_dir / f"checkpoint-{step}", self.output_dir / f".checkpoint-{step}.partial"
-        for leftover in self.output_dir.glob(".checkpoint-*"):  # of a killed run
+        on_rank_zero(lambda: self.clear(partial))
+        write_shards(partial / SHARDS, self.updater.tensors())
+        refresh(self.whole, self.model)
+        tensors = {"updater": self.updater.state_dict(), "random": gather([random_state()]), "position": position}
+        on_rank_zero(lambda: self.finish(final, partial, tensors, {"step": step, "log_history": history}))
+        return final
+
+    def clear(self, partial: Path) -> None:
+        """An empty folder for a new checkpoint, and none of a killed run's."""
+        for leftover in self.output_dir.glob(".checkpoint-*"):
             shutil.rmtree(leftover)
-        write_model(partial, self.model, self.tokenizer)
-        tensors = {"updater": self.updater.state_dict(), "random": random_state(), "position": position}
+        partial.mkdir(parents=True)
+
+    def finish(self, final: Path, partial: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write what rank 0 writes, and give the checkpoint its name once it is on the disk."""
+        write_model(partial, self.whole, self.tokenizer)
         torch.save(tensors, partial / TENSOR_FILE)
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        state = {"step": step, **self.identity(), "files": files, "log_history": history}
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=1))
-        for path in (*partial.iterdir(), partial):
+        files = {str(path.relative_to(partial)): path.stat().st_size for path in files_in(partial)}
+        (partial / STATE_FILE).write_text(json.dumps({**state, **self.identity(), "files": files}, indent=1))
+        for path in (*files_in(partial), partial / SHARDS, partial):
             flush(path)
         if final.exists():
             discard(final)
         os.replace(partial, final)
         flush(self.output_dir)
         if self.args.save_total_limit is not None:
-            older = [folder for folder in checkpoints_in(self.output_dir) if step_of(folder) <= step]
+            older = [folder for folder in checkpoints_in(self.output_dir) if step_of(folder) <= state["step"]]
             for folder in older[: -self.args.save_total_limit]:
                 discard(folder)
-        return final
 
     def resume(self, choice: str | bool) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
         """Model, optimizer, schedule and random streams as they were; the step, `position` and `history` of `save`.
@@ -101,12 +117,14 @@ class Checkpoints:
         try:
             tensors = torch.load(folder / TENSOR_FILE, weights_only=True, map_location="cpu")
             read_model(folder, self.model)
-            self.updater.load_state_dict(tensors["updater"])
+            self.updater.load(tensors["updater"], read_shards(folder / SHARDS, self.updater.empty))
         except Exception as error:
             raise ConfigError(
                 f"checkpoint {str(folder)!r} cannot be read ({first_line(error)}); choose another"
             ) from error
-        set_random_state(tensors["random"])
+        refresh(self.whole, self.model)
+        if rank() < len(tensors["random"]):  # beyond that a rank keeps the streams that it starts with
+            set_random_state(tensors["random"][rank()])
         return state["step"], tensors["position"], state["log_history"]
 
     def identity(self) -> dict[str, Any]:
@@ -114,6 +132,7 @@ class Checkpoints:
         values = {
             "kind": self.kind,
             "options": asdict(self.args),
+            "update_size": self.args.update_size(world_size()),
             "total_steps": self.total_steps,
             "data": fingerprint(self.rows),
             "parameters": {name: list(p.shape) for name, p in self.model.named_parameters()},
@@ -132,6 +151,11 @@ class Checkpoints:
                 raise ConfigError(
                     f"{where} was written with {name} {saved[name]!r}, this run has {given[name]!r}; {remedy}"
                 )
+        if state["update_size"] != own["update_size"]:
+            raise ConfigError(
+                f"{where} was written with updates of {state['update_size']} (per_device_train_batch_size times "
+                f"gradient_accumulation_steps times processes), this run has {own['update_size']}; {remedy}"
+            )
         if state["total_steps"] != own["total_steps"] and not self.args.lr_scheduler_type.startswith("constant"):
             steps = f"{state['total_steps']} steps, this one goes over {own['total_steps']}"
             raise ConfigError(f"{where}: its {self.args.lr_scheduler_type} schedule went over {steps}; {remedy}")
@@ -156,12 +180,18 @@ def read_model(folder: Path, model: Any) -> None:
         read_adapters(folder, model)
         return
     dtype = str(model.dtype).removeprefix("torch.")
-    model.load_state_dict(load_model(str(folder), dtype, str(model.device)).state_dict())
+    saved = dict(load_model(str(folder), dtype, str(model.device)).named_parameters())
+    for name, parameter in model.named_parameters():
+        assign(parameter, saved[name])
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """`write_model`, adapters merged, into a folder that holds other files too; the weights come last, and each file
-    whole."""
+    """`write_model` on rank 0, adapters merged, into a folder that holds other files too; the weights come last, and
+    each file whole."""
+    on_rank_zero(lambda: _save_model(folder, model, tokenizer))
+
+
+def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     model = merged_model(model) if has_adapters(model) else model
     partial = folder / ".model.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -171,6 +201,11 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
         os.replace(path, folder / path.name)
     partial.rmdir()
     flush(folder)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files below a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def discard(folder: Path) -> None:

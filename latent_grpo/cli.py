@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work split over the ranks."
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,31 +90,39 @@ def require_given(prog: str, **values: Any) -> None:
 def command_sft(prog: str, argv: Sequence[str]) -> int:
     """Latent-SFT warm start."""
     from latent_grpo.config import LatentSFTConfig
+    from latent_grpo.distributed import process_group, rank
     from latent_grpo.model import load_model, load_tokenizer
     from latent_grpo.sft import LatentSFTTrainer
 
-    args = parse_config(prog, LatentSFTConfig, "Latent-SFT: the warm start that creates the latent manifold.", argv)
+    about = f"Latent-SFT: the warm start that creates the latent manifold. {SEVERAL_PROCESSES}"
+    args = parse_config(prog, LatentSFTConfig, about, argv)
     require_given(prog, model_name_or_path=args.model_name_or_path, dataset=args.dataset)
     rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    model = load_model(args.model_name_or_path, args.dtype, args.device)
-    values = LatentSFTTrainer(model, args, rows, tokenizer).train()
-    print(f"saved {args.output_dir} (loss {values['loss']:.4f})")
+    with process_group():
+        model = load_model(args.model_name_or_path, args.dtype, args.device)
+        values = LatentSFTTrainer(model, args, rows, tokenizer).train()
+        if rank() == 0:
+            print(f"saved {args.output_dir} (loss {values['loss']:.4f})")
     return 0
 
 
 def command_train(prog: str, argv: Sequence[str]) -> int:
     """Latent-GRPO, or text GRPO with --latent False."""
     from latent_grpo.config import LatentGRPOConfig
+    from latent_grpo.distributed import process_group, rank
     from latent_grpo.trainer import LatentGRPOTrainer
 
-    args = parse_config(prog, LatentGRPOConfig, "Latent-GRPO (arXiv 2604.27998); text GRPO with --latent False.", argv)
+    about = f"Latent-GRPO (arXiv 2604.27998); text GRPO with --latent False. {SEVERAL_PROCESSES}"
+    args = parse_config(prog, LatentGRPOConfig, about, argv)
     require_given(prog, model_name_or_path=args.model_name_or_path, dataset=args.dataset)
     rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
     evaluation = load_dataset_rows(args, args.eval_dataset, "test", args.eval_limit) if args.eval_dataset else None
-    trainer = LatentGRPOTrainer(args.model_name_or_path, None, args, rows, evaluation)
-    values = trainer.train()
-    print(f"saved {args.output_dir} (reward {values.get('reward', float('nan')):.3f})")
+    with process_group():
+        trainer = LatentGRPOTrainer(args.model_name_or_path, None, args, rows, evaluation)
+        values = trainer.train()
+        if rank() == 0:
+            print(f"saved {args.output_dir} (reward {values.get('reward', float('nan')):.3f})")
     return 0
 
 

@@ -121,8 +121,8 @@ class RunOptions:
     adam_beta1: float = option(0.9, "AdamW beta1.")
     adam_beta2: float = option(0.999, "AdamW beta2.")
     max_grad_norm: float = option(1.0, "Gradient clipping norm; 0 is none.")
-    per_device_train_batch_size: int = option(32, "Responses in one forward and backward pass.")
-    gradient_accumulation_steps: int = option(1, "Such passes an optimizer step.")
+    per_device_train_batch_size: int = option(32, "Responses in one forward and backward pass of a process.")
+    gradient_accumulation_steps: int = option(1, "Such passes an optimizer step, in every process.")
     max_steps: int = option(-1, "Steps; -1 goes by num_train_epochs.")
     num_train_epochs: float = option(1.0, "Passes over the data where max_steps is -1.")
     max_prompt_length: int | None = option(None, "Longest prompt in tokens; a longer one is an error.")
@@ -137,6 +137,10 @@ class RunOptions:
     report_to: list[str] = option([], "Extra sinks of metrics: tensorboard, wandb, trackio.")
     project: str = option("latent-grpo", "Project name in wandb and trackio.")
     run_name: str | None = option(None, "Name of the run in wandb and trackio; default: output_dir's.")
+
+    def update_size(self, processes: int) -> int:
+        """Responses (of `sft`, examples) an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
 
     def check_run(self) -> None:
         """Raise ConfigError for the first option out of range."""
@@ -166,7 +170,7 @@ class LatentSFTConfig(RunOptions, DataOptions, ModelOptions):
     def __post_init__(self) -> None:
         self.check_run()
         self.check_model()
-        require(self.compression >= 1, "compression", self.compression, "give 1 or more")
+        require(1 <= self.compression <= 4096, "compression", self.compression, "give 1 to 4096 tokens")
         require(self.gumbel_scale >= 0, "gumbel_scale", self.gumbel_scale, "give 0 or more")
         require("{answer}" in self.answer_template, "answer_template", self.answer_template, "it must hold {answer}")
 

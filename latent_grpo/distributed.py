@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from latent_grpo.config import ConfigError
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -23,17 +29,23 @@ def world_size() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The process group of torchrun's environment, over nccl and a GPU a rank where there are GPUs, else gloo.
+    """The process group of torchrun's environment: nccl between GPUs, one a rank, and gloo between CPUs.
 
-    Nothing outside torchrun, and where a group exists already.
+    Nothing outside torchrun, and where a group exists already. Rank 0 alone warns: the others would say the same.
+    Raises ConfigError where a node has more processes than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if gpus:
+        if local_rank >= gpus:
+            local = os.environ.get("LOCAL_WORLD_SIZE", "?")
+            raise ConfigError(f"torchrun started {local} processes on a node with {gpus} GPUs; give one a GPU")
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    if rank():
+        warnings.simplefilter("ignore")
     try:
         yield
     finally:
@@ -41,9 +53,43 @@ def process_group() -> Iterator[None]:
 
 
 def gather(values: list[Any]) -> list[Any]:
-    """The lists of all ranks one after another, on every rank. The entries must pickle; they are small records."""
+    """The lists of all ranks one after another, on every rank. The entries must pickle; tensors in them belong on the
+    CPU."""
     if world_size() == 1:
         return values
     parts: list[list[Any]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]
+
+
+def add_up(values: Tensor) -> Tensor:
+    """The sum over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' values."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def on_rank_zero(function: Callable[[], Result]) -> Result:
+    """What `function` returns on rank 0, which alone calls it; the others wait. Its ConfigError is everyone's."""
+    if world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except ConfigError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ConfigError(outcome[1])
+    result: Result = outcome[0]
+    return result

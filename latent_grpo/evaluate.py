@@ -103,7 +103,7 @@ def evaluate(
     records: list[dict[str, Any]] = []
     mine = range(rank(), len(rows), world_size())
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    with progress_bar(label, len(batches), shown=show_progress and rank() == 0) as bar:
+    with progress_bar(label, len(batches), shown=show_progress) as bar:
         for numbers in batches:
             batch = [rows[i] for i in numbers]
             prompts = encode_prompts(tokenizer, [row["prompt"] for row in batch], model.device)

@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 from latent_grpo.config import LatentGRPOConfig
 from latent_grpo.model import body, embedding_table, lm_head, positions
+from latent_grpo.recompute import recomputed
 from latent_grpo.rollout import Rollout
-from latent_kernels import latent_logprob, mix_embeddings
+from latent_kernels import PolicyStats, fused_policy_loss, latent_logprob, mix_embeddings
 
 AGGREGATIONS = {
     "dapo": "token-mean", "bnpo": "token-mean", "cispo": "token-mean", "grpo": "seq-mean-token-mean",
@@ -72,6 +73,19 @@ def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
         clip_low=1.0 if cispo else args.epsilon, clip_high=high - 1.0 if cispo else high,
         ratio="sequence" if args.loss_type == "gspo" else args.importance_sampling_level,
         kl_coef=args.beta, kl_estimator=args.kl_estimator, entropy_coef=args.entropy_coef,
+    )  # fmt: skip
+
+
+def update_loss(
+    model: Any, rollout: Rollout, old_logprob: Tensor, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
+    args: LatentGRPOConfig,
+) -> tuple[Tensor, PolicyStats]:  # fmt: skip
+    """The policy loss of a rollout replayed with gradients; all but the rollout is [R, T]."""
+    with recomputed(model, args.gradient_checkpointing):
+        hidden = replay(model, rollout)
+    return fused_policy_loss(
+        hidden, lm_head(model), rollout.ids, rollout.scores, old_logprob, advantages, mask, ref_logprob=ref_logprob,
+        **loss_options(args),
     )  # fmt: skip
 
 

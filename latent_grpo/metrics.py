@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from latent_grpo.alarms import Alarms
 from latent_grpo.checkpoint import checkpoints_in
 from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.distributed import on_rank_zero, rank
 from latent_grpo.files import write_whole
 from latent_grpo.trackers import open_trackers
 
@@ -42,37 +43,44 @@ LINES_A_HEADING = 20
 
 
 class Metrics:
-    """Writes the figures of every logged step to `output_dir/metrics.jsonl`, the terminal and the trackers.
+    """Writes the figures of every logged step to `output_dir/metrics.jsonl`, the terminal and the trackers; rank 0
+    alone.
 
     history: the lines of a resumed run up to its checkpoint, which replace what the file holds; None starts a new run.
     Raises ConfigError where a new run would write into a folder that holds a run or a model.
     """
 
     def __init__(self, args: RunOptions, history: list[dict[str, Any]] | None = None) -> None:
-        folder, path = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
-        begun = path.is_file() and path.stat().st_size > 0
-        if history is None and (begun or checkpoints_in(folder)):
-            raise ConfigError(f"output_dir {str(folder)!r} already holds a run; resume it or choose another folder")
-        if history is None and any(folder.glob("*.safetensors")):
-            raise ConfigError(f"output_dir {str(folder)!r} already holds a model; choose another folder")
         self.history = list(history or [])
         self.alarms = Alarms()
         for values in self.history:
             self.alarms.update(values)
+        self.show = args.log_table
+        self.lines = 0
+        on_rank_zero(lambda: self.open(args, resumed=history is not None))
+
+    def open(self, args: RunOptions, resumed: bool) -> None:
+        """Open the sinks."""
+        folder, path = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
+        begun = path.is_file() and path.stat().st_size > 0
+        if not resumed and (begun or checkpoints_in(folder)):
+            raise ConfigError(f"output_dir {str(folder)!r} already holds a run; resume it or choose another folder")
+        if not resumed and any(folder.glob("*.safetensors")):
+            raise ConfigError(f"output_dir {str(folder)!r} already holds a model; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.trackers = open_trackers(args, None if history is None else last_step(history))
-            if history is not None:
-                write_whole(path, "".join(map(json_line, history)))
+            self.trackers = open_trackers(args, last_step(self.history) if resumed else None)
+            if resumed:
+                write_whole(path, "".join(map(json_line, self.history)))
             self.file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write to output_dir {str(folder)!r}: {error.strerror}") from error
-        self.show = args.log_table
-        self.lines = 0
 
     def write(self, values: dict[str, Any]) -> None:
         """The figures of a step: a JSON line, flushed, so that a killed run keeps it; a line of the table; trackers."""
         self.history.append(values)
+        if rank():
+            return
         self.file.write(json_line(values))
         self.file.flush()
         if self.show:
@@ -92,6 +100,8 @@ class Metrics:
 
     def close(self) -> None:
         """Close the sinks."""
+        if rank():
+            return
         self.file.close()
         for tracker in self.trackers:
             tracker.close()
@@ -148,5 +158,5 @@ def progress_bar(label: str, total: int, done: int = 0, *, shown: bool = True) -
         TextColumn(label), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
-    with Progress(*columns, console=CONSOLE, disable=not shown) as progress:
+    with Progress(*columns, console=CONSOLE, disable=not shown or rank() > 0) as progress:
         yield Bar(progress, total, done)

@@ -1,4 +1,7 @@
-"""One optimizer step as both trainers take it: clipping, skipping of non-finite gradients, the schedule."""
+"""One optimizer step as both trainers take it: clipping, skipping of non-finite gradients, the schedule.
+
+Of a sharded model a rank updates its part; clipping goes by the norm of the whole gradient.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ from transformers import get_scheduler
 
 from latent_grpo.adapters import has_adapters
 from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.distributed import world_size
 from latent_grpo.model import embedding_table
+from latent_grpo.sharding import full_tensor
+
+MASTER = "master"  # prefix of the float32 copies in a checkpoint
 
 
 class Updater:
@@ -26,7 +33,8 @@ class Updater:
             model.requires_grad_(True)
             if freeze_embeddings:
                 embedding_table(model).requires_grad_(False)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
         if not self.parameters:
             raise ConfigError("the model has adapters that are not trainable; merge them, or resume their own run")
         self.masters = [master(p) if args.master_weights else p for p in self.parameters]
@@ -44,8 +52,9 @@ class Updater:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` to those of the micro-batches before it."""
-        loss.backward()
+        """Add the gradients of `loss` to those of the micro-batches before it; over ranks, of the sum of theirs."""
+        # A sharded model averages the ranks' gradients.
+        (loss * world_size()).backward()
         for parameter, copy in self.copies():
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
@@ -55,7 +64,7 @@ class Updater:
     def step(self) -> float:
         """Clip, update and clear the gradients; their norm before clipping. Not finite: no update, a warning, a
         count."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)))
         if math.isfinite(norm):
             self.optimizer.step()
             self.write_back()
@@ -76,22 +85,58 @@ class Updater:
         for parameter, copy in self.copies():
             parameter.copy_(copy)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Float32 copies and the optimizer's tensors as `master.NAME`, `exp_avg.NAME`, ...: for a checkpoint, a rank's
+        part of each."""
+        found = {f"{MASTER}.{name}": m.detach() for name, m, p in self.trained() if m is not p}
+        for name, copy, _ in self.trained():
+            state = self.optimizer.state.get(copy, {})
+            found |= {f"{key}.{name}": value for key, value in state.items() if _is_large(value)}
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
+        """The rest of the state: small, and the same on every rank."""
+        small = {
+            name: {key: value for key, value in self.optimizer.state.get(copy, {}).items() if not _is_large(value)}
+            for name, copy, _ in self.trained()
+        }
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {
-            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "skipped": self.skipped, "masters": [copy.detach() for _, copy in self.copies()],
+            "state": small, "groups": groups, "scheduler": self.scheduler.state_dict(), "skipped": self.skipped,
         }  # fmt: skip
 
+    def empty(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What a tensor of `tensors` is read into: of a parameter's shape it is sharded as that is."""
+        parameter = self.masters[self.names.index(name.partition(".")[2])]
+        if parameter.shape == size:
+            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.zeros(size, dtype=dtype, device=parameter.device)
+
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict` and `tensors`."""
+        values = {name: dict(state["state"][name]) for name in self.names}
+        for full, value in tensors.items():
+            key, _, name = full.partition(".")
+            values[name][key] = value
+        for name, copy, parameter in self.trained():
+            if copy is not parameter:
+                copy.copy_(values[name].pop(MASTER))
+            if values[name]:
+                self.optimizer.state[copy] = values[name]
+        for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
+            group.update(saved)
         self.scheduler.load_state_dict(state["scheduler"])
         self.skipped = state["skipped"]
-        for (_, copy), saved in zip(self.copies(), state["masters"], strict=True):
-            copy.copy_(saved)
         self.write_back()
+
+    def trained(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, what the optimizer updates, parameter)."""
+        return list(zip(self.names, self.masters, self.parameters, strict=True))
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def master(parameter: Tensor) -> Tensor:
@@ -108,6 +153,8 @@ def make_optimizer(parameters: list[Tensor], args: RunOptions) -> Any:
     )
     if args.optim == "adamw_torch":
         return torch.optim.AdamW(parameters, **options)
+    if world_size() > 1:
+        raise ConfigError(f"optim is {args.optim!r}: several processes shard the optimizer; use adamw_torch")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

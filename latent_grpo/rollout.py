@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,6 +42,11 @@ class Rollout:
             prompt_ids=self.prompt_ids[prompts, left:], prompt_mask=prompt_mask[:, left:], prompt_index=index,
             finished=self.finished[rows], tau=self.tau, **part,
         )  # fmt: skip
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "tau"}
+        return Rollout(**moved, tau=self.tau)
 
     @property
     def latent_steps(self) -> Tensor:

@@ -19,15 +19,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 
 from latent_grpo.adapters import add_adapters
+from latent_grpo.batching import deal
 from latent_grpo.checkpoint import Checkpoints, graceful_interrupt, save_model
 from latent_grpo.config import LatentSFTConfig
 from latent_grpo.data import DataError
+from latent_grpo.distributed import add_up, largest, rank, world_size
 from latent_grpo.metrics import Metrics, progress_bar
 from latent_grpo.model import body, embedding_table, end_marker_ids, lm_head, positions, prompt_ids
 from latent_grpo.optim import Updater
 from latent_grpo.recompute import recomputed
+from latent_grpo.sharding import in_step, inside, refresh, shard
+from latent_kernels import philox_uniform
 
 LOSS_CHUNK = 1024  # rows of logits alive at a time
+MOST_COMPONENTS = 2**12  # of a latent target
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Example:
 
     prompt: list[int]
     response: list[list[int]]
+    number: int = 0  # of its row in the data, which names its noise
 
 
 @dataclass
@@ -46,17 +52,19 @@ class SFTBatch:
     weights: Tensor  # [B, L, C], 0 where unused
     mask: Tensor  # [B, L]
     response: Tensor  # [B, L] bool, elements that carry a loss
+    numbers: Tensor  # [B] of the examples
 
 
-def build_example(tokenizer: Any, row: Any, args: LatentSFTConfig, marker: list[int]) -> Example:
+def build_example(tokenizer: Any, row: Any, args: LatentSFTConfig, marker: list[int], number: int) -> Example:
     """Tokens of a row with prompt, chain and answer."""
     chain = tokenizer(row["chain"], add_special_tokens=False)["input_ids"]
     width = args.compression if args.latent else 1
     latents = [chain[i : i + width] for i in range(0, len(chain), width)]
     answer = tokenizer(args.answer_template.format(answer=row["answer"]), add_special_tokens=False)["input_ids"]
     return Example(
-        prompt_ids(tokenizer, row["prompt"]), latents + [[i] for i in [*marker, *answer, tokenizer.eos_token_id]]
-    )
+        prompt_ids(tokenizer, row["prompt"]), latents + [[i] for i in [*marker, *answer, tokenizer.eos_token_id]],
+        number,
+    )  # fmt: skip
 
 
 def build_examples(tokenizer: Any, rows: Sequence[Any], args: LatentSFTConfig) -> list[Example]:
@@ -68,7 +76,7 @@ def build_examples(tokenizer: Any, rows: Sequence[Any], args: LatentSFTConfig) -
             raise DataError(
                 f"row {number} has no chain of thought; Latent-SFT needs one, name its column with --chain_column"
             )
-        example = build_example(tokenizer, row, args, marker)
+        example = build_example(tokenizer, row, args, marker, number)
         fits_prompt = args.max_prompt_length is None or len(example.prompt) <= args.max_prompt_length
         if fits_prompt and len(example.response) <= args.max_completion_length:
             examples.append(example)
@@ -95,19 +103,33 @@ def collate(examples: Sequence[Example], device: torch.device) -> SFTBatch:
     weight = torch.tensor(weights, dtype=torch.float32)
     mask = weight.sum(-1) > 0
     response = mask & (torch.arange(left + right) >= left)
-    return SFTBatch(*(x.to(device) for x in (torch.tensor(ids), weight, mask.long(), response)))
+    numbers = torch.tensor([example.number for example in examples])
+    return SFTBatch(*(x.to(device) for x in (torch.tensor(ids), weight, mask.long(), response, numbers)))
 
 
-def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float, generator: torch.Generator) -> Tensor:
+def input_mixtures(
+    batch: SFTBatch, table: Tensor, gumbel_scale: float = 0.0, seed: int = 0, step: int = 0
+) -> Tensor:  # fmt: skip
     """Input embeddings [B, L, D]: mixtures of the targets, Gumbel-perturbed on latent elements where asked."""
     weights = batch.weights
     if gumbel_scale > 0:
-        draws = torch.empty(weights.shape).exponential_(generator=generator).to(weights.device)
-        noise = (-draws.log()).clamp(-1.5, 3.0) * gumbel_scale
+        noise = gumbel_noise(batch, seed, step) * gumbel_scale
         perturbed = (weights.log() + noise).nan_to_num(neginf=-torch.inf).softmax(-1).nan_to_num(0.0)
         weights = torch.where((weights > 0).sum(-1, keepdim=True) > 1, perturbed, weights)
     # F.embedding and not indexing: its gradient adds up in one order, whatever the number of threads.
     return (weights.unsqueeze(-1) * F.embedding(batch.ids, table).float()).sum(2).to(table.dtype)
+
+
+def gumbel_noise(batch: SFTBatch, seed: int, step: int) -> Tensor:
+    """Clamped Gumbel noise of every component [B, L, C] float32: a function of (seed, step, example, place, component),
+    so that it does not depend on the batch around an example."""
+    _, elements, components = batch.ids.shape
+    start = elements - int(batch.response.sum(-1).max())  # of the responses, which all start there
+    place = (torch.arange(elements, device=batch.ids.device) - start).clamp_min(0)
+    within = place.unsqueeze(-1) * MOST_COMPONENTS + torch.arange(components, device=place.device)
+    streams = batch.numbers.view(-1, 1, 1) * 2**32 + within
+    draws = philox_uniform(streams.flatten(), seed=seed, step=step).view(streams.shape)
+    return -torch.log(-torch.log(draws)).clamp(-1.5, 3.0).float()
 
 
 def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -128,14 +150,14 @@ def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> T
     return torch.stack([checkpoint(rows, h, i, w, use_reentrant=False) for h, i, w in parts]).sum()
 
 
-def forward(
-    model: Any, batch: SFTBatch, gumbel_scale: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, ids and weights of the response elements [N, ...], each predicted from what stands before it."""
-    embeds = input_mixtures(batch, embedding_table(model), gumbel_scale, generator)
-    hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
+def batch_loss(model: Any, batch: SFTBatch, args: LatentSFTConfig, step: int) -> Tensor:
+    """Sum of the losses of the batch's response elements, each predicted from what stands before it. 0-d float32."""
+    embeds = input_mixtures(batch, embedding_table(model), args.gumbel_scale, args.seed, step)
+    with recomputed(model, args.gradient_checkpointing):
+        hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
     carried = batch.response[:, 1:]
-    return hidden[carried], batch.ids[:, 1:][carried], batch.weights[:, 1:][carried]
+    ids, weights = batch.ids[:, 1:][carried], batch.weights[:, 1:][carried]
+    return target_loss(hidden[carried], lm_head(model), ids, weights)
 
 
 class LatentSFTTrainer:
@@ -146,15 +168,17 @@ class LatentSFTTrainer:
         self.model, self.args, self.tokenizer = model, args, processing_class
         self.output_dir = Path(args.output_dir)
         self.examples = build_examples(processing_class, train_dataset, args)
-        self.batch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.batch_rows = args.update_size(world_size())
         epochs = round(args.num_train_epochs * len(self.examples) / self.batch_rows)
         self.total_steps = args.max_steps if args.max_steps > 0 else max(1, epochs)
         if args.use_peft:
             add_adapters(model, args)
+        self.whole = shard(model, sampling=False)
         self.updater = Updater(model, args, self.total_steps, args.freeze_embeddings)
         self.checkpoints = Checkpoints(
-            "sft", args, model, processing_class, self.updater, train_dataset, self.total_steps
+            "sft", args, model, self.whole, processing_class, self.updater, train_dataset, self.total_steps
         )
+        set_seed(args.seed + rank())  # dropout draws
         self.generator = torch.Generator().manual_seed(args.seed)
         self.queue: list[int] = []  # indices of the examples that come next
         self.step = 0
@@ -175,12 +199,14 @@ class LatentSFTTrainer:
                 if self.step % args.logging_steps == 0:
                     self.metrics.write({"phase": "sft", "step": self.step, **values})
                 bar.advance(f"loss {values['loss']:.3f}")
-                if interrupt.requested or (args.save_steps and self.step % args.save_steps == 0):
+                stop = bool(largest(interrupt.requested))
+                if stop or (args.save_steps and self.step % args.save_steps == 0):
                     self.save()
-                if interrupt.requested:
+                if stop:
                     raise KeyboardInterrupt
         self.metrics.close()
-        save_model(self.output_dir, self.model, self.tokenizer)
+        refresh(self.whole, self.model)
+        save_model(self.output_dir, self.whole, self.tokenizer)
         return values
 
     def save(self) -> Path:
@@ -204,19 +230,19 @@ class LatentSFTTrainer:
 
     def update(self, indices: list[int]) -> dict[str, float]:
         """One optimizer step over the examples of `indices`."""
-        args = self.args
+        args, size = self.args, self.args.per_device_train_batch_size
         chosen = [self.examples[i] for i in indices]
         elements = sum(len(e.response) for e in chosen)
-        total = 0.0
-        for start in range(0, len(chosen), args.per_device_train_batch_size):
-            batch = collate(chosen[start : start + args.per_device_train_batch_size], self.model.device)
-            with recomputed(self.model, args.gradient_checkpointing):
-                hidden, ids, weights = forward(self.model, batch, args.gumbel_scale, self.generator)
-            loss = target_loss(hidden, lm_head(self.model), ids, weights) / elements
+        hand = deal([len(e.prompt) + len(e.response) for e in chosen], world_size())[rank()]
+        parts = [[chosen[i] for i in hand[start : start + size]] for start in range(0, len(hand), size)]
+        total = torch.zeros((), dtype=torch.float64)
+        for part, real in in_step(parts, chosen[:1], largest(len(parts))):
+            batch = collate(part, self.model.device)
+            loss = inside(self.model, batch_loss, self.model, batch, args, self.step) * (real / elements)
             self.updater.backward(loss)
             total += float(loss.detach())
         learning_rate = self.updater.learning_rate
-        return {"loss": total, "grad_norm": self.updater.step(), "learning_rate": learning_rate}
+        return {"loss": float(add_up(total)), "grad_norm": self.updater.step(), "learning_rate": learning_rate}
 
 
 @torch.no_grad()
@@ -227,7 +253,7 @@ def gold_chain_accuracy(model: Any, examples: Sequence[Example], batch_size: int
     for start in range(0, len(examples), batch_size):
         chosen = examples[start : start + batch_size]
         batch = collate(chosen, model.device)
-        embeds = input_mixtures(batch, embedding_table(model), 0.0, torch.Generator())
+        embeds = input_mixtures(batch, embedding_table(model))
         hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
         guess = F.linear(hidden, lm_head(model)).argmax(-1)
         text = batch.response[:, 1:] & ((batch.weights[:, 1:] > 0).sum(-1) == 1)

@@ -20,32 +20,29 @@ from torch import Tensor
 from transformers import set_seed
 
 from latent_grpo.adapters import add_adapters, without_adapters
-from latent_grpo.batching import micro_batches
-from latent_grpo.cache import rows_within
+from latent_grpo.batching import micro_batches, share_of_rank
 from latent_grpo.checkpoint import Checkpoints, graceful_interrupt, save_model
-from latent_grpo.completions import Samples, concatenate_samples, print_samples, reward_names, write_completions
+from latent_grpo.collection import WORD, Collector
+from latent_grpo.completions import Samples, print_samples, write_completions
 from latent_grpo.config import ConfigError, LatentGRPOConfig, require
+from latent_grpo.distributed import add_up, largest, rank, world_size
 from latent_grpo.evaluate import evaluate
-from latent_grpo.generation import generate_latent
 from latent_grpo.loss import (
     batch_std,
-    loss_options,
     mean_logprob,
-    replay,
     replay_logprob,
     response_mask,
     share_of_update,
     step_advantages,
+    update_loss,
 )
 from latent_grpo.metrics import Metrics, progress_bar
-from latent_grpo.model import encode_prompts, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
 from latent_grpo.optim import Updater
-from latent_grpo.recompute import recomputed
-from latent_grpo.reward import resolve_reward, score
-from latent_grpo.rollout import Rollout, concatenate, mixture_entropy, visible_text
-from latent_kernels import PolicyStats, fused_policy_loss, group_advantages
-
-WORD = 2**31
+from latent_grpo.reward import resolve_reward
+from latent_grpo.rollout import Rollout
+from latent_grpo.sharding import in_step, inside, refresh, shard
+from latent_kernels import PolicyStats, group_advantages
 
 
 @dataclass
@@ -103,23 +100,29 @@ class LatentGRPOTrainer:
             self.sampling.end_token_id = end_marker_ids(self.tokenizer, args.end_marker)[0]
             vocab = len(lm_head(self.model))
             require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
-        self.prompts_per_batch = args.generation_batch_size // args.num_generations
-        per_epoch = max(1, len(self.rows) // self.prompts_per_batch)
+        self.collector = Collector(args, self.sampling, self.rows, self.tokenizer, self.reward_funcs)
+        prompts = self.collector.prompts_per_batch
+        remedy = f"{world_size()} processes share its {prompts} prompts; give each one or more"
+        require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, remedy)
+        per_epoch = max(1, len(self.rows) // prompts)
         self.total_steps = args.max_steps if args.max_steps > 0 else max(1, round(per_epoch * args.num_train_epochs))
-        rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        updates = args.num_iterations * -(-args.generation_batch_size // rows_per_update)
+        self.update_size = args.update_size(world_size())
+        updates = args.num_iterations * -(-args.generation_batch_size // self.update_size)
         if args.use_peft:
             add_adapters(self.model, args)
+        # Samples and scores; the model itself where there is one process.
+        self.whole = shard(self.model, sampling=True)
         self.updater = Updater(self.model, args, self.total_steps * updates, args.freeze_embeddings)
-        self.reference = self.model if args.use_peft and args.beta > 0 else None  # with its adapters disabled
+        self.reference = self.whole if args.use_peft and args.beta > 0 else None  # with its adapters disabled
         if args.beta > 0 and not args.use_peft:
             self.reference = (
-                load_model(name, args.dtype, str(self.device)) if isinstance(model, str) else _frozen_copy(model)
+                load_model(name, args.dtype, str(self.device)) if isinstance(model, str) else _frozen_copy(self.whole)
             )
         self.checkpoints = Checkpoints(
-            "train", args, self.model, self.tokenizer, self.updater, self.rows, self.total_steps
+            "train", args, self.model, self.whole, self.tokenizer, self.updater, self.rows, self.total_steps
         )
-        self.step = self.prompts_seen = self.generations = 0
+        self.step = 0
+        set_seed(args.seed + rank())  # rewards may draw
         self.metrics: Metrics
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
@@ -140,105 +143,22 @@ class LatentGRPOTrainer:
                     self.metrics.write({"phase": "train", "step": self.step, **values})
                     self.log_completions(batch)
                 bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
-                if interrupt.requested or (args.save_steps and self.step % args.save_steps == 0):
+                stop = bool(largest(interrupt.requested))
+                if stop or (args.save_steps and self.step % args.save_steps == 0):
                     self.save()
-                if interrupt.requested:
+                if stop:
                     raise KeyboardInterrupt
         self.metrics.close()
-        save_model(self.output_dir, self.model, self.tokenizer)
+        save_model(self.output_dir, self.whole, self.tokenizer)
         return values
 
     def collect(self) -> tuple[Batch, dict[str, float]]:
-        """Sample until enough groups disagree in their rewards; old log-probs and advantages; metrics of the
-        rollout."""
-        args, started = self.args, time.perf_counter()
-        rollouts: list[Rollout] = []
-        rewards: list[Tensor] = []
-        kept_samples: list[Samples] = []
-        seen_rewards: list[Tensor] = []
-        kept_groups, seen_groups = 0, 0
-        for _ in range(args.max_generation_batches):
-            rollout, reward, samples = self.sample()
-            groups = reward.view(-1, args.num_generations)
-            keep = (groups != groups[:, :1]).any(-1) if args.group_filter else torch.ones(len(groups), dtype=torch.bool)
-            seen_groups, seen_rewards = seen_groups + len(groups), [*seen_rewards, reward]
-            keep[keep.cumsum(0) > self.prompts_per_batch - kept_groups] = False
-            kept_groups += int(keep.sum())
-            if keep.any():
-                index = keep.repeat_interleave(args.num_generations).nonzero().squeeze(-1)
-                rollouts.append(rollout.select(index.to(self.device)))
-                rewards.append(reward[index])
-                kept_samples.append(samples.select(index.tolist()))
-            if kept_groups >= self.prompts_per_batch or not args.group_filter:
-                break
-        else:
-            if args.max_generation_batches > 1:
-                warnings.warn(
-                    f"step {self.step + 1}: {kept_groups} of {self.prompts_per_batch} groups after "
-                    f"{args.max_generation_batches} rollouts; training on what there is", stacklevel=2,
-                )  # fmt: skip
-        sampled = time.perf_counter()
-        if not rollouts:  # every group agrees: an update of zero advantages
-            rollouts, rewards, kept_samples = [rollout], [reward], [samples]
-        everything, reward = concatenate(rollouts), torch.cat(rewards)
-        batch, gap = self.prepare(everything, reward.to(self.device))
-        batch.samples = concatenate_samples(kept_samples)
-        all_rewards = torch.cat(seen_rewards)
-        tokens = int(everything.mask.sum())
-        values = {
-            "reward": float(all_rewards.mean()),
-            "reward_std": float(all_rewards.view(-1, args.num_generations).std(-1).mean())
-            if args.num_generations > 1
-            else 0.0,
-            "groups_kept": kept_groups / seen_groups,
-            **rollout_metrics(everything),
-            **gap,
-            "time_rollout": sampled - started,
-            "time_old_logprob": time.perf_counter() - sampled,
-            "tokens_per_second": tokens / max(sampled - started, 1e-9),
-        }
-        return batch, values
-
-    def sample(self) -> tuple[Rollout, Tensor, Samples]:
-        """One rollout of the next prompts, its rewards [R] on the CPU, and its texts."""
-        args = self.args
-        rows = [self.rows[i] for i in self.next_prompts()]
-        prompts = [row["prompt"] for row in rows]
-        ids, mask = encode_prompts(self.tokenizer, prompts, self.device, args.max_prompt_length)
-        sampling = replace(self.sampling, seed=args.seed * WORD + self.generations)
-        self.generations += 1
-        max_rows = None
-        if args.rollout_memory is not None:
-            tokens = ids.shape[1] + args.max_completion_length
-            max_rows = rows_within(args.rollout_memory, self.model.config, self.model.dtype, tokens)
-        rollout = generate_latent(
-            self.model, ids, mask, sampling, num_generations=args.num_generations, max_rows=max_rows
-        )
-        texts = visible_text(self.tokenizer, rollout, args.end_marker)
-        repeated = [row for row in rows for _ in range(args.num_generations)]
-        columns: dict[str, Any] = {k: [row[k] for row in repeated] for k in rows[0] if k != "prompt"}
-        columns["completion_ids"] = [t[m].tolist() for t, m in zip(rollout.token, rollout.mask, strict=True)]
-        columns |= {name: getattr(args, name) for name in ("max_completion_length", "soft_punish_cache")}
-        completions: list[Any] = [
-            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for text, row in zip(texts, repeated, strict=True)
-        ]
-        scores = score(self.reward_funcs, args.reward_weights, [r["prompt"] for r in repeated], completions, columns)
-        named = dict(zip(reward_names(self.reward_funcs), scores.per_function, strict=True))
-        samples = Samples([r["prompt"] for r in repeated], texts, [r.get("answer") for r in repeated], named)
-        return rollout, torch.tensor(scores.total, dtype=torch.float32), samples
-
-    def next_prompts(self) -> list[int]:
-        """Indices of the next prompts: every epoch a new order, a function of (seed, epoch) alone."""
-        chosen: list[int] = []
-        for position in range(self.prompts_seen, self.prompts_seen + self.prompts_per_batch):
-            epoch, offset = divmod(position, len(self.rows))
-            if not chosen or offset == 0:
-                generator = torch.Generator().manual_seed(self.args.seed * WORD + epoch)
-                order = torch.randperm(len(self.rows), generator=generator).tolist()
-            chosen.append(order[offset])
-        self.prompts_seen += self.prompts_per_batch
-        return chosen
+        """A batch to learn from, and the metrics of its rollout."""
+        groups, values = self.collector.collect(self.whole, self.step + 1)
+        started = time.perf_counter()
+        batch, gap = self.prepare(groups.rollout, groups.rewards)
+        batch.samples = groups.samples
+        return batch, {**values, **gap, "time_old_logprob": time.perf_counter() - started}
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, rewards: Tensor) -> tuple[Batch, dict[str, float]]:
@@ -246,7 +166,7 @@ class LatentGRPOTrainer:
         args, gap = self.args, {}
         old = rollout.logprob
         if args.old_logprobs == "recompute":
-            old = self.logprobs(self.model, rollout)
+            old = self.logprobs(self.whole, rollout)
             gap["logprob_gap"] = float(((old - rollout.logprob).abs() * rollout.mask).sum() / rollout.mask.sum())
             self.check_gap(gap["logprob_gap"])
         group = torch.arange(len(rewards), device=self.device) // args.num_generations
@@ -267,12 +187,13 @@ class LatentGRPOTrainer:
         return Batch(rollout, group, rewards, old, reference, advantages), gap
 
     def logprobs(self, model: Any, rollout: Rollout) -> Tensor:
-        """Log-probs [R, T] under `model`, a micro-batch at a time."""
+        """Log-probs [R, T] under `model`, a micro-batch at a time, each rank its share of the rows."""
         out = torch.zeros_like(rollout.logprob)
-        for rows in self.micro_batches(rollout, torch.arange(len(out), device=out.device)):
+        mine = share_of_rank(rollout, torch.arange(len(out), device=out.device), rank(), world_size())
+        for rows in self.micro_batches(rollout, mine):
             part = replay_logprob(model, rollout.select(rows), self.args.temperature)
             out[rows, : part.shape[1]] = part
-        return out
+        return add_up(out)
 
     def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Rows that are replayed together."""
@@ -291,14 +212,13 @@ class LatentGRPOTrainer:
     def update(self, batch: Batch) -> dict[str, float]:
         """PPO epochs over the batch in mini-batches of whole groups; metrics of the updates."""
         args, started = self.args, time.perf_counter()
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sums: dict[str, float] = {}
         updates = 0
         for epoch in range(args.num_iterations):
             generator = torch.Generator().manual_seed((args.seed * WORD + self.step) * args.num_iterations + epoch)
             groups = torch.randperm(len(batch.rewards) // args.num_generations, generator=generator)
             order = (groups.unsqueeze(-1) * args.num_generations + torch.arange(args.num_generations)).flatten()
-            for mini in order.to(self.device).split(size):
+            for mini in order.to(self.device).split(self.update_size):
                 stats = self.accumulate(batch, mini)
                 if updates == 0 and args.old_logprobs == "rollout":
                     sums["logprob_gap"] = stats["abs_log_ratio"]
@@ -307,6 +227,7 @@ class LatentGRPOTrainer:
                 updates += 1
                 for name, value in stats.items():
                     sums[f"sum_{name}"] = sums.get(f"sum_{name}", 0.0) + value
+        refresh(self.whole, self.model)
         means = {name[4:]: value / updates for name, value in sums.items() if name.startswith("sum_")}
         for unused in ("abs_log_ratio", *(() if args.entropy_coef else ("entropy",))):
             means.pop(unused)
@@ -317,40 +238,40 @@ class LatentGRPOTrainer:
         }  # fmt: skip
 
     def accumulate(self, batch: Batch, rows: Tensor) -> dict[str, float]:
-        """Gradients of one mini-batch, a micro-batch at a time; its statistics."""
+        """Gradients of one mini-batch, each rank's of its share of the rows, a micro-batch at a time; its
+        statistics."""
         args = self.args
         carried = response_mask(batch.rollout, args.loss_on)
         total = carried[rows].sum()
-        sums = dict.fromkeys(("loss", *PolicyStats._fields), 0.0)
-        for part in self.micro_batches(batch.rollout, rows):
+        sums = torch.zeros(1 + len(PolicyStats._fields), dtype=torch.float64)
+        parts = self.micro_batches(batch.rollout, share_of_rank(batch.rollout, rows, rank(), world_size()))
+        for part, real in in_step(parts, rows[:1], largest(len(parts))):
             rollout = batch.rollout.select(part)
             steps = rollout.mask.shape[1]
-            mask = carried[part, :steps]
-            share = share_of_update(args, mask, total, len(part) / len(rows))
-            with recomputed(self.model, args.gradient_checkpointing):
-                hidden = replay(self.model, rollout)
-            loss, stats = fused_policy_loss(
-                hidden, lm_head(self.model), rollout.ids, rollout.scores,
-                batch.old_logprob[part, :steps], batch.advantages[part, :steps], mask,
-                ref_logprob=None if batch.ref_logprob is None else batch.ref_logprob[part, :steps],
-                **loss_options(args),
+            mask, responses = carried[part, :steps] & real, real * len(part) / len(rows)
+            loss, stats = inside(
+                self.model, update_loss, self.model, rollout, batch.old_logprob[part, :steps],
+                batch.advantages[part, :steps], mask,
+                None if batch.ref_logprob is None else batch.ref_logprob[part, :steps], args,
             )  # fmt: skip
-            self.updater.backward(loss * share)
-            weight = len(part) / len(rows)
-            sums["loss"] += float(loss.detach() * share)
-            for name, value in zip(PolicyStats._fields, stats, strict=True):
-                sums[name] += weight * float(torch.nan_to_num(value))
-        return sums
+            loss = loss * share_of_update(args, mask, total, responses)
+            self.updater.backward(loss)
+            sums[0] += float(loss.detach())
+            tokens = float(mask.sum() / total.clamp_min(1))
+            sums[1:] += tokens * torch.nan_to_num(torch.stack(stats)).double().cpu()
+        return dict(zip(("loss", *PolicyStats._fields), add_up(sums).tolist(), strict=True))
 
     def evaluate(self) -> dict[str, float]:
         """Pass@1 and lengths on the evaluation rows, noise-free."""
         if not self.eval_rows:
             return {}
-        result = evaluate(self.model, self.tokenizer, self.eval_rows, self.sampling, end_marker=self.args.end_marker)
+        result = evaluate(self.whole, self.tokenizer, self.eval_rows, self.sampling, end_marker=self.args.end_marker)
         return {f"eval_{name}": value for name, value in result.items() if isinstance(value, int | float)}
 
     def log_completions(self, batch: Batch) -> None:
-        """Print responses and write them to the Parquet log, as asked for."""
+        """Print responses and write them to the Parquet log, as asked for; rank 0 alone."""
+        if rank():
+            return
         assert batch.samples is not None
         print_samples(batch.samples, batch.rewards, self.args.num_completions_to_print)
         if self.args.log_completions:
@@ -361,26 +282,14 @@ class LatentGRPOTrainer:
 
     def save(self) -> Path:
         """Write `checkpoint-STEP`."""
-        position = {"prompts_seen": self.prompts_seen, "generations": self.generations}
+        position = {"prompts_seen": self.collector.prompts_seen, "generations": self.collector.generations}
         return self.checkpoints.save(self.step, position, self.metrics.history)
 
     def resume(self, choice: str | bool) -> list[dict[str, Any]]:
         """Go on from a checkpoint of this run; its metrics so far."""
         self.step, position, history = self.checkpoints.resume(choice)
-        self.prompts_seen, self.generations = position["prompts_seen"], position["generations"]
+        self.collector.prompts_seen, self.collector.generations = position["prompts_seen"], position["generations"]
         return history
-
-
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Lengths, shares and entropy of a rollout."""
-    lengths, latent = rollout.lengths.float(), rollout.latent_steps.float()
-    return {
-        "response_length": float(lengths.mean()),
-        "latent_length": float(latent.mean()),
-        "latent_share": float(latent.sum() / lengths.sum()),
-        "mixture_entropy": float(mixture_entropy(rollout).sum() / latent.sum().clamp_min(1)),
-        "truncated": float((~rollout.finished).float().mean()),
-    }
 
 
 def _frozen_copy(model: Any) -> Any:

@@ -132,14 +132,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
-    """A randomly initialised float32 Llama of 0.66 million parameters with tied embeddings.
+def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, tied: bool = True) -> LlamaForCausalLM:
+    """A randomly initialised float32 Llama of 0.66 million parameters, with tied embeddings unless told.
 
     The global random state of torch is left as it was.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=tied,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

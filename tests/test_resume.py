@@ -180,7 +180,7 @@ def test_a_checkpoint_with_a_damaged_state_is_refused(text, run):
         ({"seed": 1}, "written with seed 0, this run has 1"),
         ({"num_generations": 2}, "written with num_generations 4, this run has 2"),
         ({"tau": 0.5}, "written with tau 1.0, this run has 0.5"),
-        ({"per_device_train_batch_size": 4}, "written with per_device_train_batch_size 32, this run has 4"),
+        ({"per_device_train_batch_size": 4}, "written with updates of 32 .*, this run has 4"),
     ],
 )
 def test_a_checkpoint_of_other_options_is_refused(options, match, run):
@@ -274,7 +274,7 @@ def test_every_file_is_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, mo
         fsync(descriptor)
 
     def named(source, target):
-        assert {path.name for path in Path(source).iterdir()} | {Path(source).name} == set(synced)
+        assert {path.name for path in Path(source).rglob("*")} | {Path(source).name} == set(synced)
         rename(source, target)
         synced.append(f"renamed {Path(target).name}")
 

@@ -69,7 +69,8 @@ def test_micro_batches_by_tokens_give_the_gradient_of_the_whole_batch(tokenizer,
 def test_advantages_are_weighed_by_capped_importance(tokenizer, warm, tmp_path):
     options = dict(first_token="all", invalid="keep", per_device_train_batch_size=4)
     plain = grpo(tmp_path, tokenizer, even, warm, **options)
-    rollout, rewards, _ = plain.sample()
+    found = plain.collector.sample(plain.model)
+    rollout, rewards = found.rollout, found.rewards
     rollout.logprob[:, 0] += 0.5  # as a sampler of coarse precision would
     rollout.logprob[:, 1] -= 2.0
     with pytest.warns(UserWarning, match=r"over max_logprob_gap 0\.05"):
@@ -101,7 +102,7 @@ def test_a_memory_budget_bounds_the_rows_in_flight(tokenizer, warm, tmp_path, mo
     from latent_grpo import generation
 
     whole = grpo(tmp_path, tokenizer, even, warm)
-    wanted, _, _ = whole.sample()
+    wanted = whole.collector.sample(whole.model).rollout
     seen = []
     decoder_for = generation.decoder_for
     monkeypatch.setattr(generation, "decoder_for", lambda *args: seen.append(args[3]) or decoder_for(*args))
@@ -109,7 +110,7 @@ def test_a_memory_budget_bounds_the_rows_in_flight(tokenizer, warm, tmp_path, mo
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     tokens = wanted.prompt_ids.shape[1] + 8
     small = grpo(tmp_path, tokenizer, even, warm, rollout_memory=5.5 * token * tokens / 2**30)
-    found, _, _ = small.sample()
+    found = small.collector.sample(small.model).rollout
     assert seen == [5]
     assert torch.equal(found.ids, wanted.ids)
     with pytest.raises(ModelError, match="give more"):

@@ -112,7 +112,7 @@ def test_sft_targets_are_groups_of_chain_tokens(tokenizer):
     assert example.response == [[ids("3"), ids("7")], [ids("5")], [ids("</think>")], [ids("5")], [ids("<eos>")]]
     batch = collate([example], torch.device("cpu"))
     table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(0))
-    mixtures = input_mixtures(batch, table, 0.0, torch.Generator())
+    mixtures = input_mixtures(batch, table)
     start = len(example.prompt)
     torch.testing.assert_close(mixtures[0, start], (table[ids("3")] + table[ids("7")]) / 2)
     torch.testing.assert_close(mixtures[0, start + 1], table[ids("5")])
@@ -270,7 +270,7 @@ def test_options_of_the_loss_reach_the_operator(tokenizer, warm, tmp_path, monke
         return operator(*tensors, **given)
 
     trainer = grpo(tmp_path, tokenizer, even, warm, **options)
-    monkeypatch.setattr(sys.modules["latent_grpo.trainer"], "fused_policy_loss", record)
+    monkeypatch.setattr(sys.modules["latent_grpo.loss"], "fused_policy_loss", record)
     batch, _ = trainer.collect()
     trainer.accumulate(batch, torch.arange(16))
     assert {name: seen[0][name] for name in expected} == expected
@@ -303,7 +303,8 @@ def test_the_entropy_bonus_is_a_mean_over_text_tokens_as_the_loss_is(tokenizer, 
 @pytest.mark.parametrize("invalid", ["exclude", "zero", "keep"])
 def test_rewards_may_be_scaled_by_the_deviation_of_the_batch(tokenizer, warm, tmp_path, invalid):
     trainer = grpo(tmp_path, tokenizer, even, warm, scale_rewards="batch", invalid=invalid, first_token="all")
-    rollout, rewards, _ = trainer.sample()
+    found = trainer.collector.sample(trainer.whole)
+    rollout, rewards = found.rollout, found.rewards
     rollout.finished[::3] = False
     batch, _ = trainer.prepare(rollout, rewards)
     counted = rollout.finished if invalid == "exclude" else torch.ones(16, dtype=torch.bool)
@@ -326,7 +327,8 @@ def test_the_deviation_of_a_batch_with_one_reward_or_equal_ones_is_no_obstacle()
 
 def test_long_responses_are_punished_softly(tokenizer, warm, tmp_path):
     trainer = grpo(tmp_path, tokenizer, ["soft_overlong"], warm, soft_punish_cache=4)
-    rollout, rewards, _ = trainer.sample()
+    found = trainer.collector.sample(trainer.whole)
+    rollout, rewards = found.rollout, found.rewards
     assert rewards.unique().numel() > 1
     assert rewards.tolist() == [-max(0, length - 4) / 4 for length in rollout.lengths.tolist()]
 

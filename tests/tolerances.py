@@ -34,6 +34,8 @@ EXACT = {torch.float64: FLOAT64, torch.float32: FLOAT32}  # by the dtype that an
 # Parameters after one update at a learning rate of 1e-4 whose gradients differ by roundings: Adam's quotient magnifies
 # them where a gradient is near zero, there by up to a tenth of the update.
 TRAINING_STEP = 1e-5
+# Distance of the parameters after a few such updates, over the distance that they moved.
+SEVERAL_UPDATES = 1e-2
 
 # An operator's error against float64 may be this many times that of the plain PyTorch composition at that dtype ...
 ERROR_FACTOR = 2.0
