@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser as torchrun_arguments
 
 from latent_grpo import cli, reference
 from latent_grpo.config import LatentGRPOConfig
@@ -276,6 +277,10 @@ def program(words: list[str]) -> tuple[Any, list[str]]:
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail for a command that cannot be run as it stands: an unknown program or option, a file that is not there."""
+    if words[0] == "torchrun":
+        launched = torchrun_arguments().parse_args(words[1:])
+        assert launched.module, words
+        words = ["python", "-m", launched.training_script, *launched.training_script_args]
     take = argparse.ArgumentParser.parse_args
 
     def parse_args(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> Any:
@@ -317,7 +322,16 @@ def test_commands_are_ones_that_the_programs_take(page: Path, tmp_path: Path, mo
     assert known == {language for language, _ in FENCE.findall(text)}, "a block in a language that nothing checks"
 
 
-@pytest.mark.parametrize("words", ["latent-grpo train --learning_rat 1", "python -m bench --sizes tiny", "ls"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "latent-grpo train --learning_rat 1",
+        "python -m bench --sizes tiny",
+        "ls",
+        "torchrun --nproc-per-node 2 -m latent_grpo train --learning_rat 1",
+        "torchrun --processes 2 -m latent_grpo train",
+    ],
+)
 def test_a_wrong_command_is_found(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((SystemExit, AssertionError)):
         check_command(shlex.split(words), monkeypatch)
