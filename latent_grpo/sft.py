@@ -129,7 +129,7 @@ def gumbel_noise(batch: SFTBatch, seed: int, step: int) -> Tensor:
     within = place.unsqueeze(-1) * MOST_COMPONENTS + torch.arange(components, device=place.device)
     streams = batch.numbers.view(-1, 1, 1) * 2**32 + within
     draws = philox_uniform(streams.flatten(), seed=seed, step=step).view(streams.shape)
-    return -torch.log(-torch.log(draws)).clamp(-1.5, 3.0).float()
+    return (-torch.log(-torch.log(draws))).clamp(-1.5, 3.0).float()
 
 
 def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

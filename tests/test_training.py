@@ -18,7 +18,7 @@ from latent_grpo.data import DataError
 from latent_grpo.loss import batch_std, replay, replay_logprob
 from latent_grpo.model import ModelError, check_compatible
 from latent_grpo.rollout import Rollout
-from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, input_mixtures, target_loss
+from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, gumbel_noise, input_mixtures, target_loss
 from latent_grpo.world import FORGOTTEN, World, make_model, make_problems, make_tokenizer, worked_examples
 from latent_kernels import fused_policy_loss
 from latent_kernels._backend import resolve
@@ -116,6 +116,25 @@ def test_sft_targets_are_groups_of_chain_tokens(tokenizer):
     start = len(example.prompt)
     torch.testing.assert_close(mixtures[0, start], (table[ids("3")] + table[ids("7")]) / 2)
     torch.testing.assert_close(mixtures[0, start + 1], table[ids("5")])
+
+
+def test_noise_of_a_warm_start_does_not_depend_on_the_batch(tokenizer):
+    examples = build_examples(tokenizer, make_problems(6, seed=3), LatentSFTConfig(answer_template="{answer}"))
+    together, alone = (collate(chosen, torch.device("cpu")) for chosen in (examples, examples[4:5]))
+    noise, own = (gumbel_noise(batch, seed=7, step=2) for batch in (together, alone))
+    count = len(examples[4].response)
+    start, own_start = (int(batch.response.int().argmax(-1)[row]) for batch, row in ((together, 4), (alone, 0)))
+    width = own.shape[-1]
+    assert torch.equal(noise[4, start : start + count, :width], own[0, own_start : own_start + count])
+    latent = noise[together.weights > 0]
+    assert -1.5 <= latent.min() < latent.max() <= 3.0
+    for other in (gumbel_noise(together, seed=8, step=2), gumbel_noise(together, seed=7, step=3)):
+        assert not torch.equal(other, noise)
+    table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(0))
+    plain, perturbed = input_mixtures(together, table), input_mixtures(together, table, 0.5, 7, 2)
+    several = (together.weights > 0).sum(-1) > 1
+    assert not torch.equal(plain[several], perturbed[several])
+    assert torch.equal(plain[~several], perturbed[~several])
 
 
 def test_sft_loss_is_the_divergence_to_the_target_and_its_gradient_is_right():
