@@ -107,7 +107,7 @@ class Decoder:
         self._model = weakref.ref(model)  # a decoder that is kept for a model must not keep the model
         self.table, self.head = embedding_table(model), lm_head(model)
         device, limit = self.table.device, sampling.max_new_tokens
-        self.graphs = StepGraphs() if captures(device, sampling.cuda_graphs) else None
+        self.graphs = StepGraphs(device) if captures(device, sampling) else None
         self.seed = torch.tensor(sampling.seed, device=device) if self.graphs else sampling.seed
         width = sampling.latent_top_k if sampling.latent else 2
         eos = sampling.eos_token_id if sampling.eos_token_id is not None else model.generation_config.eos_token_id
@@ -270,7 +270,7 @@ def decoder_for(model: Any, sampling: LatentSampling, rows: int, slots: int, tok
 
     Its graphs are worth keeping; they read the tensors that they were captured with.
     """
-    if not captures(model.device, sampling.cuda_graphs):
+    if not captures(model.device, sampling):
         return Decoder(model, sampling, rows, slots, tokens)
     places = tuple(p.data_ptr() for p in model.parameters())
     key = (repr(replace(sampling, seed=0)), rows, slots, _span(tokens), places)

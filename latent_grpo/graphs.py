@@ -6,6 +6,9 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from latent_grpo.config import LatentSampling
+from latent_kernels import kernels_for
+
 LEAST = 8  # size of a bucket
 
 
@@ -22,10 +25,12 @@ class StepGraphs:
     is met once, as many are in one rollout, so costs no capture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seen: set[Hashable] = set()
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Do what `step` does, which works on tensors that stay where they are, in shapes that `key` names."""
@@ -33,12 +38,13 @@ class StepGraphs:
             self.seen.add(key)
             return step()
         if key not in self.graphs:
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
                 step()
+            self.graphs[key] = graph  # not one whose capture failed
         self.graphs[key].replay()
 
 
-def captures(device: torch.device, wanted: bool) -> bool:
-    """Whether steps on `device` are captured."""
-    return wanted and device.type == "cuda"
+def captures(device: torch.device, sampling: LatentSampling) -> bool:
+    """Whether steps on `device` are captured: operators in plain PyTorch ask the host, which a capture forbids."""
+    return sampling.cuda_graphs and kernels_for(device, sampling.latent_top_k)

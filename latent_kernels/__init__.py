@@ -3,6 +3,7 @@
 Importable without Triton and without a GPU. Semantics and equation numbers: arXiv 2604.27998.
 """
 
+from latent_kernels._backend import kernels_for
 from latent_kernels._noise import philox_uniform
 from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
 from latent_kernels.fused_policy_loss import fused_policy_loss
@@ -20,6 +21,7 @@ __all__ = [
     "PolicyStats",
     "fused_policy_loss",
     "group_advantages",
+    "kernels_for",
     "latent_logprob",
     "latent_logprob_from_logits",
     "latent_step",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 IMPLS = ("auto", "triton", "eager")
 
@@ -25,6 +31,25 @@ def triton_available() -> bool:
 def interpreting() -> bool:
     """Whether Triton runs kernels on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+def kernels_for(device: torch.device, top_k: int) -> bool:
+    """Whether latent steps of `top_k` components on `device` run as kernels, which never wait for the host."""
+    return device.type == "cuda" and triton_available() and top_k <= MAX_TOP_K
+
+
+def on_its_device(operator: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The operator, run with its first tensor's GPU as the current one: Triton launches on the current one."""
+
+    @functools.wraps(operator)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, Tensor) and first.is_cuda:
+            with torch.cuda.device(first.device):
+                return operator(*args, **kwargs)
+        return operator(*args, **kwargs)
+
+    return call
 
 
 def beyond_components(width: int) -> str | None:

@@ -48,9 +48,9 @@ def check_row_range(
     name: str, value: Any, rows: int, like: Tensor, low: float, high: float = float("inf"), *, open_low: bool = False
 ) -> None:
     """A number in range, or a float tensor with one value a row (whose values are not read)."""
-    if isinstance(value, Tensor) and value.ndim > 0:
-        check_tensor(name, value, [rows], like=like)
-    elif not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        check_tensor(name, value, [rows] if value.ndim else [], like=like)
+    else:
         check_range(name, value, low, high, open_low=open_low)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latent_kernels._backend import beyond_components, resolve
+from latent_kernels._backend import beyond_components, on_its_device, resolve
 from latent_kernels._eager import rows as eager_rows
 from latent_kernels._eager.linear import add_outer_, back_project, project
 from latent_kernels._rows import (
@@ -124,6 +124,7 @@ class _Fused(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
+@on_its_device
 def fused_policy_loss(
     hidden: Tensor,  # [R, T, D]
     lm_head: Tensor,  # [V, D]

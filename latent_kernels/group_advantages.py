@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_kernels._backend import resolve
+from latent_kernels._backend import on_its_device, resolve
 from latent_kernels._types import GroupAdvantages
 from latent_kernels._validate import INTEGERS, check_choice, check_tensor
 from latent_kernels.reference import STD_EPSILON
@@ -14,6 +14,7 @@ INVALID_MODES = ("exclude", "zero", "keep")
 FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
 
 
+@on_its_device
 def group_advantages(
     rewards: Tensor,  # [R]
     group_ids: Tensor,  # [R] int64, any values, any order

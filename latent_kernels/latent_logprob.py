@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latent_kernels._backend import beyond_components, resolve
+from latent_kernels._backend import beyond_components, on_its_device, resolve
 from latent_kernels._eager.linear import add_outer_, back_project, project
 from latent_kernels._eager.rows import logprob_rows_, score_rows
 from latent_kernels._rows import LogprobSpec, RowScores, chunk_buffer, row_chunks, slope_dtype
@@ -120,6 +120,7 @@ def check_logprob_options(
         check_tensor("advantages", advantages, [rows], like=like)
 
 
+@on_its_device
 def latent_logprob_from_logits(
     logits: Tensor,  # [N, V]
     ids: Tensor,  # [N, K] int64
@@ -159,6 +160,7 @@ def latent_logprob_from_logits(
     return out
 
 
+@on_its_device
 def latent_logprob(
     hidden: Tensor,  # [N, D]
     lm_head: Tensor,  # [V, D]

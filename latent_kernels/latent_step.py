@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latent_kernels._backend import MAX_TOP_K, resolve
+from latent_kernels._backend import MAX_TOP_K, on_its_device, resolve
 from latent_kernels._eager.latent_step import latent_step_from_logits_eager
 from latent_kernels._eager.linear import project
 from latent_kernels._noise import NoiseSpec, draw_seed
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
+@on_its_device
 def latent_step_from_logits(
     logits: Tensor,  # [B, V]
     embedding: Tensor,  # [V, D']
@@ -73,6 +74,7 @@ def latent_step_from_logits(
 
 
 @torch.no_grad()
+@on_its_device
 def latent_step(
     hidden: Tensor,  # [B, D]
     lm_head: Tensor,  # [V, D]
@@ -106,6 +108,7 @@ def latent_step(
 
 
 @torch.no_grad()
+@on_its_device
 def latent_step_with_logits(
     hidden: Tensor,  # [B, D]
     lm_head: Tensor,  # [V, D]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_kernels._backend import resolve
+from latent_kernels._backend import on_its_device, resolve
 from latent_kernels._validate import check_row_range, check_rows, check_tensor
 from latent_kernels.reference import mix_embeddings_ref
 
 
+@on_its_device
 def mix_embeddings(
     ids: Tensor,  # [N, K] int64
     scores: Tensor,  # [N, K]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_kernels._backend import resolve
+from latent_kernels._backend import on_its_device, resolve
 from latent_kernels._noise import NoiseSpec, draw_seed
 from latent_kernels._validate import check_noise, check_tensor
 from latent_kernels.reference import project_with_noise_ref
 
 
+@on_its_device
 def project_with_noise(
     hidden: Tensor,  # [B, D]
     weight: Tensor,  # [D', D]

@@ -16,8 +16,9 @@ import torch
 from test_rollout import make_model, sampling
 from test_rollout import prompts as prompts
 
-from latent_grpo import decoding, generate_latent
-from latent_grpo.graphs import LEAST, bucket
+from latent_grpo import LatentSampling, decoding, generate_latent
+from latent_grpo.graphs import LEAST, bucket, captures
+from latent_kernels import _backend
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need an NVIDIA GPU")
 
@@ -27,7 +28,7 @@ class Replays:
 
     made: list[Replays]
 
-    def __init__(self) -> None:
+    def __init__(self, device) -> None:
         self.steps, self.runs = {}, 0
         self.made.append(self)
 
@@ -40,9 +41,21 @@ class Replays:
 def replayed(monkeypatch):
     """Every CPU model decodes in captured steps, of the stand-in; those that were made."""
     Replays.made = []
-    monkeypatch.setattr(decoding, "captures", lambda device, wanted: wanted)
+    monkeypatch.setattr(decoding, "captures", lambda device, sampling: sampling.cuda_graphs)
     monkeypatch.setattr(decoding, "StepGraphs", Replays)
     return Replays.made
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "top_k", "expected"),
+    [("cuda", True, 10, True), ("cuda", True, 33, False), ("cuda", False, 10, False), ("cpu", True, 10, False)],
+)
+def test_steps_are_captured_where_nothing_in_them_asks_the_host(device, wanted, top_k, expected, monkeypatch):
+    monkeypatch.setattr(_backend, "triton_available", lambda: True)
+    sampling = LatentSampling(latent_top_k=top_k, cuda_graphs=wanted)
+    assert captures(torch.device(device), sampling) is expected
+    monkeypatch.setattr(_backend, "triton_available", lambda: False)
+    assert not captures(torch.device(device), sampling)
 
 
 def same(first, second) -> None:

@@ -54,6 +54,27 @@ def test_a_narrow_slope_over_the_logits_is_the_rounded_wide_one(vocab, dtype):
     torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=tol.FLOAT32)  # softmax and targets balance
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_slope_beyond_the_range_of_its_dtype_is_held_at_its_end(dtype):
+    """A component e^16 times too likely: its slope times no gradient is no gradient."""
+    hidden, head = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((1, 4, 32), (200, 32)))
+    head = head / 6
+    ids = torch.randint(200, (1, 4, 3), device=DEVICE)
+    log_probs = (hidden.float() @ head.float().T).log_softmax(-1).gather(-1, ids)
+    scores = log_probs + 1.0
+    scores[0, 0, 0] -= 17.0
+    old, ones = torch.full((1, 4), -1.4, device=DEVICE), torch.ones(1, 4, device=DEVICE)
+    found = {}
+    for impl in ("eager", "triton"):
+        leaf = hidden.clone().requires_grad_()
+        loss, _ = fused_policy_loss(leaf, head, ids, scores, old, ones, ones.bool(), impl=impl)
+        loss.backward()
+        found[impl] = leaf.grad.float()
+    assert found["eager"][0, 0].abs().max() == 0
+    assert found["eager"].abs().max() > 0
+    torch.testing.assert_close(found["triton"], found["eager"], rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [100, 8193, 20_011])
 def test_entropies_and_their_slope_over_the_logits_equal_float64(vocab, dtype):

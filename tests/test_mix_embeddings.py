@@ -124,6 +124,15 @@ def test_strided_inputs_equal_contiguous_ones(operator):
     torch.testing.assert_close(operator(*strided), operator(ids, scores, table))
 
 
+@with_kernel(mix_embeddings, mix_embeddings_ref)
+def test_temperatures_need_not_be_contiguous(operator):
+    ids, scores = torch.randint(9, (6, 3)), torch.randn(6, 3)
+    table, tau = torch.randn(9, 5), torch.rand(12) + 0.5
+    for temperatures in (tau[::2], torch.full((), 0.7).expand(6)):
+        expected = operator(ids, scores, table, tau=temperatures.contiguous())
+        torch.testing.assert_close(operator(ids, scores, table, tau=temperatures), expected, rtol=0, atol=0)
+
+
 def test_gradcheck():
     ids, scores, table = make_rows(5)
     scores, table = scores.double().requires_grad_(), table.double().requires_grad_()

@@ -44,8 +44,12 @@ ID_MASK = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def sortable(value):
-    """int32 in the order of the float32 values, 0 and -0 alike."""
+    """int32 in the order of the float32 values, 0 and -0 alike, every NaN the highest.
+
+    The maximum of a group may be another NaN than its elements are: told apart, groups would lie above the row's top.
+    """
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    bits = tl.where(value == value, bits, 0x7FFFFFFF)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -76,7 +80,7 @@ def frontier_at(value):
 def frontier_between(group_keys, low, high, least, most):
     """`low` where at most `most` groups are above it, else a key below `high` with `least` to `most` groups above."""
     above = tl.sum((group_keys > low).to(tl.int32), 0)
-    while above > most:
+    while (above > most) & (low + 1 < high):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         count = tl.sum((group_keys > middle).to(tl.int32), 0)
         if count < least:
@@ -209,7 +213,11 @@ def store_step(
         tl.store(mixture_ptr + row * D + d, mixed.to(mixture_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["end_token_id", "seed", "step", "step_stride"])
+# Slots of a batch begin anywhere: one kernel for all of them, and none compiled in mid-rollout.
+@triton.jit(
+    do_not_specialize=["end_token_id", "seed", "step", "step_stride"],
+    do_not_specialize_on_alignment=["latent_ptr", "row_ids_ptr"],
+)
 def latent_step_kernel(
     logits_ptr, maxima_ptr, sums_ptr, draws_ptr, row_ids_ptr, latent_ptr, table_ptr, list_ptr, buffer_ptr,
     ids_ptr, scores_ptr, weights_ptr, mixture_ptr, top_ptr, is_latent_ptr,

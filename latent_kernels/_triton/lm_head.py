@@ -100,8 +100,11 @@ def sidecar_constants() -> dict[str, int]:
     return {"GROUP": GROUP, "GROUPS": GROUPS_PER_PROGRAM}
 
 
-def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> Tensor:
-    return torch.empty(2, rows, triton.cdiv(vocab, GROUP), dtype=torch.float32, device=device)
+def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two allocations: a kernel is compiled anew for a pointer that is aligned less."""
+    shape = (rows, triton.cdiv(vocab, GROUP))
+    maxima, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    return maxima, sums
 
 
 def lm_head_sidecar(hidden: Tensor, lm_head: Tensor, config: ProductConfig) -> Sidecar:

@@ -24,6 +24,7 @@ from latent_kernels._triton.common import MAX_REGISTERS
 HARD = tl.constexpr(reference.HARD)
 EXPONENT_MAX = tl.constexpr(reference.EXPONENT_MAX)
 MARGIN_MAX = tl.constexpr(reference.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
+FLOAT16_MAX = tl.constexpr(65504.0)
 LOWEST = tl.constexpr(-3.0e38)  # below any logit that matters, and finite: differences from it are numbers
 BLOCK_V, NUM_WARPS = 8192, 16  # 16 elements a thread
 REGISTERS = 65536  # of a multiprocessor
@@ -91,6 +92,14 @@ def component_terms(log_probs, scores, replaced, MARGIN: tl.constexpr):
 
 
 @triton.jit
+def as_stored(value, DTYPE: tl.constexpr):
+    """In the dtype of the slope; float16 ends at 65,504, and an infinite slope times no gradient is not a number."""
+    if DTYPE.is_fp16():
+        value = tl.where(value > FLOAT16_MAX, FLOAT16_MAX, tl.where(value < -FLOAT16_MAX, -FLOAT16_MAX, value))
+    return value.to(DTYPE)
+
+
+@triton.jit
 def store_slope(
     row_ptr, slope_ptr, V, ids, found, log_probs, coefficients, log_z, inverse_temperature, factor, entropy, bonus,
     ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -112,7 +121,7 @@ def store_slope(
         if ENTROPY:
             log_p = tl.where(z - log_z < -MARGIN_MAX, -MARGIN_MAX, z - log_z)
             value -= bonus * tl.exp(log_p) * (log_p + entropy)
-        tl.store(slope_ptr + at, value.to(slope_ptr.dtype.element_ty), mask=at < V)
+        tl.store(slope_ptr + at, as_stored(value, slope_ptr.dtype.element_ty), mask=at < V)
     # Duplicates of an id all store the same value: what all of them contribute.
     shared = tl.sum(tl.where(ids[:, None] == ids[None, :], coefficients[None, :], 0.0), 1)
     value = factor * (shared - total * tl.exp(log_probs))
@@ -120,10 +129,15 @@ def store_slope(
         log_p = tl.where(log_probs < -MARGIN_MAX, -MARGIN_MAX, log_probs)
         value -= bonus * tl.exp(log_p) * (log_p + entropy)
     tl.debug_barrier()
-    tl.store(slope_ptr + ids, value.to(slope_ptr.dtype.element_ty), mask=found)
+    tl.store(slope_ptr + ids, as_stored(value, slope_ptr.dtype.element_ty), mask=found)
 
 
-@triton.jit
+# One value a row is read or written at these: their alignment is not worth another kernel.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr", "crossed_ptr", "entropy_ptr", "bonus_ptr"
+    ]
+)  # fmt: skip
 def logprob_kernel(
     logits_ptr, ids_ptr, scores_ptr, advantages_ptr, upstream_ptr, logprob_ptr, log_z_ptr, crossed_ptr, slope_ptr,
     entropy_ptr, bonus_ptr, logits_stride, slope_stride, V, inverse_temperature,

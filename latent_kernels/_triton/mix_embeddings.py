@@ -126,4 +126,4 @@ def mix_embeddings(ids: Tensor, scores: Tensor, embedding: Tensor, tau: float | 
     """`latent_kernels.mix_embeddings` on checked arguments."""
     if not isinstance(tau, Tensor):  # filled on the device: a copy from the host would wait for it
         tau = torch.full((), tau, dtype=torch.float32, device=embedding.device)
-    return _MixEmbeddings.apply(ids, scores, embedding, tau)
+    return _MixEmbeddings.apply(ids, scores, embedding, tau.contiguous())
