@@ -91,7 +91,7 @@ class Collector:
         all_rewards = torch.cat(seen).view(-1, args.num_generations)
         values = {
             "reward": float(all_rewards.mean()),
-            "reward_std": float(all_rewards.std(-1).mean()) if args.num_generations > 1 else 0.0,
+            "reward_std": float(all_rewards.std(-1).mean()),
             "groups_kept": kept_groups / len(all_rewards),
             **rollout_metrics(groups.rollout),
             "time_rollout": seconds,

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -16,6 +16,20 @@ class ConfigError(ValueError):
 
 
 SINKS = ("tensorboard", "wandb", "trackio")
+
+
+def check_choices(config: Any) -> None:
+    """ConfigError for an option that is not one of the choices that its annotation names, or no list where one is due.
+
+    A configuration file and Python code may say anything; command-line flags are checked by their parser too.
+    """
+    kinds = get_type_hints(type(config))
+    for option in fields(config):
+        value, kind = getattr(config, option.name), kinds[option.name]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        require(not choices or value in choices, option.name, value, f"choose of {', '.join(map(str, choices))}")
+        listed = any(get_origin(part) is list for part in (kind, *get_args(kind)))
+        require(not listed or value is None or isinstance(value, list), option.name, value, "give a list")
 
 
 def option(default: Any, help: str) -> Any:
@@ -144,6 +158,7 @@ class RunOptions:
 
     def check_run(self) -> None:
         """Raise ConfigError for the first option out of range."""
+        check_choices(self)
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "give a positive rate")
@@ -152,6 +167,12 @@ class RunOptions:
         require(limit is None or limit >= 1, "save_total_limit", limit, "give 1 or more, or null for all")
         require(0 <= self.seed < 2**32, "seed", self.seed, "give 0 or more, below 2**32")
         require(self.logging_steps >= 1, "logging_steps", self.logging_steps, "give 1 or more")
+        for name in ("save_steps", "warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "give a positive norm, or 0 for none")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give 0 or more, below 1")
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "give a positive number")
         for sink in self.report_to:
             require(sink in SINKS, "report_to", sink, f"choose of {', '.join(SINKS)}")
 
@@ -247,7 +268,10 @@ class LatentGRPOConfig(SamplingOptions, RunOptions, DataOptions, ModelOptions):
         self.check()
         self.check_run()
         self.check_model()
-        require(self.num_generations >= 1, "num_generations", self.num_generations, "give 1 or more")
+        remedy = "a group of one has no advantage; give 2 or more"
+        require(self.num_generations >= 2, "num_generations", self.num_generations, remedy)
+        require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "give 1 or more")
+        require(self.eval_steps >= 0, "eval_steps", self.eval_steps, "give 0 (none) or more")
         shown = self.num_completions_to_print
         require(shown >= 0, "num_completions_to_print", shown, "give 0 (none) or more")
         for name in ("rollout_memory", "micro_batch_tokens", "max_logprob_gap", "importance_sampling_cap"):

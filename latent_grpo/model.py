@@ -36,6 +36,8 @@ def load_model(path: str, dtype: str = "float32", device: str | None = None) -> 
     only."""
     check_path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device is {device!r}, but PyTorch sees no GPU here; choose cpu, or leave it out")
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path)

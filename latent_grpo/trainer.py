@@ -92,6 +92,10 @@ class LatentGRPOTrainer:
             self.reward_funcs = [resolve_reward(f) for f in chosen]
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        weights, count = args.reward_weights, len(self.reward_funcs)
+        fits = weights is None or len(weights) == count
+        require(fits, "reward_weights", weights, f"give one for each of the {count} rewards")
+        require(not args.eval_steps or bool(eval_dataset), "eval_steps", args.eval_steps, "it needs an eval_dataset")
         if not train_dataset:
             raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
         self.rows, self.eval_rows = train_dataset, eval_dataset

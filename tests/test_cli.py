@@ -58,6 +58,18 @@ MISTAKES = {
     "K of one": ["train", *READY, "--latent_top_k", "1"],
     "bad number": ["train", "--learning_rate", "fast"],
     "bad choice": ["train", "--invalid", "maybe"],
+    "bad choice in a config": ["train", "--config", "{world}/choice.yaml"],
+    "a word where a list is due": ["train", "--config", "{world}/word.yaml"],
+    "a norm that would turn the gradient round": ["train", *READY, "--max_grad_norm", "-1"],
+    "no pass over a rollout": ["train", *READY, "--num_iterations", "0"],
+    "negative weight decay": ["sft", *READY, "--weight_decay", "-1"],
+    "bad beta": ["train", *READY, "--adam_beta1", "2"],
+    "negative steps": ["train", *READY, "--save_steps", "-1"],
+    "no epochs": ["sft", *READY, "--num_train_epochs", "0"],
+    "groups of one": ["train", *READY, "--num_generations", "1"],
+    "too many weights": ["train", *READY, "--latent_top_k", "2", "--reward_weights", "1", "2"],
+    "evaluations of nothing": ["train", *READY, "--latent_top_k", "2", "--eval_steps", "1"],
+    "no such device": ["train", *READY, "--device", "cuda"],
     "no end marker": ["eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--end_marker", "<stop>"],
     "no end marker in training": [
         "train", *READY, "--end_marker", "<stop>",
@@ -87,6 +99,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("arguments", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, world, capsys):
+    (world / "choice.yaml").write_text("scale_rewards: true\n")
+    (world / "word.yaml").write_text("report_to: wandb\n")
     (world / "plain.jsonl").write_text('{"prompt": "a", "answer": "1"}\n')
     try:
         code = main([argument.format(world=world) for argument in arguments])
