@@ -1,7 +1,13 @@
-"""`latent_logprob`, forward and gradient in hidden, against PyTorch that holds [N, V]."""
+"""`latent_logprob`, forward and gradient in hidden, against PyTorch that holds [N, V].
+
+On text alone at temperature 1 the log-prob of a step is minus a cross entropy: there also against PyTorch's own
+`linear_cross_entropy`, in chunks, and cut cross entropy, neither of which holds [N, V].
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,10 +81,12 @@ def make_trajectory(parameters: Parameters, device: torch.device, dtype: torch.d
     return Trajectory(hidden.requires_grad_(), lm_head, ids, scores, advantages)
 
 
-def one_softmax(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
+def one_softmax(
+    hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor, temperature: float = TEMPERATURE
+) -> Tensor:
     """A careful composition: one product, one log_softmax at each row's temperature, K log-probs gathered. [N]."""
     hard = is_hard(ids)
-    logits = (hidden @ lm_head.T).float() * torch.where(hard, 1.0 / TEMPERATURE, 1.0).unsqueeze(-1)
+    logits = (hidden @ lm_head.T).float() * torch.where(hard, 1.0 / temperature, 1.0).unsqueeze(-1)
     log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
     margin = component_margins(scores, log_probs).detach()
     coefficients = margin_coefficients(margin, advantages, "aligned")
@@ -86,14 +94,46 @@ def one_softmax(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, ad
     return torch.where(hard, log_probs[:, 0], latent)
 
 
-def reference(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
+def reference(
+    hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor, temperature: float = TEMPERATURE
+) -> Tensor:
     """The reference on whole logits, which takes a log_softmax for text rows and one for latent rows. [N]."""
     return latent_logprob_from_logits_ref(
-        hidden @ lm_head.T, ids, scores, temperature=TEMPERATURE, advantages=advantages
+        hidden @ lm_head.T, ids, scores, temperature=temperature, advantages=advantages
     )
 
 
-def in_blocks(trajectory: Trajectory, upstream: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
+    """PyTorch's own for text steps, in chunks of the size that it chooses. [N]."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    losses = torch.nn.functional.linear_cross_entropy(hidden, lm_head, ids[:, 0], reduction="none", options=options)
+    return -losses.float()
+
+
+def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
+    """The package's for text steps, as it comes: blocks of the gradient below its threshold are left out. [N]."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    losses: Tensor = linear_cross_entropy(hidden, lm_head, ids[:, 0], reduction="none")
+    return -losses.float()
+
+
+def linear_cross_entropy_missing() -> str | None:
+    """Why PyTorch's own cannot run in chunks, or None where it can."""
+    has = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if has else f"torch {torch.__version__} does not have it"
+
+
+def cut_cross_entropy_missing(device: torch.device) -> str | None:
+    """Why cut cross entropy cannot run on `device`, or None where it can."""
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        return "cut-cross-entropy is not installed"
+    return None if device.type == "cuda" else "no CUDA device"
+
+
+def in_blocks(
+    trajectory: Trajectory, upstream: Callable[[Tensor], Tensor], temperature: float = TEMPERATURE
+) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and dHidden [N, D] by the reference in float32, a block of rows at a time.
 
     `upstream` gives the gradient of all log-probs [N] from their values.
@@ -101,7 +141,8 @@ def in_blocks(trajectory: Trajectory, upstream: Callable[[Tensor], Tensor]) -> t
     hidden, lm_head = trajectory.hidden.detach().float(), trajectory.lm_head.float()
 
     def block(part: slice, states: Tensor) -> Tensor:
-        return reference(states, lm_head, trajectory.ids[part], trajectory.scores[part], trajectory.advantages[part])
+        ids, scores, advantages = trajectory.ids[part], trajectory.scores[part], trajectory.advantages[part]
+        return reference(states, lm_head, ids, scores, advantages, temperature)
 
     parts = [slice(start, start + BLOCK) for start in range(0, len(hidden), BLOCK)]
     with torch.no_grad():
@@ -143,34 +184,46 @@ def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     ]
 
 
+def cases_and_text(shape: Shape, device: torch.device) -> list[Parameters]:
+    """The same, then text alone at temperature 1."""
+    found = cases(shape, device)
+    return [*found, {**found[-1], "latent_share": 0.0, "temperature": 1.0}]
+
+
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
     """Outputs: log-probs [N], and dHidden [N, D] for an upstream gradient of the advantages."""
     trajectory = make_trajectory(parameters, device, dtype)
     hidden, lm_head, ids, scores, advantages = trajectory
-    shortage = naive_shortage(parameters, device)
+    temperature, shortage = parameters["temperature"], naive_shortage(parameters, device)
 
-    def provider(logprob: Logprob, name: str = "eager", unavailable: str | None = None) -> Provider:
+    def provider(
+        logprob: Logprob, name: str = "eager", unavailable: str | None = None, optional: bool = False
+    ) -> Provider:
         def run() -> Outputs:
             out = logprob(hidden, lm_head, ids, scores, advantages)
             return out.detach(), *torch.autograd.grad(out, hidden, advantages)
 
-        return Provider(name, run, unavailable=unavailable)
+        return Provider(name, run, unavailable=unavailable, optional=optional)
 
-    def naive(logprob: Logprob, name: str = "eager") -> Provider:
-        return provider(logprob, name, shortage)
+    def naive(logprob: Callable[..., Tensor], name: str = "eager") -> Provider:
+        return provider(functools.partial(logprob, temperature=temperature), name, shortage)
 
     def make(impl: str) -> Provider:
         return provider(
             lambda hidden, lm_head, ids, scores, advantages: latent_logprob(
-                hidden, lm_head, ids, scores, temperature=TEMPERATURE, advantages=advantages, impl=impl
+                hidden, lm_head, ids, scores, temperature=temperature, advantages=advantages, impl=impl
             )
         )
 
+    cross_entropies = [
+        provider(linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy_missing(), optional=True),
+        provider(cut_cross_entropy, "cut-cross-entropy", cut_cross_entropy_missing(device), optional=True),
+    ]
     expected: list[Tensor] = []
 
     def check(outputs: Outputs) -> str | None:
         if not expected:
-            expected.extend(in_blocks(trajectory, lambda logprob: advantages))
+            expected.extend(in_blocks(trajectory, lambda logprob: advantages, temperature))
         return compare("logprob", outputs[0], expected[0], tolerance(dtype)) or compare(
             "dHidden", outputs[1], expected[1], tolerance(dtype)
         )
@@ -180,6 +233,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
             naive(one_softmax),
             naive(reference, "reference"),
             *compiled(naive, one_softmax, compile),
+            *(cross_entropies if parameters["latent_share"] == 0.0 and temperature == 1.0 else ()),
             *ours(make, device),
         ],
         check,
@@ -187,4 +241,4 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
     )
 
 
-LATENT_LOGPROB = Operator("latent_logprob", cases, build, measure_memory=True)
+LATENT_LOGPROB = Operator("latent_logprob", cases_and_text, build, measure_memory=True)

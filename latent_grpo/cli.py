@@ -162,8 +162,8 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return model, tokenizer, sampling
 
 
-def command_eval(prog: str, argv: Sequence[str]) -> int:
-    """Pass@1, pass@k and reasoning tokens on benchmarks by name, files or Hub data."""
+def eval_parser(prog: str) -> Parser:
+    """Flags of `eval`."""
     about = (
         "Evaluate a model: Pass@1 noise-free, pass@k under noise, reasoning tokens, with 95% bootstrap intervals. "
         "Under torchrun the problems are split across the ranks; the results are those of one process."
@@ -188,7 +188,12 @@ def command_eval(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--out", default=None, help="write OUT.json (with every response) and OUT.md")
     for column in ("prompt_column", "answer_column", "chain_column"):
         parser.add_argument(f"--{column}", default=None, help="for data in no known format")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def command_eval(prog: str, argv: Sequence[str]) -> int:
+    """Pass@1, pass@k and reasoning tokens on benchmarks by name, files or Hub data."""
+    args = eval_parser(prog).parse_args(argv)
     from latent_grpo.distributed import process_group
 
     tries = passes(args)
@@ -258,8 +263,8 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
     return 0
 
 
-def command_generate(prog: str, argv: Sequence[str]) -> int:
-    """Answer one prompt and show every latent step as its mixture."""
+def generate_parser(prog: str) -> Parser:
+    """Flags of `generate`."""
     parser = Parser(
         prog=prog, description="Answer a prompt, each latent step shown as its mixture.", allow_abbrev=False
     )
@@ -267,7 +272,12 @@ def command_generate(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--sample", action="store_true", help="with noise; default is noise-free and greedy")
     parser.add_argument("--top", type=int, default=4, help="components shown of every mixture")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def command_generate(prog: str, argv: Sequence[str]) -> int:
+    """Answer one prompt and show every latent step as its mixture."""
+    args = generate_parser(prog).parse_args(argv)
     from dataclasses import replace
 
     from latent_grpo.generation import generate_latent
@@ -282,8 +292,8 @@ def command_generate(prog: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def command_quickstart(prog: str, argv: Sequence[str]) -> int:
-    """The whole job on an embedded default."""
+def quickstart_parser(prog: str) -> Parser:
+    """Flags of `quickstart`."""
     about = "Latent-SFT, Latent-GRPO and evaluation of a tiny model on made-up word problems: minutes on a CPU."
     parser = Parser(prog=prog, description=about, allow_abbrev=False)
     parser.add_argument("--out", default="runs/quickstart", help="folder for checkpoints, metrics and curves")
@@ -291,7 +301,12 @@ def command_quickstart(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--loss_on", choices=("all", "latent", "text"), default="all", help="steps carrying the policy loss"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def command_quickstart(prog: str, argv: Sequence[str]) -> int:
+    """The whole job on an embedded default."""
+    args = quickstart_parser(prog).parse_args(argv)
     from latent_grpo.quickstart import quickstart
 
     quickstart(Path(args.out), seed=args.seed, loss_on=args.loss_on)
@@ -330,8 +345,8 @@ def command_compare(prog: str, argv: Sequence[str]) -> int:
     return FAILURE if failures else 0
 
 
-def command_doctor(prog: str, argv: Sequence[str]) -> int:
-    """Environment, Triton and GPU, end marker, train/rollout parity, memory estimate."""
+def doctor_parser(prog: str, plan: bool = False) -> Parser:
+    """Flags of `doctor`; with `plan` without those that are then of train."""
     about = (
         "Check the environment and, with --model, a model. With --plan: what training it takes of memory; further "
         "flags are then those of train (--config F, --generation_batch_size N, ...), and no weights are read."
@@ -339,25 +354,33 @@ def command_doctor(prog: str, argv: Sequence[str]) -> int:
     parser = Parser(prog=prog, description=about, allow_abbrev=False)
     parser.add_argument("--model", default=None, help="model folder or Hub name to check")
     parser.add_argument("--plan", action="store_true", help="predict the memory of training instead of checking")
-    if "--plan" in argv:
+    if not plan:
+        parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
+    return parser
+
+
+def command_doctor(prog: str, argv: Sequence[str]) -> int:
+    """Environment, Triton and GPU, end marker, train/rollout parity, memory estimate."""
+    plan = "--plan" in argv
+    parser = doctor_parser(prog, plan)
+    if plan:
         args, rest = parser.parse_known_args(argv)
         from latent_grpo.config import LatentGRPOConfig
         from latent_grpo.doctor import show_plan
 
-        config = parse_config(prog, LatentGRPOConfig, about, rest)
+        config = parse_config(prog, LatentGRPOConfig, parser.description or "", rest)
         path = args.model or config.model_name_or_path
         require_given(prog, model=path)
         return show_plan(path, config)
-    parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
     args = parser.parse_args(argv)
     from latent_grpo.doctor import doctor
 
     return doctor(args.model, args.end_marker, args.dtype)
 
 
-def command_inspect(prog: str, argv: Sequence[str]) -> int:
-    """Curves, alarms and responses of a run."""
+def inspect_parser(prog: str) -> Parser:
+    """Flags of `inspect`."""
     parser = Parser(prog=prog, description="Show a run: curves, alarms, responses.", allow_abbrev=False)
     parser.add_argument("run", help="output folder of sft or train")
     parser.add_argument("--samples", type=int, default=3, help="responses shown (needs --log_completions in training)")
@@ -365,7 +388,12 @@ def command_inspect(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=4, help="components shown of every mixture, up to 4")
     parser.add_argument("--all", action="store_true", help="every metric, not the main ones alone")
     parser.add_argument("--png", default=None, help="also draw the curves into this file")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def command_inspect(prog: str, argv: Sequence[str]) -> int:
+    """Curves, alarms and responses of a run."""
+    args = inspect_parser(prog).parse_args(argv)
     from latent_grpo.config import require
     from latent_grpo.inspection import inspect_run
 

@@ -91,6 +91,12 @@ def test_the_plan_names_operators_and_puts_the_tests_first(repository: Path) -> 
     assert sum(job.expected for job in jobs[:5]) < 9 * 60  # what matters most fits into the shortest slot
 
 
+def test_the_plan_times_compiled_rivals() -> None:
+    benches = {job.name: job.arguments for job in gpu_jobs() if not job.tests}
+    for name in ("rollout llama-1b", "rollout qwen-7b", "fused_policy_loss llama-1b", "fused_policy_loss qwen-7b"):
+        assert "--compile" in benches[name]
+
+
 def write_rows(path: Path, **fields: Any) -> str:
     """A program that writes one row to the file after --json, as a bench does."""
     row = {
