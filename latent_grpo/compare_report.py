@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from latent_grpo.compare import ARMS, FULL, LATENT, RESULT, Plan, Run, all_runs
+from latent_grpo.config import CompareConfig
 from latent_grpo.figures import COLOURS, INK, drawn_figure
 from latent_grpo.report import Cells, figure, write_json, write_text
 
@@ -109,6 +111,20 @@ def task_line(plan: Plan, records: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
+def made_by(plan: Plan, records: dict[str, list[dict[str, Any]]]) -> str:
+    """The command, and what its runs took."""
+    flags = []
+    for option in fields(plan.args):
+        value, default = getattr(plan.args, option.name), getattr(CompareConfig(), option.name)
+        if value != default and option.name != "output_dir":
+            words = value if isinstance(value, list) else [value]
+            flags.append(f"--{option.name} {' '.join(map(str, words))}")
+    runs = [run["seconds"] for arm in records.values() for run in arm]
+    seconds = sum(run["train"] + run["evaluate"] for run in runs)
+    command = " ".join(["latent-grpo compare", *flags])
+    return f"`{command}`: {len(runs)} runs, {seconds:,.0f} s together, {plan.args.workers} at a time."
+
+
 def write_report(plan: Plan, failures: dict[Run, str]) -> dict[str, dict[str, Any]]:
     """comparison.json, comparison.md and comparison.png in the output folder; the summary. Nothing without a run."""
     records = read_records(plan)
@@ -137,7 +153,13 @@ def page(
         f"{plan.grpo.temperature:g}) that the arm is trained with. Mean ± standard deviation over seeds; differences "
         "are taken seed by seed. Reasoning tokens are latent steps, or text tokens before the end marker."
     )
-    parts = ["# Comparison", f"Measured on {task_line(plan, records)}.", noise, cells(summary, False).markdown()]
+    parts = [
+        "# Comparison",
+        f"Measured on {task_line(plan, records)}.",
+        made_by(plan, records),
+        noise,
+        cells(summary, False).markdown(),
+    ]
     if any(ARMS[name].ablation for name in summary):
         parts += ["## Ablations of Latent-GRPO", cells(summary, True).markdown()]
     parts.append(f"![Pass@1 against reasoning tokens, and training curves]({NAME}.png)")

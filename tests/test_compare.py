@@ -256,7 +256,7 @@ def record(arm: str, seed: int, accuracy: float, tokens: float) -> dict:
     trained = ARMS[arm].start != arm
     return {
         "arm": arm, "seed": seed, "result": result, "watched_pass_at_1": accuracy / 3,
-        "environment": {"device": "a test", "torch": "2"},
+        "environment": {"device": "a test", "torch": "2"}, "seconds": {"train": 9.0, "evaluate": 1.0},
         "curves": {"eval_pass_at_1": steps, "latent_length": steps} if trained else {},
     }  # fmt: skip
 
@@ -334,8 +334,9 @@ def test_colours_stand_out_on_light_and_dark_pages(colour):
 
 def test_the_page_of_one_seed_has_no_deviation(records):
     records = {arm: runs[:1] for arm, runs in records.items()}
-    plan = make_plan(CompareConfig(seeds=[0]))
+    plan = make_plan(CompareConfig(seeds=[0], grpo_steps=7, output_dir="elsewhere"))
     text = page(plan, records, summarise(records), {})
+    assert "`latent-grpo compare --seeds 0 --grpo_steps 7`: 6 runs, 60 s together, 1 at a time." in text
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert table
     assert not any("±" in line for line in table)
