@@ -16,27 +16,43 @@ from latent_grpo.rollout import Rollout
 def micro_batches(rollout: Rollout, rows: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
     """Parts of `rows` [n] that are replayed together: at most `size` responses or, where given, `tokens` tokens each.
 
-    Where one part does not take them all, the responses to a prompt stay together, since a part computes its prompts
-    once, and prompts are ordered by their longest response. Tokens are counted with padding: distinct prompts times the
-    longest, and responses times the longest. A response longer than `tokens` is a part of its own.
+    Tokens are counted with padding: distinct prompts times the longest, and responses times the longest. Where one part
+    does not take them all, rows are ordered by length, either by that of the longest response to their prompt, since a
+    part computes its prompts once, or each by its own, whichever pads less. A response longer than `tokens` is a part
+    of its own.
     """
     if tokens is None and len(rows) <= size:
         return [rows]
     lengths, prompts = rollout.lengths[rows], rollout.prompt_index[rows]
-    longest = lengths.new_zeros(int(prompts.max()) + 1).scatter_reduce_(0, prompts, lengths, "amax")[prompts]
-    order = (longest * (len(longest) + int(prompts.max()) + 1) + prompts).argsort(stable=True)
-    if tokens is None:
-        return list(rows[order].split(size))
+    many = int(prompts.max()) + 1
+    longest = lengths.new_zeros(many).scatter_reduce_(0, prompts, lengths, "amax")[prompts]
     prompt_lengths = rollout.prompt_mask.sum(-1)[prompts]
-    figures = torch.stack([lengths, prompts, prompt_lengths], 1)[order].tolist()
-    cuts, first = [0], 0
+    figures = torch.stack([lengths, prompts, prompt_lengths], 1).tolist()
+    found: list[tuple[int, list[list[int]]]] = []
+    for key in (longest, lengths):
+        order = (key * many + prompts).argsort(stable=True).tolist()
+        parts = _cut([figures[i] for i in order], size, tokens)
+        cost = sum(_padded([figures[i] for i in order[part]]) for part in parts)
+        found.append((cost, [order[part] for part in parts]))
+    _, best = min(found, key=lambda pair: pair[0])
+    return [rows[torch.tensor(part, device=rows.device)] for part in best]
+
+
+def _cut(figures: list[list[int]], size: int, tokens: int | None) -> list[slice]:
+    """Parts of rows in their order; figures of each: its length, its prompt, and the prompt's length."""
+    if tokens is None:
+        return [slice(first, first + size) for first in range(0, len(figures), size)]
+    cuts = [0]
     for end in range(1, len(figures) + 1):
-        part = figures[first:end]
-        padded = len({p for _, p, _ in part}) * max(w for _, _, w in part) + len(part) * max(n for n, _, _ in part)
-        if padded > tokens and end - first > 1:
-            first = end - 1
-            cuts.append(first)
-    return [rows[order[a:b]] for a, b in zip(cuts, [*cuts[1:], len(figures)], strict=True)]
+        if _padded(figures[cuts[-1] : end]) > tokens and end - cuts[-1] > 1:
+            cuts.append(end - 1)
+    return [slice(first, end) for first, end in zip(cuts, [*cuts[1:], len(figures)], strict=True)]
+
+
+def _padded(figures: list[list[int]]) -> int:
+    """Tokens of a part, with padding."""
+    prompts = {prompt for _, prompt, _ in figures}
+    return len(prompts) * max(width for *_, width in figures) + len(figures) * max(length for length, *_ in figures)
 
 
 def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:

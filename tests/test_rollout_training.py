@@ -51,6 +51,21 @@ def test_micro_batches_stay_within_their_tokens(budget):
     assert budget < 1000 or len(parts) == 1
 
 
+@pytest.mark.parametrize("budget", [None, 1200])
+@pytest.mark.parametrize("spread", ["within groups", "between groups"])
+def test_the_cost_of_an_update_follows_its_real_tokens(spread, budget):
+    """One response in eight runs to the limit: one in each group, or all of every eighth group."""
+    long = (lambda i: i % 8 == 0) if spread == "within groups" else (lambda i: i // 8 % 8 == 0)
+    lengths = [160 if long(i) else 8 for i in range(512)]
+    rollout = made_rollout(lengths, 8)
+    parts = micro_batches(rollout, torch.randperm(512), 32, budget)
+    assert torch.cat(parts).sort().values.tolist() == list(range(512))
+    padded = sum(len(part) * max(lengths[row] for row in part.tolist()) for part in parts)
+    assert padded < 1.05 * sum(lengths)
+    prompts = sum(len(rollout.prompt_index[part].unique()) for part in parts)
+    assert prompts <= (64 + len(parts) if spread == "between groups" else 2 * 64 + len(parts))
+
+
 def test_micro_batches_by_tokens_give_the_gradient_of_the_whole_batch(tokenizer, warm, tmp_path):
     found, calls = [], []
     for budget in (None, 60):
