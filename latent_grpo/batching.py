@@ -21,6 +21,8 @@ def micro_batches(rollout: Rollout, rows: Tensor, size: int, tokens: int | None 
     part computes its prompts once, or each by its own, whichever pads less. A response longer than `tokens` is a part
     of its own.
     """
+    if not len(rows):
+        return []
     if tokens is None and len(rows) <= size:
         return [rows]
     lengths, prompts = rollout.lengths[rows], rollout.prompt_index[rows]
@@ -53,6 +55,11 @@ def _padded(figures: list[list[int]]) -> int:
     """Tokens of a part, with padding."""
     prompts = {prompt for _, prompt, _ in figures}
     return len(prompts) * max(width for *_, width in figures) + len(figures) * max(length for length, *_ in figures)
+
+
+def rows_of(groups: Tensor, width: int) -> Tensor:
+    """The rows [n * width] of groups [n] of `width` rows each."""
+    return (groups.unsqueeze(-1) * width + torch.arange(width, device=groups.device)).flatten()
 
 
 def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:

@@ -107,7 +107,7 @@ class Checkpoints:
         choice: a checkpoint folder, or true for the newest in `output_dir`. ConfigError, with nothing written, for one
         that is missing, torn, or of another run.
         """
-        folder = find_checkpoint(self.output_dir, choice)
+        folder = on_rank_zero(lambda: find_checkpoint(self.output_dir, choice))
         state = read_state(folder)
         self.check_own(folder, state)
         if folder.resolve().parent != self.output_dir.resolve() and (self.output_dir / "metrics.jsonl").exists():
@@ -122,7 +122,7 @@ class Checkpoints:
             raise ConfigError(
                 f"checkpoint {str(folder)!r} cannot be read ({first_line(error)}); choose another"
             ) from error
-        refresh(self.whole, self.model)
+        refresh(self.whole, self.model, frozen=True)
         if rank() < len(tensors["random"]):  # beyond that a rank keeps the streams that it starts with
             set_random_state(tensors["random"][rank()])
         return state["step"], tensors["position"], state["log_history"]

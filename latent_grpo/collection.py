@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latent_grpo.batching import deal
+from latent_grpo.batching import deal, rows_of
 from latent_grpo.cache import rows_within
 from latent_grpo.completions import Samples, concatenate_samples, reward_names
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
@@ -119,8 +119,7 @@ class Collector:
         mine = self.respond(model, sampling, rows, ids, mask, shares[rank()])
         everything = concatenate_groups(gather([mine.to("cpu")])).to(model.device)
         place = torch.tensor([number for share in shares for number in share]).argsort()
-        width = self.args.num_generations
-        return everything.select((place.unsqueeze(-1) * width + torch.arange(width)).flatten().to(model.device))
+        return everything.select(rows_of(place, self.args.num_generations).to(model.device))
 
     def respond(
         self, model: Any, sampling: LatentSampling, rows: Sequence[Any], ids: Tensor, mask: Tensor,
@@ -129,7 +128,7 @@ class Collector:
         """Scored responses to the prompts `numbers` of a rollout's rows."""
         args, width = self.args, self.args.num_generations
         index = torch.tensor(list(numbers), device=ids.device)
-        streams = (index.unsqueeze(-1) * width + torch.arange(width, device=ids.device)).flatten()
+        streams = rows_of(index, width)
         max_rows = None
         if args.rollout_memory is not None:
             tokens = ids.shape[1] + args.max_completion_length

@@ -46,10 +46,8 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     if rank():
         warnings.simplefilter("ignore")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for the others, which torchrun is to end
 
 
 def gather(values: list[Any]) -> list[Any]:

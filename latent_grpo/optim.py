@@ -91,13 +91,13 @@ class Updater:
         found = {f"{MASTER}.{name}": m.detach() for name, m, p in self.trained() if m is not p}
         for name, copy, _ in self.trained():
             state = self.optimizer.state.get(copy, {})
-            found |= {f"{key}.{name}": value for key, value in state.items() if _is_large(value)}
+            found |= {f"{key}.{name}": value for key, value in state.items() if _is_large(value, copy)}
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the state: small, and the same on every rank."""
         small = {
-            name: {key: value for key, value in self.optimizer.state.get(copy, {}).items() if not _is_large(value)}
+            name: {k: v for k, v in self.optimizer.state.get(copy, {}).items() if not _is_large(v, copy)}
             for name, copy, _ in self.trained()
         }
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -106,11 +106,11 @@ class Updater:
         }  # fmt: skip
 
     def empty(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """What a tensor of `tensors` is read into: of a parameter's shape it is sharded as that is."""
+        """What a tensor of `tensors` is read into: sharded as its parameter is, whose shape it must have."""
         parameter = self.masters[self.names.index(name.partition(".")[2])]
-        if parameter.shape == size:
-            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        return torch.zeros(size, dtype=dtype, device=parameter.device)
+        if parameter.shape != size:
+            raise ValueError(f"{name} is {list(size)} there and {list(parameter.shape)} here")
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
     @torch.no_grad()
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -135,8 +135,9 @@ class Updater:
         return list(zip(self.names, self.masters, self.parameters, strict=True))
 
 
-def _is_large(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
+def _is_large(value: Any, parameter: Tensor) -> bool:
+    """Whether a rank holds its part of it alone; tables that 8-bit optimizers share, and counts, are small."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def master(parameter: Tensor) -> Tensor:

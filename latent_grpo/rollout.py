@@ -33,7 +33,8 @@ class Rollout:
         prompts, index = self.prompt_index[rows].unique(return_inverse=True)
         prompt_mask = self.prompt_mask[prompts]
         left = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
-        steps = max(1, int(self.mask[rows].sum(-1).max()))
+        # Two steps at least, where there are: ranks replay in step, and one step alone needs no second forward pass.
+        steps = min(self.mask.shape[1], max(2, int(self.mask[rows].sum(-1).max())))
         part = {
             name: getattr(self, name)[rows, :steps]
             for name in ("token", "ids", "scores", "is_latent", "mask", "logprob")

@@ -8,6 +8,7 @@ ranks take different numbers of steps: it, and all else without gradients, uses 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from latent_grpo.config import require
 from latent_grpo.distributed import rank, world_size
 
 Result = TypeVar("Result")
@@ -30,8 +32,12 @@ def shard(model: Any, *, sampling: bool) -> Any:
     That is the model itself where there is one process; else a copy, on every rank where `sampling`, and otherwise on
     rank 0's CPU alone, for saving (None on the others). All ranks get rank 0's parameters.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size() == 1:
+        require(processes == 1, "WORLD_SIZE", processes, "train within `with latent_grpo.process_group():`")
         return model
+    own = torch.device("cuda", torch.cuda.current_device()) if model.device.type == "cuda" else model.device
+    require(model.device == own, "device", str(model.device), "leave it out: every process takes a GPU of its own")
     for parameter in model.parameters():
         dist.broadcast(parameter.data, 0)
     whole = copy.deepcopy(model) if sampling or rank() == 0 else None
@@ -43,7 +49,7 @@ def shard(model: Any, *, sampling: bool) -> Any:
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    model.inside = lambda function, *args: _call(function, *args)
+    model.inside = _call
     register_fsdp_forward_method(model, "inside")
     return whole
 
@@ -57,18 +63,19 @@ def inside(model: Any, function: Callable[..., Result], *args: Any) -> Result:
 
     As many calls, with a backward pass after each, are due on every rank.
     """
-    call: Callable[..., Result] = model.inside if hasattr(model, "inside") else _call
-    return call(function, *args)
+    result: Result = getattr(model, "inside", _call)(function, *args)
+    return result
 
 
 @torch.no_grad()
-def refresh(whole: Any, model: Any) -> None:
-    """The trained parameters of a sharded model into its whole copy (None where this rank has none); all ranks call."""
+def refresh(whole: Any, model: Any, *, frozen: bool = False) -> None:
+    """The trained parameters of a sharded model, or all, into its whole copy (None where this rank has none); all ranks
+    call."""
     if whole is model:
         return
     copies = dict(whole.named_parameters()) if whole is not None else {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or frozen:
             full = full_tensor(parameter)
             if whole is not None:
                 copies[name].copy_(full)

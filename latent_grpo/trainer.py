@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from latent_grpo.adapters import add_adapters, without_adapters
-from latent_grpo.batching import micro_batches, share_of_rank
+from latent_grpo.batching import micro_batches, rows_of, share_of_rank
 from latent_grpo.checkpoint import Checkpoints, graceful_interrupt, save_model
 from latent_grpo.collection import WORD, Collector
 from latent_grpo.completions import Samples, print_samples, write_completions
@@ -221,8 +221,7 @@ class LatentGRPOTrainer:
         for epoch in range(args.num_iterations):
             generator = torch.Generator().manual_seed((args.seed * WORD + self.step) * args.num_iterations + epoch)
             groups = torch.randperm(len(batch.rewards) // args.num_generations, generator=generator)
-            order = (groups.unsqueeze(-1) * args.num_generations + torch.arange(args.num_generations)).flatten()
-            for mini in order.to(self.device).split(self.update_size):
+            for mini in rows_of(groups, args.num_generations).to(self.device).split(self.update_size):
                 stats = self.accumulate(batch, mini)
                 if updates == 0 and args.old_logprobs == "rollout":
                     sums["logprob_gap"] = stats["abs_log_ratio"]

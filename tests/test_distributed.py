@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer
 from latent_grpo import optim as optim_module
-from latent_grpo.batching import deal, share_of_rank
+from latent_grpo import shards as shards_module
+from latent_grpo.batching import deal, micro_batches, share_of_rank
 from latent_grpo.config import ConfigError
 from latent_grpo.distributed import process_group
 from latent_grpo.model import load_model
 from latent_grpo.rollout import Rollout
+from latent_grpo.shards import read_shards, write_shards
 from latent_grpo.world import make_model, make_problems, make_tokenizer
 
 pytestmark = pytest.mark.xdist_group("distributed")  # its runs are made once
@@ -65,6 +68,13 @@ JOBS: dict[str, dict[str, Any]] = {
     ),
     "adapters": dict(
         kind="train", model="tied", options={**TRAIN, "use_peft": True, "lora_r": 3, "beta": 0.04, "save_steps": 2}
+    ),
+    "responses of one step": dict(
+        kind="train", model="untied",
+        options={
+            **TRAIN, "latent": False, "per_device_train_batch_size": 2, "temperature": 4.0, "top_k": 0, "top_p": 1.0,
+            "max_completion_length": 3, "max_steps": 12,
+        },
     ),
     "warm start": dict(kind="sft", model={}, options={**SFT, "save_steps": 2}),
     "warm start, recomputed layers": dict(kind="sft", model={}, options={**SFT, "gradient_checkpointing": True}),
@@ -297,6 +307,56 @@ def test_a_rank_without_responses_keeps_in_step_and_adds_nothing(
     assert found[0][0]["loss"] != 0
     assert found[1][0] == pytest.approx(found[0][0])
     torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0)
+
+
+def test_no_rows_are_no_micro_batch() -> None:
+    sample = rollout([3, 1], [0, 0])
+    assert micro_batches(sample, torch.arange(0), 4) == micro_batches(sample, torch.arange(0), 4, tokens=9) == []
+
+
+def test_a_part_of_one_step_is_replayed_in_two_passes_as_others_are() -> None:
+    sample = rollout([3, 1], [0, 0])
+    assert sample.select(torch.tensor([1])).mask.tolist() == [[True, False]]
+    assert rollout([1, 1], [0, 0]).select(torch.tensor([1])).mask.tolist() == [[True]]
+
+
+def test_a_lost_part_of_a_checkpoint_is_noticed(runs: Path, tmp_path: Path) -> None:
+    """Whichever rank's: its parts would be read as zeros."""
+    written = runs / "2" / "penalty, two passes" / "checkpoint-4" / "optimizer"
+    model = make_model(make_tokenizer(), seed=0)
+    updater = optim_module.Updater(model, LatentGRPOConfig(), 1, freeze_embeddings=True)
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        shutil.copytree(written, folder)
+        (lost,) = folder.glob(f"shard-{number:05d}-*")
+        lost.unlink()
+        with pytest.raises(ValueError, match=r"missing|here"):
+            read_shards(folder, updater.empty)
+    assert read_shards(written, updater.empty).keys() >= {"exp_avg.model.norm.weight"}
+
+
+def test_a_file_that_another_rank_wrote_elsewhere_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "gather", lambda names: [*names, "shard-00002-model-00001-of-00001.safetensors"])
+    with pytest.raises(ConfigError, match=r"shard-00002.* is not seen by rank 0: give an output_dir"):
+        write_shards(tmp_path / "optimizer", {"a": torch.ones(3)})
+
+
+def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "FILE_BYTES", 1000)
+    tensors = {name: torch.randn(100) for name in "abcdef"}
+    write_shards(tmp_path / "optimizer", tensors)
+    assert len(list((tmp_path / "optimizer").iterdir())) == 3
+    found = read_shards(tmp_path / "optimizer", lambda name, size, dtype: torch.zeros(size, dtype=dtype))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_training_beside_torchrun_without_a_group_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tokenizer = make_tokenizer()
+    args = LatentGRPOConfig(**{**TRAIN, "output_dir": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2: train within"):
+        LatentGRPOTrainer(make_model(tokenizer, seed=0), "accuracy", args, make_problems(9, seed=1), None, tokenizer)
 
 
 def test_more_processes_than_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
