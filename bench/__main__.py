@@ -12,7 +12,18 @@ import torch
 from rich.console import Console
 
 from bench import gpu_report
-from bench.common import DTYPES, SHAPES, Report, Row, Settings, print_rows, run_benchmarks, write_csv, write_json
+from bench.common import (
+    DTYPES,
+    SHAPES,
+    CaseError,
+    Report,
+    Row,
+    Settings,
+    print_rows,
+    run_benchmarks,
+    write_csv,
+    write_json,
+)
 from bench.operators import OPERATORS
 
 DEFAULT_SHAPES = {"cpu": ["tiny"], "cuda": ["llama-1b", "qwen-7b"]}
@@ -100,7 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             write_json(report, options.json)
 
-    report = run_benchmarks([OPERATORS[name] for name in names], [SHAPES[name] for name in shapes], settings, on_rows)
+    try:
+        report = run_benchmarks([OPERATORS[n] for n in names], [SHAPES[n] for n in shapes], settings, on_rows)
+    except CaseError as error:
+        parser.error(str(error))
     if not report.rows:
         parser.error(f"no operator here has a provider named {' or '.join(options.providers or [])}")
     stamp = report.environment

@@ -47,6 +47,10 @@ Outputs = tuple[Tensor, ...]
 Run = Callable[[], Outputs]
 
 
+class CaseError(ValueError):
+    """Rows that an operator's case cannot have; the message names the remedy."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a model: hidden width D and vocabulary V."""

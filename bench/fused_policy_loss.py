@@ -8,7 +8,19 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours, tolerance
+from bench.common import (
+    CaseError,
+    Operator,
+    Outputs,
+    Parameters,
+    Problem,
+    Provider,
+    Shape,
+    compare,
+    compiled,
+    ours,
+    tolerance,
+)
 from bench.latent_logprob import (
     TEMPERATURE,
     Logprob,
@@ -68,8 +80,10 @@ def reference_loss(trajectory: Trajectory, old: Tensor, advantages: Tensor, mask
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
     """Outputs: the loss, and dHidden [R, T, D]."""
+    rows, steps = parameters["rows"], parameters["response_steps"]
+    if rows % steps:
+        raise CaseError(f"rows is {rows}: give a multiple of {steps}, the steps of a response")
     trajectory = make_trajectory(parameters, device, dtype)
-    steps = parameters["response_steps"]
     of_response = trajectory.advantages.unflatten(0, (-1, steps))[:, :1].expand(-1, steps)
     trajectory = trajectory._replace(advantages=of_response.flatten())
     flat_hidden, lm_head, flat_ids, flat_scores, flat_advantages = trajectory

@@ -6,14 +6,20 @@ providers, memory that the allocator kept from them would hide what this one nee
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from typing import Any
 
 import torch
 
-from bench.common import DTYPES, SHAPES, Parameters, Run, peak_extra_bytes
-from bench.operators import OPERATORS
+from bench.common import DTYPES, SHAPES, Operator, Parameters, Run, peak_extra_bytes
+
+
+def operator_named(name: str) -> Operator:
+    """The benchmark in the file of its name; `bench.operators` would import all of them, the trainer too."""
+    found: Operator = getattr(importlib.import_module(f"bench.{name}"), name.upper())
+    return found
 
 
 def measure(request: dict[str, Any]) -> int:
@@ -21,7 +27,7 @@ def measure(request: dict[str, Any]) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(request["threads"])
     device, dtype = torch.device("cpu"), DTYPES[request["dtype"]]
-    operator = OPERATORS[request["op"]]
+    operator = operator_named(request["op"])
 
     def run_of(parameters: Parameters) -> Run:
         problem = operator.build(parameters, device, dtype, request["compile"])

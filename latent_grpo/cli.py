@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a failure while running, 2 bad arguments or input (one lin
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -30,6 +31,16 @@ class Parser(argparse.ArgumentParser):
             known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
             message = unknown_key(unknown[0].split("=")[0].lstrip("-"), known)
         self.exit(INPUT_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class PrintVersion(argparse.Action):
+    """Print the version; argparse's own action would import PyTorch for it at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from latent_kernels import __version__
+
+        print(parser.prog, __version__)
+        parser.exit(0)
 
 
 def config_parser(prog: str, config_class: type, description: str) -> Any:
@@ -131,9 +142,12 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model folder or Hub name")
     parser.add_argument("--mode", choices=("latent", "text"), default="latent", help="reason in latent or text steps")
     parser.add_argument("--latent_top_k", type=int, default=10, help="mixture size K")
+    parser.add_argument("--latent_top_p", type=float, default=0.95, help="nucleus mass of latent candidates")
     parser.add_argument("--tau", type=float, default=1.0, help="Gumbel-softmax temperature")
     parser.add_argument("--noise_scale", type=float, default=1.0, help="factor on the noise")
     parser.add_argument("--temperature", type=float, default=0.6, help="temperature of text tokens where sampled")
+    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus mass of text tokens where sampled")
+    parser.add_argument("--top_k", type=int, default=30, help="candidates of text tokens where sampled; 0 is all")
     parser.add_argument("--max_completion_length", type=int, default=128, help="limit of a response")
     parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
@@ -152,9 +166,10 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     end = end_marker_ids(tokenizer, args.end_marker)[0] if latent else None
     model = load_model(args.model, args.dtype, args.device)
     sampling = LatentSampling(
-        latent=latent, latent_top_k=args.latent_top_k, tau=args.tau, noise_scale=args.noise_scale,
-        temperature=args.temperature, max_new_tokens=args.max_completion_length, end_token_id=end,
-        eos_token_id=eos_ids(model, tokenizer), seed=args.seed,
+        latent=latent, latent_top_k=args.latent_top_k, latent_top_p=args.latent_top_p, tau=args.tau,
+        noise_scale=args.noise_scale, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+        max_new_tokens=args.max_completion_length, end_token_id=end, eos_token_id=eos_ids(model, tokenizer),
+        seed=args.seed,
     )  # fmt: skip
     sampling.check()
     vocab = len(lm_head(model))
@@ -222,7 +237,7 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
 
     from latent_grpo.benchmarks import load_benchmarks
     from latent_grpo.distributed import rank
-    from latent_grpo.evaluate import evaluate
+    from latent_grpo.evaluation import evaluate
     from latent_grpo.report import (
         environment,
         evaluation_cells,
@@ -427,8 +442,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"commands:\n{listing}\n\n`latent-grpo COMMAND --help` documents every flag.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(argv[:1]).command
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {command!r}; {remedy}")
     try:
         return COMMANDS[command](f"latent-grpo {command}", argv[1:])
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ import torch
 
 from latent_grpo.config import CompareConfig, ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig, read_yaml
 from latent_grpo.data import load_rows
-from latent_grpo.evaluate import evaluate
+from latent_grpo.evaluation import evaluate
 from latent_grpo.metrics import progress_bar
 from latent_grpo.model import end_marker_ids, eos_ids, first_line, load_model, load_tokenizer
 from latent_grpo.quickstart import grpo_config, sft_config

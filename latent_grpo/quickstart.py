@@ -18,7 +18,7 @@ from rich.table import Table
 
 from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.curves import draw_curves
-from latent_grpo.evaluate import evaluate
+from latent_grpo.evaluation import evaluate
 from latent_grpo.generation import generate_latent
 from latent_grpo.model import encode_prompts
 from latent_grpo.sft import LatentSFTTrainer, build_examples, gold_chain_accuracy

@@ -26,7 +26,7 @@ from latent_grpo.collection import WORD, Collector
 from latent_grpo.completions import Samples, print_samples, write_completions
 from latent_grpo.config import ConfigError, LatentGRPOConfig, require
 from latent_grpo.distributed import add_up, largest, rank, world_size
-from latent_grpo.evaluate import evaluate
+from latent_grpo.evaluation import evaluate
 from latent_grpo.loss import (
     batch_std,
     mean_logprob,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,3 +132,24 @@ def _make_trajectory(
 def make_trajectory() -> Callable[..., Trajectory]:
     """`make_trajectory(rows, vocab, top_k, margins=..., text_rows=..., logits=..., seed=...)`."""
     return _make_trajectory
+
+
+@pytest.fixture
+def short_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickstart takes four steps of each phase on small batches."""
+    from latent_grpo import quickstart as module
+
+    sft, grpo = module.sft_config, module.grpo_config
+    monkeypatch.setattr(
+        module, "sft_config", lambda *a: replace(sft(*a), max_steps=4, per_device_train_batch_size=8, warmup_steps=1)
+    )
+    monkeypatch.setattr(
+        module,
+        "grpo_config",
+        lambda *a: replace(
+            grpo(*a), max_steps=4, generation_batch_size=16, per_device_train_batch_size=16, eval_steps=2
+        ),
+    )
+    monkeypatch.setattr(module, "TRAIN_PROBLEMS", 200)
+    monkeypatch.setattr(module, "HELD_OUT_PROBLEMS", 40)
+    monkeypatch.setattr(module, "WATCHED_PROBLEMS", 10)

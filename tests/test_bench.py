@@ -188,6 +188,7 @@ def test_providers_take_turns() -> None:
         (["--repeats", "0"], "'0'"),
         (["--dtype", "int8"], "'int8'"),
         (["--rows", "-1"], "'-1'"),
+        (["fused_policy_loss", "--rows", "24"], "multiple of 16"),
         (["policy_loss", "--providers", "theirs"], "theirs"),
         (["--json", "no/such/directory/out.json"], "no/such/directory"),
     ],

@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from latent_grpo.cli import main
+import latent_grpo
+import latent_kernels
+from latent_grpo.cli import generate_parser, load_for_sampling, main
 from latent_grpo.config import CompareConfig, LatentGRPOConfig, LatentSFTConfig, read_yaml
 from latent_grpo.world import make_model, make_problems, make_tokenizer
 
@@ -85,6 +87,7 @@ MISTAKES = {
     "unknown reward": [
         "train", *READY, "--reward_funcs", "acuracy",
     ],
+    "bad nucleus": ["eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--top_p", "2"],
     "bad pass-at": ["eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--pass-at", "one"],
     "too few samples": [
         "eval", "--model", "{world}/model", "--data", "{world}/data.jsonl", "--pass-at", "1,8", "--num_samples", "4",
@@ -115,6 +118,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, world, capsys):
 def test_an_unknown_key_suggests_the_nearest(world, capsys):
     assert main(["train", "--config", str(world / "typo.yaml")]) == 2
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_kernels(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"latent-grpo {latent_kernels.__version__}\n"
+
+
+def test_help_comes_without_waiting_for_pytorch():
+    code = (
+        "import sys; from latent_grpo.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "doctor" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_every_public_name_is_importable_in_any_order():
+    code = "import latent_grpo.trainer, latent_grpo.evaluation\nfrom latent_grpo import *\nprint(evaluate.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "latent_grpo.evaluation"
+    assert set(latent_grpo.__all__) <= set(dir(latent_grpo))
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = latent_grpo.Trainer
+
+
+@pytest.mark.parametrize(
+    "flag", ["latent_top_k", "latent_top_p", "tau", "noise_scale", "temperature", "top_p", "top_k"]
+)
+def test_flags_of_sampling_reach_the_sampler(flag, world):
+    given = {"latent_top_k": 3, "top_k": 7}.get(flag, 0.25)
+    parser = generate_parser("generate")
+    args = parser.parse_args(["--model", str(world / "model"), "--prompt", "x", f"--{flag}", str(given)])
+    assert getattr(load_for_sampling(args)[2], flag) == given
 
 
 @pytest.mark.parametrize("recipe", ["low-difficulty", "high-difficulty", "gsm8k-smollm2", "soft-grpo", "text-grpo"])

@@ -1,24 +1,22 @@
-"""The documents hold: links resolve, snippets run on tiny inputs, commands are ones that the programs take.
+"""The documents hold: links resolve, snippets run on tiny inputs, the programs' own parsers take the commands.
 
-Shell commands are given to the programs' own parsers; those of the newcomer's way (docs/recipes.md) really run.
+That the commands run as well is the subject of `test_docs_commands.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
-import json
 import re
 import shlex
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from documents import FENCE, PAGES, REPOSITORY, blocks, commands_of, program
 from torch.distributed.run import get_args_parser as torchrun_arguments
 
 from latent_grpo import cli, reference
@@ -26,28 +24,8 @@ from latent_grpo.config import LatentGRPOConfig
 from latent_grpo.world import make_model, make_problems, make_tokenizer
 from latent_kernels import fused_policy_loss, policy_loss
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-INLINE = re.compile(r"`((?:python (?:-m|docs/)|latent-grpo )[^`]*)`")
 OTHER_PROGRAMS = {"ruff", "mypy", "pip", "export"}  # of which only the files and extras that they name are looked at
-
-
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    page: str
-    language: str
-    text: str
-
-
-def blocks(page: Path, language: str) -> list[Block]:
-    return [
-        Block(page.relative_to(REPOSITORY).as_posix(), found, text)
-        for found, text in FENCE.findall(page.read_text(encoding="utf-8"))
-        if found == language
-    ]
 
 
 def ids_of(pages: list[Path]) -> list[str]:
@@ -254,27 +232,6 @@ class Parsed(Exception):  # noqa: N818
     """A program's parser has taken the command line."""
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command of a shell block, without variables set in front."""
-    for line in text.replace("\\\n", " ").splitlines():
-        for part in line.split("&&"):
-            words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                words.pop(0)
-            if words:
-                yield words
-
-
-def program(words: list[str]) -> tuple[Any, list[str]]:
-    """The function that takes a command's arguments, and these."""
-    if words[0] == "latent-grpo":
-        return cli.main, words[1:]
-    name = words[2]
-    if name in ("latent_grpo", "bench"):
-        name = {"latent_grpo": "latent_grpo.cli", "bench": "bench.__main__"}[name]
-    return importlib.import_module(name).main, words[3:]
-
-
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail for a command that cannot be run as it stands: an unknown program or option, a file that is not there."""
     if words[0] == "torchrun":
@@ -311,13 +268,8 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands_are_ones_that_the_programs_take(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
-    for block in blocks(page, "bash"):
-        for words in commands(block.text):
-            check_command(words, monkeypatch)
-    for inline in INLINE.findall(FENCE.sub("", text)):
-        if not re.search(r"[A-Z]{3,}(?![\w=.])", inline):  # not a pattern such as `latent-grpo COMMAND`
-            for words in commands(inline):
-                check_command(words, monkeypatch)
+    for words in commands_of(page):
+        check_command(words, monkeypatch)
     known = {block.language for kind in ("", "bash", "python", "json") for block in blocks(page, kind)}
     assert known == {language for language, _ in FENCE.findall(text)}, "a block in a language that nothing checks"
 
@@ -340,53 +292,6 @@ def test_a_wrong_command_is_found(words: str, monkeypatch: pytest.MonkeyPatch) -
 def test_usage_names_every_command_and_no_other() -> None:
     (usage,) = (block.text for block in blocks(REPOSITORY / "README.md", "") if "latent-grpo" in block.text)
     assert re.findall(r"^latent-grpo (\w+)", usage, re.MULTILINE) == list(cli.COMMANDS)
-
-
-def test_the_newcomers_way(tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands from "Your own data" to "Watching a run", in order, on a tiny model and with two steps a run."""
-    monkeypatch.chdir(tmp_path)
-    page = (REPOSITORY / "docs" / "recipes.md").read_text()
-    row = json.loads(blocks(REPOSITORY / "docs" / "recipes.md", "json")[0].text)
-    for name, count in (("mine.jsonl", 24), ("mine_test.jsonl", 4)):
-        lines = [{key: problem[key] for key in row} for problem in make_problems(count, seed=count)]
-        Path(name).write_text("\n".join(map(json.dumps, lines)))
-    model, tokenizer = tiny
-    model.save_pretrained("tiny")
-    tokenizer.save_pretrained("tiny")
-    part = page[page.index("## Your own data") : page.index("## When memory is short")]
-    short = {
-        "sft": "--max_steps 2 --max_completion_length 16 --per_device_train_batch_size 8",
-        "train": "--max_steps 1 --save_steps 1 --max_completion_length 8 --num_generations 4 --generation_batch_size 8 "
-        "--max_generation_batches 1 --no_group_filter --latent_top_k 4",
-        "eval": "--max_completion_length 8",
-        "generate": "--max_completion_length 8",
-        "doctor": "",
-        "inspect": "",
-    }
-    run = []
-    for language, text in FENCE.findall(part):
-        for words in commands(text) if language == "bash" else ():
-            arguments = [word.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny") for word in words[1:]]
-            extra = short[arguments[0]]
-            if "--resume_from_checkpoint" in arguments:
-                extra = extra.replace("--max_steps 1", "--max_steps 2")
-            assert cli.main([*arguments, *extra.split()]) == 0, words
-            run.append(arguments[0])
-    assert run == ["doctor", "sft", "eval", "train", "eval", "generate", "train", "inspect"]
-    assert "mine_test.jsonl" in Path("runs/mine/eval.md").read_text()
-    assert Path("runs/mine/eval.json").is_file()
-
-
-def test_the_first_commands_of_other_pages_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["doctor"]) == 0
-    (text,) = (b.text for b in blocks(REPOSITORY / "docs" / "contributing.md", "bash") if "-m bench" in b.text)
-    ((*_, words),) = [list(commands(text))]
-    main, arguments = program(words)
-    assert main(arguments) == 0
-    assert "mix_embeddings" in capsys.readouterr().out
 
 
 # Generated parts

@@ -22,7 +22,7 @@ from latent_grpo import LatentSampling, LatentSFTConfig, LatentSFTTrainer, evalu
 from latent_grpo.benchmarks import BENCHMARKS, GROUPS, benchmark_name, load_benchmarks
 from latent_grpo.cli import main
 from latent_grpo.data import DataError
-from latent_grpo.evaluate import bootstrap_interval, tokens_before
+from latent_grpo.evaluation import bootstrap_interval, tokens_before
 from latent_grpo.model import end_marker_ids, load_model
 from latent_grpo.report import evaluation_cells, mean_over_data, write_json
 from latent_grpo.rollout import Rollout

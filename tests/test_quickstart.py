@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
-from latent_grpo import quickstart as module
 from latent_grpo.config import ConfigError
 from latent_grpo.quickstart import quickstart
 from latent_kernels import group_advantages, latent_logprob_from_logits, latent_step_from_logits
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Four steps of each phase on small batches."""
-    sft, grpo = module.sft_config, module.grpo_config
-    monkeypatch.setattr(
-        module, "sft_config", lambda *a: replace(sft(*a), max_steps=4, per_device_train_batch_size=8, warmup_steps=1)
-    )
-    monkeypatch.setattr(
-        module,
-        "grpo_config",
-        lambda *a: replace(
-            grpo(*a), max_steps=4, generation_batch_size=16, per_device_train_batch_size=16, eval_steps=2
-        ),
-    )
-    monkeypatch.setattr(module, "TRAIN_PROBLEMS", 200)
-    monkeypatch.setattr(module, "HELD_OUT_PROBLEMS", 40)
-    monkeypatch.setattr(module, "WATCHED_PROBLEMS", 10)
-
-
-def test_quickstart_writes_what_it_promises_from_the_same_start(short, tmp_path, capsys):
+def test_quickstart_writes_what_it_promises_from_the_same_start(short_quickstart, tmp_path, capsys):
     summaries = {}
     for loss_on in ("all", "latent"):
         out = tmp_path / loss_on
@@ -60,7 +39,7 @@ def test_quickstart_writes_what_it_promises_from_the_same_start(short, tmp_path,
     assert "read out of the gold chain" in shown
 
 
-def test_quickstart_overwrites_nothing(short, tmp_path):
+def test_quickstart_overwrites_nothing(short_quickstart, tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match="already holds a run"):
         quickstart(tmp_path)
