@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from latent_grpo.figures import COLOURS, INK, drawn_figure
 Row = dict[str, Any]  # a row of the report, with the fields of bench.common.Row
 ENOUGH_ROWS = 3
 PANEL_WIDTH, PANEL_HEIGHT = 3.6, 2.4
+TITLE_WIDTH = 36  # characters of a line that a panel is wide enough for
 # A provider has one colour in all figures; others take the rest.
 PROVIDER_COLOURS = {
     "ours-triton": COLOURS[2], "ours-eager": COLOURS[0], "eager": COLOURS[1], "matmul": INK, "reference": COLOURS[5],
@@ -127,7 +129,7 @@ def draw_operator(report: dict[str, Any], rows: list[Row], path: Path) -> None:
     size = (PANEL_WIDTH * max(2, len(panels)), height)
     with drawn_figure(path, len(measures), len(panels), size, caption=caption_of(report, timed)) as axes:
         for column, (title, panel) in enumerate(panels.items()):
-            axes[0, column].set_title(title)
+            axes[0, column].set_title(textwrap.fill(title, TITLE_WIDTH))
             over_rows = len({row["parameters"].get("rows") for row in panel}) >= ENOUGH_ROWS
             for line, (measure, unit) in enumerate(measures):
                 shown = [row for row in panel if row[measure] is not None]
