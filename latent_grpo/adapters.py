@@ -1,7 +1,10 @@
 """LoRA through PEFT: adapters inside the model's linear layers, which stays an ordinary model to everyone else.
 
-Checkpoints hold the adapters alone; the finished model is saved with the adapters merged, a plain Hugging Face folder.
+Checkpoints hold only the adapters; the finished model is saved with the adapters merged, a plain Hugging Face folder.
 The reference of a KL penalty is the same model with its adapters disabled.
+
+PEFT's own functions add, disable and name the adapters. The methods that transformers puts around them refuse versions
+of PEFT that work: transformers 5.24 asks for a PEFT newer than the newest release.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latent_grpo.config import ConfigError, ModelOptions
@@ -27,13 +30,14 @@ def add_adapters(model: Any, args: ModelOptions) -> None:
     """Freeze the model and add trainable float32 adapters to `args.lora_target_modules`. ConfigError where PEFT is not
     installed, a target is not there, or the LM head or the embedding would be adapted."""
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("use_peft is True: pip install 'latent-grpo[peft]'") from error
     targets = args.lora_target_modules
     chosen = targets[0] if targets is not None and len(targets) == 1 else targets
     try:
-        model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=chosen))
+        config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=chosen)
+        inject_adapter_in_model(config, model, NAME)
     except ValueError as error:
         raise ConfigError(f"lora_target_modules is {targets!r}: {first_line(error)}") from error
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -46,7 +50,7 @@ def add_adapters(model: Any, args: ModelOptions) -> None:
 
 def has_adapters(model: Any) -> bool:
     """Whether adapters are part of the model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    return bool(getattr(model, "peft_config", None))
 
 
 @contextmanager
@@ -55,22 +59,44 @@ def without_adapters(model: Any) -> Iterator[None]:
     if not has_adapters(model):
         yield
         return
-    model.disable_adapters()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def write_adapters(folder: Path, model: Any) -> None:
+    """Write the model's adapters into `folder` as PEFT does, so that `PeftModel.from_pretrained` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {saved_name(name): p.detach().contiguous() for name, p in adapter_parameters(model)}
+    save_file(parameters, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    model.peft_config[NAME].save_pretrained(str(folder))
 
 
 @torch.no_grad()
 def read_adapters(folder: Path, model: Any) -> None:
-    """The adapters that `model.save_pretrained` wrote into `folder`, into the model's own."""
+    """Read what `write_adapters` wrote into the model's own adapters. ConfigError where `folder` holds others."""
     saved = load_file(folder / ADAPTER_FILE)
-    for name, parameter in model.named_parameters():
-        if f".{NAME}." in name:
-            assign(parameter, saved.pop(f"base_model.model.{name.replace(f'.{NAME}.', '.')}"))
+    for name, parameter in adapter_parameters(model):
+        assign(parameter, saved.pop(saved_name(name)))
     if saved:
         raise ConfigError(f"adapters that this model does not have: {', '.join(sorted(saved))}")
+
+
+def adapter_parameters(model: Any) -> list[tuple[str, Tensor]]:
+    """Name and value of every parameter of the model's adapters."""
+    return [(name, p) for name, p in model.named_parameters() if f".{NAME}." in name]
+
+
+def saved_name(name: str) -> str:
+    """Name in PEFT's files of a parameter of an adapter."""
+    return f"base_model.model.{name.replace(f'.{NAME}.', '.')}"
 
 
 @torch.no_grad()

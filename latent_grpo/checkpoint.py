@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from latent_grpo.adapters import has_adapters, merged_model, read_adapters
+from latent_grpo.adapters import has_adapters, merged_model, read_adapters, write_adapters
 from latent_grpo.config import ConfigError, RunOptions
 from latent_grpo.distributed import gather, on_rank_zero, rank, world_size
 from latent_grpo.files import flush
@@ -168,9 +168,12 @@ class Checkpoints:
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Model (safetensors; of a model with adapters those alone) and tokenizer as `from_pretrained` reads them."""
+    """Write model (safetensors; of a model with adapters only these) and tokenizer as `from_pretrained` reads them."""
     transformers_logging.disable_progress_bar()  # its bar would break into the run's own
-    model.save_pretrained(folder, safe_serialization=True)
+    if has_adapters(model):
+        write_adapters(folder, model)
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # the new name first
 
 
 class ModelError(ValueError):
@@ -86,15 +90,26 @@ def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tenso
 
     attention_mask [B, past + L], position_ids [B, L]; `cache` is extended in place where given.
     """
-    out = model.base_model(
+    base = model.base_model
+    out = base(
         inputs_embeds=embeds,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{cache_argument(type(base)): cache},
     )
     hidden: Tensor = out.last_hidden_state
     return hidden
+
+
+@functools.cache
+def cache_argument(kind: type) -> str:
+    """The name under which the forward pass of a class of models takes its key-value cache.
+
+    Transformers 5.24 renamed `past_key_values` to `cache`; models with code of their own may keep the old name.
+    """
+    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
 
 
 def positions(attention_mask: Tensor) -> Tensor:

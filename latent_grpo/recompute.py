@@ -15,6 +15,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from latent_grpo.model import CACHE_ARGUMENTS
+
 
 @contextmanager
 def recomputed(model: Any, enabled: bool = True) -> Iterator[None]:
@@ -35,21 +37,23 @@ def _checkpointed(layer: Any) -> Callable[..., Any]:
     original = layer.forward
     index = next((module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")), 0)
 
-    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is None or not torch.is_grad_enabled():
-            return checkpoint(original, *args, past_key_values=past_key_values, use_reentrant=False, **kwargs)
-        before = copy.copy(past_key_values.layers[index])
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        name = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+        if name is None or not torch.is_grad_enabled():
+            return checkpoint(original, *args, use_reentrant=False, **kwargs)
+        extended = kwargs.pop(name)
+        before = copy.copy(extended.layers[index])
         # The recomputed function holds on to this layer's past alone, not to what later passes append for all.
-        empty = copy.copy(past_key_values)
-        empty.layers = [None] * len(past_key_values.layers)
+        empty = copy.copy(extended)
+        empty.layers = [None] * len(extended.layers)
 
         def run(*args: Any) -> tuple[Any, Any]:
             cache = copy.copy(empty)
             cache.layers = [*empty.layers]
             cache.layers[index] = copy.copy(before)
-            return original(*args, past_key_values=cache, **kwargs), cache.layers[index]
+            return original(*args, **{name: cache}, **kwargs), cache.layers[index]
 
-        out, past_key_values.layers[index] = checkpoint(run, *args, use_reentrant=False)
+        out, extended.layers[index] = checkpoint(run, *args, use_reentrant=False)
         return out
 
     return forward
