@@ -12,18 +12,9 @@ import torch
 from rich.console import Console
 
 from bench import gpu_report
-from bench.common import (
-    DTYPES,
-    SHAPES,
-    CaseError,
-    Report,
-    Row,
-    Settings,
-    print_rows,
-    run_benchmarks,
-    write_csv,
-    write_json,
-)
+from bench.harness.cases import DTYPES, SHAPES, CaseError, Settings
+from bench.harness.report import Report, Row, print_rows, write_csv, write_json
+from bench.harness.run import run_benchmarks
 from bench.operators import OPERATORS
 
 DEFAULT_SHAPES = {"cpu": ["tiny"], "cuda": ["llama-1b", "qwen-7b"]}

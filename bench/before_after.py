@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from bench.common import REPO, write_whole
-from latent_grpo.checkpoint import checkpoints_in
-from latent_grpo.metrics import read_metrics
-from latent_grpo.report import environment
+from bench.harness.memory import REPO
+from bench.harness.report import write_whole
+from latent_grpo.saving.checkpoint import checkpoints_in
+from latent_grpo.watching.metrics import read_metrics
+from latent_grpo.watching.tables import environment
 
 SHARES = {"sft": 0.35, "before": 0.1, "train": 0.45, "after": 0.1}  # of the time
 STOPPING = 120.0  # seconds for a checkpoint after the signal

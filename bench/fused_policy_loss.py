@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from bench.common import (
+from bench.harness.cases import (
     CaseError,
     Operator,
     Outputs,
@@ -34,7 +34,7 @@ from bench.latent_logprob import (
 )
 from bench.latent_logprob import cases as logprob_cases
 from latent_kernels import fused_policy_loss, latent_logprob
-from latent_kernels._rows import chunk_buffer, row_chunks
+from latent_kernels._chunks import chunk_buffer, row_chunks
 from latent_kernels.reference import policy_loss_ref
 
 CLIP, DUAL_CLIP = 0.2, 3.0

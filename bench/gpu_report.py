@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-from bench.common import REPO, SCHEMA, SHAPES, write_whole
+from bench.harness.cases import SHAPES
+from bench.harness.memory import REPO
+from bench.harness.report import SCHEMA, write_whole
 from bench.pytest_log import VARIABLE
 
 COMMAND = "gpu-report"
@@ -38,7 +40,7 @@ KERNEL_TESTS = tuple(
         "policy_loss", "group_advantages", "project_with_noise", "decoding_graphs",
     )
 )  # fmt: skip
-REHEARSAL_TESTS = ("tests/test_mix_embeddings.py",)
+REHEARSAL_TESTS = ("tests/kernels/test_mix_embeddings.py",)
 TEST_WORKERS = 8  # kernels compile on the CPU
 PATIENCE = 10.0  # seconds for a process told to stop
 

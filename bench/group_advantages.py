@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours
+from bench.harness.cases import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours
 from latent_kernels import GroupAdvantages, group_advantages
 from latent_kernels.reference import group_advantages_ref
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common import (
+from bench.harness.cases import (
     Operator,
     Outputs,
     Parameters,
@@ -23,10 +23,10 @@ from bench.common import (
     Shape,
     compare,
     compiled,
-    free_memory,
     ours,
     tolerance,
 )
+from bench.harness.memory import free_memory
 from latent_kernels import latent_logprob
 from latent_kernels.reference import (
     HARD,

@@ -7,10 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours, tolerance
+from bench.harness.cases import (
+    Operator,
+    Outputs,
+    Parameters,
+    Problem,
+    Provider,
+    Shape,
+    compare,
+    compiled,
+    ours,
+    tolerance,
+)
 from bench.latent_step_from_logits import SEED, TOP_K, TOP_P, sorted_step, step_check
 from latent_kernels import latent_step
-from latent_kernels._eager.linear import project
+from latent_kernels._linear import project
 from latent_kernels._noise import exponential_draws
 from latent_kernels.reference import latent_step_from_logits_ref
 

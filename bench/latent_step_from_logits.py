@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.common import (
+from bench.harness.cases import (
     Operator,
     Outputs,
     Parameters,

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from bench.common import DTYPES, SHAPES, Operator, Parameters, Run, peak_extra_bytes
+from bench.harness.cases import DTYPES, SHAPES, Operator, Parameters, Run
+from bench.harness.memory import peak_extra_bytes
 
 
 def operator_named(name: str) -> Operator:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.common import Operator, Parameters, Problem, Provider, Shape, compare, compiled, ours, tolerance
+from bench.harness.cases import Operator, Parameters, Problem, Provider, Shape, compare, compiled, ours, tolerance
 from bench.latent_logprob import make_ids
 from latent_kernels import mix_embeddings
 from latent_kernels.reference import mix_embeddings_ref, mixture_weights

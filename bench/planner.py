@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from bench.common import REPO, peak_extra_bytes
+from bench.harness.memory import REPO, peak_extra_bytes
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer
-from latent_grpo.planner import Plan, make_plan, model_size
-from latent_grpo.world import make_tokenizer
+from latent_grpo.commands.memory_plan import Plan, make_plan, model_size
+from latent_grpo.quickstart.toy_task import make_tokenizer
 
 CASES: dict[str, dict[str, Any]] = {
     "warm-up": {"layers": 1, "width": 32, "inner": 64, "heads": 2, "kv_heads": 1, "vocab": 256, "rows": 8, "steps": 4},

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.figures import COLOURS, INK, drawn_figure
+from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 
 Row = dict[str, Any]  # a row of the report, with the fields of bench.common.Row
 ENOUGH_ROWS = 3

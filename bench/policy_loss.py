@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours
+from bench.harness.cases import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours
 from latent_kernels import policy_loss
 from latent_kernels.reference import policy_loss_ref
 

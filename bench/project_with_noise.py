@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours, tolerance
+from bench.harness.cases import (
+    Operator,
+    Outputs,
+    Parameters,
+    Problem,
+    Provider,
+    Shape,
+    compare,
+    compiled,
+    ours,
+    tolerance,
+)
 from latent_kernels import project_with_noise
 from latent_kernels._noise import exponential_draws, gumbel_noise
 from latent_kernels.reference import project_with_noise_ref

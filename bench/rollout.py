@@ -19,23 +19,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.common import (
-    DTYPES,
-    Operator,
-    Outputs,
-    Parameters,
-    Problem,
-    Provider,
-    Settings,
-    Shape,
-    print_rows,
-    run_benchmarks,
-    write_json,
-)
+from bench.harness.cases import DTYPES, Operator, Outputs, Parameters, Problem, Provider, Settings, Shape
+from bench.harness.report import print_rows, write_json
+from bench.harness.run import run_benchmarks
 from latent_grpo import LatentSampling, generate_latent
-from latent_grpo.loss import replay_logprob
 from latent_grpo.model import load_model
-from latent_grpo.rollout import Rollout
+from latent_grpo.rollout.trajectory import Rollout
+from latent_grpo.update.replay import replay_logprob
 
 TEMPERATURE, TOP_K, TOP_P, LATENT_TOP_K = 0.6, 30, 0.95, 10  # of the recipes
 SEED = 0

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape
+from bench.harness.cases import Operator, Outputs, Parameters, Problem, Provider, Shape
 from bench.rollout import make_model
-from latent_grpo import LatentSampling, generate_latent, generation
+from latent_grpo import LatentSampling, generate_latent
 from latent_grpo.model import body, embedding_table, lm_head, positions
-from latent_grpo.rollout import Rollout
+from latent_grpo.rollout import generate as generation
+from latent_grpo.rollout.trajectory import Rollout
 
 GENERATIONS = 8
 PROMPTS, PROMPT_TOKENS, LIMIT = 64, 16, 64

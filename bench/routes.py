@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import SHAPES
-from latent_kernels import _backend
+from bench.harness.cases import SHAPES
+from latent_kernels import _dispatch
 
 MODELS = ("llama-1b", "qwen-7b")
 
@@ -29,7 +29,7 @@ class Timing:
     """Milliseconds of one candidate in one bucket, a model shape each."""
 
     rows: int
-    route: Any  # of latent_kernels._triton.routes: a tile of our product, or None for the library's
+    route: Any  # of latent_kernels._triton.lm_head_routes: a tile of our product, or None for the library's
     milliseconds: list[float]
 
 
@@ -37,9 +37,9 @@ def measure(rows: int, weights: dict[str, torch.Tensor]) -> list[Timing]:
     """Time every candidate for a number of rows: the logits and their sidecar."""
     from triton.testing import do_bench
 
-    from latent_kernels._eager.linear import project
+    from latent_kernels._linear import project
     from latent_kernels._triton.lm_head import lm_head_sidecar, logits_sidecar
-    from latent_kernels._triton.routes import candidates
+    from latent_kernels._triton.lm_head_routes import candidates
 
     timings = []
     for route in candidates(rows):
@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.routes", description=__doc__)
     parser.add_argument("--out", type=Path, help="file to write (default: the table in the package)")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() or not _backend.triton_available():
+    if not torch.cuda.is_available() or not _dispatch.triton_available():
         print("bench.routes: error: needs an NVIDIA GPU and Triton; nothing was measured or written", file=sys.stderr)
         return 2
-    from latent_kernels._triton.routes import BUCKETS, TABLE
+    from latent_kernels._triton.lm_head_routes import BUCKETS, TABLE
 
     sizes = {name: (SHAPES[name].vocab, SHAPES[name].hidden) for name in MODELS}
     weights = {name: torch.randn(size, device="cuda", dtype=torch.bfloat16) for name, size in sizes.items()}

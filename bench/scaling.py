@@ -18,22 +18,14 @@ from typing import Any
 import torch
 
 from bench import fused_policy_loss, latent_step
-from bench.common import (
-    Parameters,
-    Problem,
-    Roofline,
-    Run,
-    Settings,
-    environment,
-    gate,
-    measure_roofline,
-    quantile,
-    time_alternating,
-    write_whole,
-)
+from bench.harness.cases import Parameters, Problem, Run, Settings
+from bench.harness.environment import environment
+from bench.harness.report import write_whole
+from bench.harness.run import gate
+from bench.harness.timing import Roofline, measure_roofline, quantile, time_alternating
 from bench.rollout import END, make_model
 from latent_grpo import LatentSampling, generate_latent
-from latent_grpo.figures import COLOURS, INK, drawn_figure
+from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 from latent_kernels import latent_step as latent_step_operator
 
 CPU = torch.device("cpu")

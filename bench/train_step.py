@@ -13,14 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import Operator, Outputs, Parameters, Problem, Provider, Shape, compare, compiled, ours, tolerance
 from bench.fused_policy_loss import make_old_logprob, reference_loss
+from bench.harness.cases import (
+    Operator,
+    Outputs,
+    Parameters,
+    Problem,
+    Provider,
+    Shape,
+    compare,
+    compiled,
+    ours,
+    tolerance,
+)
 from bench.latent_logprob import TEMPERATURE, Logprob, Trajectory, naive_shortage, one_softmax
 from bench.rollout import END, MODELS, make_model
 from latent_grpo import LatentSampling, generate_latent
-from latent_grpo.loss import replay
 from latent_grpo.model import embedding_table, lm_head
-from latent_grpo.rollout import Rollout
+from latent_grpo.rollout.trajectory import Rollout
+from latent_grpo.update.replay import replay
 from latent_kernels import fused_policy_loss
 from latent_kernels.reference import HARD, policy_loss_ref
 

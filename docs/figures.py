@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from latent_grpo.figures import COLOURS, INK, drawn_figure
+from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 from latent_kernels import __version__, group_advantages, latent_step_from_logits, policy_loss
 from latent_kernels.reference import gumbel_noise, margin_coefficients, nucleus_mask, surrogate
 

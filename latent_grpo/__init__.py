@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
-    from latent_grpo.distributed import process_group
     from latent_grpo.evaluation import evaluate, pass_at_k
-    from latent_grpo.generation import generate_latent
-    from latent_grpo.rollout import Rollout
+    from latent_grpo.parallel.process_group import process_group
+    from latent_grpo.rollout.generate import generate_latent
+    from latent_grpo.rollout.trajectory import Rollout
     from latent_grpo.sft import LatentSFTTrainer
     from latent_grpo.trainer import LatentGRPOTrainer
 
@@ -32,11 +32,11 @@ _HOME = {
     "LatentSFTConfig": "config",
     "LatentSFTTrainer": "sft",
     "LatentSampling": "config",
-    "Rollout": "rollout",
+    "Rollout": "rollout.trajectory",
     "evaluate": "evaluation",
-    "generate_latent": "generation",
+    "generate_latent": "rollout.generate",
     "pass_at_k": "evaluation",
-    "process_group": "distributed",
+    "process_group": "parallel.process_group",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from latent_grpo.cli import main
+from latent_grpo.commands.main import main
 
 
 def run() -> None:

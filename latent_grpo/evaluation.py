@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.distributed import gather, rank, world_size
-from latent_grpo.generation import generate_latent
-from latent_grpo.metrics import progress_bar
 from latent_grpo.model import ModelError, encode_prompts, end_marker_ids
-from latent_grpo.reward import accuracy_reward
-from latent_grpo.rollout import Rollout, visible_text
+from latent_grpo.parallel.process_group import all_gather, rank, world_size
+from latent_grpo.rewards.functions import accuracy_reward
+from latent_grpo.rollout.generate import generate_latent
+from latent_grpo.rollout.trajectory import Rollout, visible_text
+from latent_grpo.watching.metrics import progress_bar
 
 CORRECT = 0.5  # a reward above this counts as solved
 CONFIDENCE, RESAMPLES = 0.95, 1000
@@ -113,7 +113,7 @@ def evaluate(
                 found = [{**record, "solved": count} for record, count in zip(found, solved, strict=True)]
             records += [{"number": i, **record} for i, record in zip(numbers, found, strict=True)]
             bar.advance(f"Pass@1 {sum(r['correct'] for r in records) / len(records):.3f}")
-    records = sorted(gather(records), key=lambda record: int(record["number"]))
+    records = sorted(all_gather(records), key=lambda record: int(record["number"]))
     values = {name: [float(r[key]) for r in records] for name, key in MEANS.items()}
     for k in pass_at if tries else ():
         values[f"pass@{k}"] = [pass_at_k(tries, r["solved"], k) for r in records]

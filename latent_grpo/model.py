@@ -96,19 +96,19 @@ def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tenso
         attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=cache is not None,
-        **{cache_argument(type(base)): cache},
+        **{cache_argument(type(base)): cache},  # type: ignore[arg-type]
     )
     hidden: Tensor = out.last_hidden_state
     return hidden
 
 
 @functools.cache
-def cache_argument(kind: type) -> str:
+def cache_argument(kind: Any) -> str:
     """The name under which the forward pass of a class of models takes its key-value cache.
 
     Transformers 5.24 renamed `past_key_values` to `cache`; models with code of their own may keep the old name.
     """
-    parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    parameters = inspect.signature(kind.forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
 
 

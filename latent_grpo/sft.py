@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 
-from latent_grpo.adapters import add_adapters
-from latent_grpo.batching import deal
-from latent_grpo.checkpoint import Checkpoints, graceful_interrupt, save_model
 from latent_grpo.config import LatentSFTConfig
-from latent_grpo.data import DataError
-from latent_grpo.distributed import add_up, largest, rank, world_size
-from latent_grpo.metrics import Metrics, progress_bar
+from latent_grpo.data.rows import DataError
 from latent_grpo.model import body, embedding_table, end_marker_ids, lm_head, positions, prompt_ids
-from latent_grpo.optim import Updater
-from latent_grpo.recompute import recomputed
-from latent_grpo.sharding import in_step, inside, refresh, shard
+from latent_grpo.parallel.fsdp import call_inside, copy_to_full, pad_to_count, shard
+from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
+from latent_grpo.parallel.work_split import snake_draft
+from latent_grpo.saving.checkpoint import Checkpoints, graceful_interrupt, save_model
+from latent_grpo.update.activation_checkpointing import recomputed
+from latent_grpo.update.lora import add_adapters
+from latent_grpo.update.optimizer import Updater
+from latent_grpo.watching.metrics import Metrics, progress_bar
 from latent_kernels import philox_uniform
 
 LOSS_CHUNK = 1024  # rows of logits alive at a time
@@ -199,13 +199,13 @@ class LatentSFTTrainer:
                 if self.step % args.logging_steps == 0:
                     self.metrics.write({"phase": "sft", "step": self.step, **values})
                 bar.advance(f"loss {values['loss']:.3f}")
-                stop = bool(largest(interrupt.requested))
+                stop = bool(all_reduce_max(interrupt.requested))
                 if stop or (args.save_steps and self.step % args.save_steps == 0):
                     self.save()
                 if stop:
                     raise KeyboardInterrupt
         self.metrics.close()
-        refresh(self.whole, self.model)
+        copy_to_full(self.whole, self.model)
         save_model(self.output_dir, self.whole, self.tokenizer)
         return values
 
@@ -233,16 +233,16 @@ class LatentSFTTrainer:
         args, size = self.args, self.args.per_device_train_batch_size
         chosen = [self.examples[i] for i in indices]
         elements = sum(len(e.response) for e in chosen)
-        hand = deal([len(e.prompt) + len(e.response) for e in chosen], world_size())[rank()]
+        hand = snake_draft([len(e.prompt) + len(e.response) for e in chosen], world_size())[rank()]
         parts = [[chosen[i] for i in hand[start : start + size]] for start in range(0, len(hand), size)]
         total = torch.zeros((), dtype=torch.float64)
-        for part, real in in_step(parts, chosen[:1], largest(len(parts))):
+        for part, real in pad_to_count(parts, chosen[:1], all_reduce_max(len(parts))):
             batch = collate(part, self.model.device)
-            loss = inside(self.model, batch_loss, self.model, batch, args, self.step) * (real / elements)
+            loss = call_inside(self.model, batch_loss, self.model, batch, args, self.step) * (real / elements)
             self.updater.backward(loss)
             total += float(loss.detach())
         learning_rate = self.updater.learning_rate
-        return {"loss": float(add_up(total)), "grad_norm": self.updater.step(), "learning_rate": learning_rate}
+        return {"loss": float(all_reduce_sum(total)), "grad_norm": self.updater.step(), "learning_rate": learning_rate}
 
 
 @torch.no_grad()

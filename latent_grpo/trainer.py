@@ -19,29 +19,31 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from latent_grpo.adapters import add_adapters, without_adapters
-from latent_grpo.batching import micro_batches, rows_of, share_of_rank
-from latent_grpo.checkpoint import Checkpoints, graceful_interrupt, save_model
-from latent_grpo.collection import WORD, Collector
-from latent_grpo.completions import Samples, print_samples, write_completions
+from latent_grpo.collect import WORD, Collector
 from latent_grpo.config import ConfigError, LatentGRPOConfig, require
-from latent_grpo.distributed import add_up, largest, rank, world_size
 from latent_grpo.evaluation import evaluate
-from latent_grpo.loss import (
+from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+from latent_grpo.parallel.fsdp import call_inside, copy_to_full, pad_to_count, shard
+from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
+from latent_grpo.parallel.work_split import share_of_rank
+from latent_grpo.rewards.scoring import resolve_reward
+from latent_grpo.rollout.samples import Samples
+from latent_grpo.rollout.trajectory import Rollout
+from latent_grpo.saving.checkpoint import Checkpoints, graceful_interrupt, save_model
+from latent_grpo.update.lora import add_adapters, without_adapters
+from latent_grpo.update.loss import (
     batch_std,
     mean_logprob,
-    replay_logprob,
     response_mask,
     share_of_update,
     step_advantages,
     update_loss,
 )
-from latent_grpo.metrics import Metrics, progress_bar
-from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
-from latent_grpo.optim import Updater
-from latent_grpo.reward import resolve_reward
-from latent_grpo.rollout import Rollout
-from latent_grpo.sharding import in_step, inside, refresh, shard
+from latent_grpo.update.micro_batches import micro_batches, rows_of
+from latent_grpo.update.optimizer import Updater
+from latent_grpo.update.replay import replay_logprob
+from latent_grpo.watching.metrics import Metrics, progress_bar
+from latent_grpo.watching.response_log import print_samples, write_completions
 from latent_kernels import PolicyStats, group_advantages
 
 
@@ -147,7 +149,7 @@ class LatentGRPOTrainer:
                     self.metrics.write({"phase": "train", "step": self.step, **values})
                     self.log_completions(batch)
                 bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
-                stop = bool(largest(interrupt.requested))
+                stop = bool(all_reduce_max(interrupt.requested))
                 if stop or (args.save_steps and self.step % args.save_steps == 0):
                     self.save()
                 if stop:
@@ -197,7 +199,7 @@ class LatentGRPOTrainer:
         for rows in self.micro_batches(rollout, mine):
             part = replay_logprob(model, rollout.select(rows), self.args.temperature)
             out[rows, : part.shape[1]] = part
-        return add_up(out)
+        return all_reduce_sum(out)
 
     def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Rows that are replayed together."""
@@ -230,7 +232,7 @@ class LatentGRPOTrainer:
                 updates += 1
                 for name, value in stats.items():
                     sums[f"sum_{name}"] = sums.get(f"sum_{name}", 0.0) + value
-        refresh(self.whole, self.model)
+        copy_to_full(self.whole, self.model)
         means = {name[4:]: value / updates for name, value in sums.items() if name.startswith("sum_")}
         for unused in ("abs_log_ratio", *(() if args.entropy_coef else ("entropy",))):
             means.pop(unused)
@@ -248,11 +250,11 @@ class LatentGRPOTrainer:
         total = carried[rows].sum()
         sums = torch.zeros(1 + len(PolicyStats._fields), dtype=torch.float64)
         parts = self.micro_batches(batch.rollout, share_of_rank(batch.rollout, rows, rank(), world_size()))
-        for part, real in in_step(parts, rows[:1], largest(len(parts))):
+        for part, real in pad_to_count(parts, rows[:1], all_reduce_max(len(parts))):
             rollout = batch.rollout.select(part)
             steps = rollout.mask.shape[1]
             mask, responses = carried[part, :steps] & real, real * len(part) / len(rows)
-            loss, stats = inside(
+            loss, stats = call_inside(
                 self.model, update_loss, self.model, rollout, batch.old_logprob[part, :steps],
                 batch.advantages[part, :steps], mask,
                 None if batch.ref_logprob is None else batch.ref_logprob[part, :steps], args,
@@ -262,7 +264,7 @@ class LatentGRPOTrainer:
             sums[0] += float(loss.detach())
             tokens = float(mask.sum() / total.clamp_min(1))
             sums[1:] += tokens * torch.nan_to_num(torch.stack(stats)).double().cpu()
-        return dict(zip(("loss", *PolicyStats._fields), add_up(sums).tolist(), strict=True))
+        return dict(zip(("loss", *PolicyStats._fields), all_reduce_sum(sums).tolist(), strict=True))
 
     def evaluate(self) -> dict[str, float]:
         """Pass@1 and lengths on the evaluation rows, noise-free."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latent_kernels._loss_types import LossOptions
 from latent_kernels._noise import exponential_draws, gumbel_noise
-from latent_kernels._rows import LossOptions
 from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
 
 HARD = -100  # marks the unused components of a hard row

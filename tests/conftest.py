@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from support import REPOSITORY, SHARED
 from torch import Tensor
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Without a GPU, Triton's interpreter runs the kernels on CPU tensors. It must be chosen before Triton is imported.
 if not torch.cuda.is_available():
@@ -137,7 +135,7 @@ def make_trajectory() -> Callable[..., Trajectory]:
 @pytest.fixture
 def short_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The quickstart takes four steps of each phase on small batches."""
-    from latent_grpo import quickstart as module
+    from latent_grpo.quickstart import run as module
 
     sft, grpo = module.sft_config, module.grpo_config
     monkeypatch.setattr(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -15,8 +16,17 @@ import pytest
 import latent_kernels
 
 PACKAGES = ("latent_kernels", "latent_grpo", "bench")
-# What needs torch only, and which of these modules may be imported by which: each one those before it.
-BASE_LAYERS = ("_types", "_noise", "_rows", "reference", "_backend", "_eager")
+# Rooms of each package, from the ground floor up: a room imports only rooms below it.
+KERNEL_ROOMS = (
+    "_types", "_noise", "_loss_types", "_chunks", "_validate", "_dispatch", "reference", "_linear", "_eager",
+    "_triton", "ops", "__init__",
+)  # fmt: skip
+NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:9])  # torch and NumPy; the rest may need Triton
+TRAINER_ROOMS = (
+    "config", "model", "rewards", "data", "rollout", "parallel", "update", "collect", "saving", "watching",
+    "evaluation", "sft", "trainer", "quickstart", "study", "commands", "recipes", "__init__", "__main__",
+)  # fmt: skip
+LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 400, 60
 STANDARD = sys.stdlib_module_names | {"__future__"}
 
 
@@ -37,27 +47,66 @@ def imports(path: Path) -> Iterator[tuple[str, str | None]]:
             yield from ((node.module or "", alias.name) for alias in node.names)
 
 
-def base_layer(path: Path, root: Path) -> str | None:
-    """The layer of a module of latent_kernels that must need torch and NumPy only, else None."""
-    parts = path.relative_to(root / "latent_kernels").with_suffix("").parts
-    return parts[0] if parts[0] in BASE_LAYERS else None
+def room_of(path: Path, package: Path) -> str:
+    """The room of a module: the folder or the module directly below its package."""
+    return path.relative_to(package).with_suffix("").parts[0]
 
 
-def test_base_modules_need_torch_numpy_and_the_layers_below(repository: Path):
+def rooms_imported(path: Path, package: str) -> Iterator[str]:
+    """The rooms of its own package that a module imports."""
+    for module, name in imports(path):
+        top, _, rest = module.partition(".")
+        if top == package:
+            yield rest.split(".")[0] if rest else str(name)
+
+
+@pytest.mark.parametrize(("package", "rooms"), [("latent_kernels", KERNEL_ROOMS), ("latent_grpo", TRAINER_ROOMS)])
+def test_imports_go_one_way_between_rooms(package: str, rooms: tuple[str, ...], repository: Path):
+    exported = set(importlib.import_module(package).__all__) | {"__version__"}
+    seen = set()
+    for path in sources(repository, package):
+        room = room_of(path, repository / package)
+        assert room in rooms, f"{room!r} is no known room: give it a place in the order of {package}"
+        seen.add(room)
+        for other in set(rooms_imported(path, package)) - {room} - exported:
+            assert other in rooms[: rooms.index(room)], (
+                f"{path.relative_to(repository)} imports {other}, a room above it"
+            )
+    assert seen == set(rooms)
+
+
+def test_no_export_of_a_package_is_imported_by_its_own_rooms(repository: Path):
+    """`from latent_grpo import name` inside latent_grpo would hide which room the name comes from."""
+    for package, rooms in (("latent_kernels", KERNEL_ROOMS), ("latent_grpo", TRAINER_ROOMS)):
+        for path in sources(repository, package):
+            names = {name for module, name in imports(path) if module == package}
+            assert names <= {*rooms, "__version__"}, f"{path.relative_to(repository)} imports {names}"
+
+
+def test_modules_and_functions_fit_their_size(repository: Path):
+    for path in sources(repository, *PACKAGES, "tests"):
+        text = path.read_text(encoding="utf-8")
+        where = path.relative_to(repository)
+        assert len(text.splitlines()) <= LINES_OF_A_MODULE, f"{where} is too long: split it"
+        if path.parent.name == "_triton":
+            continue  # a kernel is one function
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or 0) - node.lineno + 1
+                assert size <= LINES_OF_A_FUNCTION, f"{where}: {node.name} has {size} lines: split it"
+
+
+def test_rooms_that_need_torch_only(repository: Path):
     seen = set()
     for path in sources(repository, "latent_kernels"):
-        layer = base_layer(path, repository)
-        if layer is None:
+        room = room_of(path, repository / "latent_kernels")
+        if room not in NEEDS_TORCH_ONLY:
             continue
-        seen.add(layer)
-        below = BASE_LAYERS[: BASE_LAYERS.index(layer) + 1]
+        seen.add(room)
         for module, _ in imports(path):
-            top, _, rest = module.partition(".")
-            if top == "latent_kernels":
-                assert rest.split(".")[0] in below, f"{layer} imports {module}"
-            else:
-                assert top in STANDARD or top in ("torch", "numpy"), f"{layer} imports {module}"
-    assert seen == set(BASE_LAYERS)
+            top = module.partition(".")[0]
+            assert top in STANDARD or top in ("torch", "numpy", "latent_kernels"), f"{room} imports {module}"
+    assert seen == NEEDS_TORCH_ONLY
 
 
 def test_kernels_need_nothing_but_torch_numpy_and_triton(repository: Path):
@@ -82,13 +131,18 @@ def test_the_trainer_uses_what_the_kernels_export(repository: Path):
     assert used
 
 
-def test_an_installation_has_every_module(repository: Path):
+def test_an_installation_has_every_module_and_nothing_else(repository: Path):
     for path in sources(repository, *PACKAGES):
         assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package: it would not be installed"
+    setting = re.search(r"^include = \[(.*)\]$", (repository / "pyproject.toml").read_text(), re.MULTILINE)
+    assert setting is not None
+    assert set(re.findall(r'"([^"]+)"', setting[1])) == {"latent_kernels*", "latent_grpo*"}
+    for package in ("latent_kernels", "latent_grpo"):
+        assert (repository / package / "py.typed").exists(), f"{package} has types, which a checker would not read"
 
 
 def test_nobody_imports_bench_or_tests(repository: Path):
-    test_modules = {path.stem for path in (repository / "tests").glob("*.py")}
+    test_modules = {path.stem for path in (repository / "tests").rglob("test_*.py")} | {"support"}
     for path in sources(repository, *PACKAGES):
         for module, _ in imports(path):
             top = module.split(".")[0]
@@ -163,3 +217,17 @@ def test_no_source_file_names_a_path_of_the_machine(repository: Path):
 )
 def test_the_pattern_for_machine_paths(text, found):
     assert bool(MACHINE_PATHS.search(text)) == found
+
+
+def test_no_test_module_imports_another(repository: Path):
+    modules = {path.stem for path in (repository / "tests").rglob("test_*.py")}
+    for path in sources(repository, "tests"):
+        for module, _ in imports(path):
+            assert module.split(".")[-1] not in modules, f"{path.relative_to(repository)} imports {module}"
+
+
+def test_no_document_is_named_that_is_not_here(repository: Path):
+    for folder in (*PACKAGES, "docs"):
+        for kind in ("*.py", "*.md", "*.yaml"):
+            for path in (repository / folder).rglob(kind):
+                assert not re.search(r"\bSPEC\b", path.read_text(encoding="utf-8")), path.relative_to(repository)

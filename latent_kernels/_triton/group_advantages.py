@@ -107,7 +107,7 @@ def group_advantages(
     rewards: Tensor, group_ids: Tensor, invalid_mask: Tensor | None, invalid: str, normalize_std: bool,
     mean_logprob: Tensor | None, first_token: str,
 ) -> GroupAdvantages:  # fmt: skip
-    """`latent_kernels.group_advantages` on checked arguments."""
+    """`latent_kernels.ops.group_advantages` on checked arguments."""
     rewards, rows = rewards.contiguous(), len(rewards)
     out = torch.empty(4, rows, dtype=torch.float32, device=rewards.device)
     if rows:

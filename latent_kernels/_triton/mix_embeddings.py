@@ -123,7 +123,7 @@ def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, gra
 
 
 def mix_embeddings(ids: Tensor, scores: Tensor, embedding: Tensor, tau: float | Tensor) -> Tensor:
-    """`latent_kernels.mix_embeddings` on checked arguments."""
+    """`latent_kernels.ops.mix_embeddings` on checked arguments."""
     if not isinstance(tau, Tensor):  # filled on the device: a copy from the host would wait for it
         tau = torch.full((), tau, dtype=torch.float32, device=embedding.device)
     return _MixEmbeddings.apply(ids, scores, embedding, tau.contiguous())

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latent_kernels import reference
-from latent_kernels._rows import SUMS, LossSpec, StepLosses, loss_and_stats
+from latent_kernels._loss_types import SUMS, LossSpec, StepLosses, loss_and_stats
 from latent_kernels._types import PolicyStats
 
 LOG_RATIO_MAX = tl.constexpr(reference.LOG_RATIO_MAX)
@@ -152,6 +152,6 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(logprob: Tensor, spec: LossSpec, mask: Tensor, count: Tensor) -> tuple[Tensor, PolicyStats]:
-    """`latent_kernels.policy_loss` on checked arguments [R, T]; weights [R], `count` is that of the active steps."""
+    """`ops.policy_loss` on checked arguments [R, T]; weights [R], `count` is that of the active steps."""
     loss, *stats = _PolicyLoss.apply(logprob, spec, mask, count)
     return loss, PolicyStats(*stats)

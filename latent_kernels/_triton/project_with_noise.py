@@ -107,7 +107,7 @@ class _ProjectWithNoise(torch.autograd.Function):
 
 
 def project_with_noise(hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
-    """`latent_kernels.project_with_noise` on checked arguments."""
+    """`latent_kernels.ops.project_with_noise` on checked arguments."""
     if isinstance(noise.scale, Tensor):
         noise = noise._replace(scale=noise.scale.expand(len(hidden)).contiguous())
     else:

@@ -1,0 +1,1 @@
+"""What every benchmark uses: cases, timing, memory, the run, the report."""

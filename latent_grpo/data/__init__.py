@@ -1,0 +1,1 @@
+"""Training rows and benchmarks, from files and from the Hub."""

@@ -1,0 +1,1 @@
+"""From a prompt to a recorded response: decoding, caches, sampling, and the record itself."""

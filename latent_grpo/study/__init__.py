@@ -1,0 +1,1 @@
+"""`latent-grpo compare`: methods and ablations over several seeds."""

@@ -1,0 +1,310 @@
+"""`latent-grpo compare`: the methods and the ablations of the paper on one task, over several seeds.
+
+Every seed has a latent and a text warm start; the arms of that seed start from them, so that arms differ in one thing
+and their differences can be taken seed by seed. A run is one arm of one seed. Runs go to worker processes, each on its
+own CPU threads, keep their results in `seed-N/ARM/result.json`, and are skipped when the command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latent_grpo.config import CompareConfig, ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig, read_yaml
+from latent_grpo.data.rows import load_rows
+from latent_grpo.evaluation import evaluate
+from latent_grpo.model import end_marker_ids, eos_ids, first_line, load_model, load_tokenizer
+from latent_grpo.quickstart.run import grpo_config, sft_config
+from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
+from latent_grpo.sft import LatentSFTTrainer
+from latent_grpo.trainer import LatentGRPOTrainer
+from latent_grpo.watching.metrics import progress_bar
+from latent_grpo.watching.tables import environment, write_json
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the comparison: a warm start alone, or reinforced with some options changed."""
+
+    label: str
+    start: str  # the warm start that it is or begins with
+    changes: dict[str, Any] = field(default_factory=dict)  # options of LatentGRPOConfig ...
+    recipe: str = ""  # ... and those of a named recipe
+
+    @property
+    def ablation(self) -> bool:
+        """Whether it is the full method with one option changed."""
+        return bool(self.changes)
+
+    def options(self) -> dict[str, Any]:
+        """Options that it changes in the full method's."""
+        return {**(read_yaml(self.recipe, LatentGRPOConfig) if self.recipe else {}), **self.changes}
+
+
+LATENT, TEXT, FULL = "latent-sft", "text-sft", "latent-grpo"
+ARMS = {
+    LATENT: Arm("Latent-SFT", LATENT),
+    FULL: Arm("Latent-GRPO", LATENT),
+    "soft-grpo": Arm("SofT-GRPO", LATENT, recipe="soft-grpo"),
+    TEXT: Arm("text SFT", TEXT),
+    "text-grpo": Arm("text GRPO", TEXT, recipe="text-grpo"),
+    "two-sided-noise": Arm("two-sided noise", LATENT, {"noise": "two_sided"}),
+    "no-first-token-selection": Arm("no first-token selection", LATENT, {"first_token": "all"}),
+    "no-invalid-masking": Arm("no invalid masking", LATENT, {"invalid": "keep"}),
+    "margin-released": Arm("margin gradient as released", LATENT, {"margin_gradient": "released"}),
+    "margin-none": Arm("no margin gradient", LATENT, {"margin_gradient": "none"}),
+    "loss-on-latent": Arm("loss on latent steps only", LATENT, {"loss_on": "latent"}),
+    "loss-on-text": Arm("loss on text steps only", LATENT, {"loss_on": "text"}),
+}
+RESULT, PLAN, LOG = "result.json", "plan.json", "log.txt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm of one seed."""
+
+    seed: int
+    arm: str
+
+    @property
+    def start(self) -> Run:
+        """The warm start that this run needs, itself for a warm start."""
+        return Run(self.seed, ARMS[self.arm].start)
+
+    def folder(self, args: CompareConfig) -> Path:
+        """Where its model, metrics, log and result are."""
+        return Path(args.output_dir) / f"seed-{self.seed}" / self.arm
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, {self.arm}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run's result depends on, and a worker process needs."""
+
+    args: CompareConfig
+    sft: LatentSFTConfig
+    grpo: LatentGRPOConfig
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the task is the quickstart's world, made on the spot."""
+        return not self.sft.model_name_or_path
+
+    def sft_options(self, run: Run) -> LatentSFTConfig:
+        """Options of a warm start."""
+        folder = str(run.folder(self.args))
+        return replace(self.sft, output_dir=folder, seed=run.seed, latent=run.arm == LATENT)
+
+    def grpo_options(self, run: Run) -> LatentGRPOConfig:
+        """Options of a reinforced run, and how the warm starts are sampled."""
+        changes: dict[str, Any] = {"latent": run.start.arm == LATENT, **ARMS[run.arm].options()}
+        return replace(self.grpo, output_dir=str(run.folder(self.args)), seed=run.seed, **changes)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that must stay the same for finished runs to be kept."""
+        args = asdict(self.args)
+        shared = {name: args[name] for name in ("train_problems", "held_out_problems", "num_samples", "threads")}
+        return {**shared, "sft": asdict(self.sft), "grpo": asdict(self.grpo)}
+
+
+def make_plan(
+    args: CompareConfig, sft: LatentSFTConfig | None = None, grpo: LatentGRPOConfig | None = None
+) -> Plan:  # fmt: skip
+    """The quickstart's world and options where none are given. ConfigError for what does not fit together.
+
+    There the full method is the paper's, with first-token selection, which the quickstart leaves out.
+    """
+    if (sft is None) != (grpo is None):
+        raise ConfigError("sft_config and grpo_config belong together; give both, or none for the quickstart's world")
+    sft = sft or sft_config(Path(), 0)
+    grpo = grpo or replace(grpo_config(Path(), 0, "all"), first_token="best_of_correct")
+    sft = replace(sft, output_dir="", seed=0, max_steps=args.sft_steps or sft.max_steps)
+    grpo = replace(grpo, output_dir="", seed=0, save_steps=0, max_steps=args.grpo_steps or grpo.max_steps)
+    plan = Plan(args, sft, grpo)
+    if not plan.embedded and not (sft.dataset and grpo.dataset and grpo.eval_dataset):
+        raise ConfigError("a comparison needs dataset in sft_config, dataset and eval_dataset in grpo_config")
+    return plan
+
+
+def all_runs(args: CompareConfig) -> list[Run]:
+    """Every run, warm starts first; ConfigError for an arm that does not exist."""
+    chosen = args.arms or list(ARMS)
+    for name in chosen:
+        if name not in ARMS:
+            raise ConfigError(f"arms holds {name!r}: choose from {', '.join(ARMS)}")
+    starts = [name for name in (LATENT, TEXT) if any(ARMS[arm].start == name for arm in chosen)]
+    rest = [name for name in ARMS if name in chosen and name not in starts]
+    return [Run(seed, arm) for part in (starts, rest) for seed in args.seeds for arm in part]
+
+
+def claim_folder(plan: Plan) -> None:
+    """Make the output folder, or find that its runs are of the same options; ConfigError otherwise."""
+    folder, wanted = Path(plan.args.output_dir), json.loads(json.dumps(plan.identity()))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / PLAN).is_file():
+        raise ConfigError(f"output_dir {str(folder)!r} holds something else than a comparison; choose another")
+    if not (folder / PLAN).is_file():
+        write_json(folder / PLAN, wanted)
+        return
+    try:
+        kept = json.loads((folder / PLAN).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{str(folder / PLAN)!r} is not valid JSON; choose another output_dir") from error
+    for name, old, new in differences(kept, wanted):
+        raise ConfigError(
+            f"output_dir {str(folder)!r} holds runs with {name} {old!r}, now {new!r}; choose another output_dir"
+        )
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(option, old value, new value) of nested options that are not the same."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(key for key in old if key not in new)]:
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def run_all(plan: Plan) -> dict[Run, str]:
+    """Do every run that has no result yet; one line for each that failed. KeyboardInterrupt keeps what is finished."""
+    args = plan.args
+    runs = all_runs(args)
+    ready = [run for run in runs if not finished(plan, run)]
+    failures: dict[Run, str] = {}
+    running: dict[Future[float], Run] = {}
+    broken, others = False, multiprocessing.active_children()
+    pool = _pool(args)
+    with progress_bar("Runs", len(runs), len(runs) - len(ready)) as bar:
+        try:
+            while ready or running:
+                if broken and not running:
+                    pool.shutdown()
+                    pool, broken = _pool(args), False
+                startable = [run for run in ready if run == run.start or finished(plan, run.start)]
+                for run in startable[: 0 if broken else args.workers - len(running)]:
+                    ready.remove(run)
+                    running[pool.submit(execute, plan, run)] = run
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run, error = running.pop(future), future.exception()
+                    broken |= isinstance(error, BrokenProcessPool)
+                    if isinstance(error, KeyboardInterrupt):
+                        raise error
+                    if error is not None:
+                        failures[run] = _reason(error, run.folder(args) / LOG)
+                        waiting = [later for later in ready if later.start == run]
+                        failures |= {later: "its warm start failed" for later in waiting}
+                        ready = [later for later in ready if later not in failures]
+                    bar.advance(f"{run}: {'failed' if error else f'Pass@1 {future.result():.3f}'}")
+        except KeyboardInterrupt:  # a run that is cut off here is done again by the next command
+            for worker in multiprocessing.active_children():
+                if worker not in others:
+                    worker.terminate()
+            raise
+        finally:
+            pool.shutdown()
+    return failures
+
+
+def _reason(error: BaseException, log: Path) -> str:
+    """Why a run failed, in one line."""
+    if isinstance(error, BrokenProcessPool):
+        return f"its process died, of too little memory perhaps (see {log})"
+    return f"{type(error).__name__}: {first_line(error)} (see {log})"
+
+
+def _pool(args: CompareConfig) -> ProcessPoolExecutor:
+    """Fresh processes: a forked one would inherit the state of torch's threads."""
+    return ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def finished(plan: Plan, run: Run) -> bool:
+    """Whether a run has its result."""
+    return (run.folder(plan.args) / RESULT).is_file()
+
+
+def execute(plan: Plan, run: Run) -> float:
+    """One run, in a worker process: train, evaluate, keep the result. Its Pass@1."""
+    started = time.perf_counter()
+    torch.set_num_threads(plan.args.threads)
+    folder = run.folder(plan.args)
+    shutil.rmtree(folder, ignore_errors=True)  # what a run without a result left
+    folder.mkdir(parents=True)
+    with (folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        train, held_out = problems(plan, run.seed)
+        torch.manual_seed(run.seed)
+        model, tokenizer = (warm_start if run == run.start else reinforce)(plan, run, train, held_out)
+        options = plan.grpo_options(run)
+        trained = time.perf_counter()
+        result = evaluate(
+            model, tokenizer, held_out, sampling(options, model, tokenizer), num_samples=plan.args.num_samples,
+            batch_size=options.per_device_train_batch_size, end_marker=options.end_marker,
+        )  # fmt: skip
+    samples = result.pop("samples")
+    watched = samples[: plan.args.watched_problems]
+    record = {
+        "arm": run.arm, "seed": run.seed, "result": result,
+        "watched_pass_at_1": sum(sample["correct"] for sample in watched) / len(watched),
+        "seconds": {"train": trained - started, "evaluate": time.perf_counter() - trained},
+        "environment": environment(model.device),
+    }  # fmt: skip
+    write_json(folder / RESULT, record)
+    return float(result["pass_at_1"])
+
+
+def problems(plan: Plan, seed: int) -> tuple[list[Any], list[Any]]:
+    """Rows to train on and held-out rows: of the world made from the seed, or of the configured data."""
+    args, grpo = plan.args, plan.grpo
+    if plan.embedded:
+        rows = make_problems(args.train_problems + args.held_out_problems, seed=seed)
+        return rows[args.held_out_problems :], rows[: args.held_out_problems]
+    return _rows(grpo, grpo.dataset, grpo.dataset_split, grpo.limit), _rows(
+        grpo, str(grpo.eval_dataset), "test", grpo.eval_limit
+    )
+
+
+def _rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+    return load_rows(
+        source, split=split, limit=limit, prompt_column=args.prompt_column, answer_column=args.answer_column,
+        chain_column=args.chain_column,
+    )  # fmt: skip
+
+
+def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tuple[Any, Any]:
+    """Latent-SFT, or text SFT on the same chains."""
+    options = plan.sft_options(run)
+    if plan.embedded:
+        tokenizer = make_tokenizer()
+        model: Any = make_model(tokenizer, seed=run.seed)
+        rows: list[Any] = worked_examples(train, seed=run.seed)
+    else:
+        tokenizer = load_tokenizer(options.model_name_or_path)
+        model = load_model(options.model_name_or_path, options.dtype, options.device)
+        rows = _rows(options, options.dataset, options.dataset_split, options.limit)
+    LatentSFTTrainer(model, options, rows, tokenizer).train()
+    return model, tokenizer
+
+
+def reinforce(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tuple[Any, Any]:
+    """GRPO from the warm start of the seed."""
+    start, watched = str(run.start.folder(plan.args)), held_out[: plan.args.watched_problems]
+    trainer = LatentGRPOTrainer(start, None, plan.grpo_options(run), train, watched)
+    trainer.train()
+    return trainer.model, trainer.tokenizer
+
+
+def sampling(options: LatentGRPOConfig, model: Any, tokenizer: Any) -> LatentSampling:
+    """How a run's responses are sampled under noise: as in its training."""
+    end = end_marker_ids(tokenizer, options.end_marker)[0] if options.latent else None
+    return replace(options.sampling(), end_token_id=end, eos_token_id=eos_ids(model, tokenizer))

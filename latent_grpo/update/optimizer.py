@@ -1,0 +1,163 @@
+"""One optimizer step as both trainers take it: clipping, skipping of non-finite gradients, the schedule.
+
+Of a sharded model a rank updates its part; clipping goes by the norm of the whole gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.model import embedding_table
+from latent_grpo.parallel.fsdp import full_tensor
+from latent_grpo.parallel.process_group import world_size
+from latent_grpo.update.lora import has_adapters
+
+MASTER = "master"  # prefix of the float32 copies in a checkpoint
+
+
+class Updater:
+    """AdamW over the trainable parameters of a model, its schedule, and a count of skipped updates.
+
+    With `args.master_weights`, 16-bit parameters have float32 copies: gradients add up and updates happen there.
+    """
+
+    def __init__(self, model: Any, args: RunOptions, total_steps: int, freeze_embeddings: bool) -> None:
+        if not has_adapters(model):  # which alone are trained where there are any
+            model.requires_grad_(True)
+            if freeze_embeddings:
+                embedding_table(model).requires_grad_(False)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
+        if not self.parameters:
+            raise ConfigError("the model has adapters that are not trainable; merge them, or resume their own run")
+        self.masters = [master(p) if args.master_weights else p for p in self.parameters]
+        self.optimizer = make_optimizer(self.masters, args)
+        try:
+            self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, total_steps)
+        except ValueError as error:
+            raise ConfigError(f"lr_scheduler_type is {args.lr_scheduler_type!r}: {error}") from error
+        self.max_grad_norm = args.max_grad_norm or math.inf
+        self.skipped = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The current learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of the micro-batches before it; over ranks, of the sum of theirs."""
+        # A sharded model averages the ranks' gradients.
+        (loss * world_size()).backward()
+        for parameter, copy in self.copies():
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
+                parameter.grad = None
+
+    def step(self) -> float:
+        """Clip, update and clear the gradients; their norm before clipping. Not finite: no update, a warning, a
+        count."""
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.write_back()
+        else:
+            self.skipped += 1
+            warnings.warn(f"gradient norm is {norm}: update skipped ({self.skipped} so far)", stacklevel=2)
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, its float32 copy) of all that have one."""
+        return [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """The float32 copies into their parameters."""
+        for parameter, copy in self.copies():
+            parameter.copy_(copy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Float32 copies and the optimizer's tensors as `master.NAME`, `exp_avg.NAME`, ...: for a checkpoint, a rank's
+        part of each."""
+        found = {f"{MASTER}.{name}": m.detach() for name, m, p in self.trained() if m is not p}
+        for name, copy, _ in self.trained():
+            state = self.optimizer.state.get(copy, {})
+            found |= {f"{key}.{name}": value for key, value in state.items() if _is_large(value, copy)}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rest of the state: small, and the same on every rank."""
+        small = {
+            name: {k: v for k, v in self.optimizer.state.get(copy, {}).items() if not _is_large(v, copy)}
+            for name, copy, _ in self.trained()
+        }
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        return {
+            "state": small, "groups": groups, "scheduler": self.scheduler.state_dict(), "skipped": self.skipped,
+        }  # fmt: skip
+
+    def empty(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What a tensor of `tensors` is read into: sharded as its parameter is, whose shape it must have."""
+        parameter = self.masters[self.names.index(name.partition(".")[2])]
+        if parameter.shape != size:
+            raise ValueError(f"{name} is {list(size)} there and {list(parameter.shape)} here")
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict` and `tensors`."""
+        values = {name: dict(state["state"][name]) for name in self.names}
+        for full, value in tensors.items():
+            key, _, name = full.partition(".")
+            values[name][key] = value
+        for name, copy, parameter in self.trained():
+            if copy is not parameter:
+                copy.copy_(values[name].pop(MASTER))
+            if values[name]:
+                self.optimizer.state[copy] = values[name]
+        for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
+            group.update(saved)
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.skipped = state["skipped"]
+        self.write_back()
+
+    def trained(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, what the optimizer updates, parameter)."""
+        return list(zip(self.names, self.masters, self.parameters, strict=True))
+
+
+def _is_large(value: Any, parameter: Tensor) -> bool:
+    """Whether a rank holds its part of it alone; tables that 8-bit optimizers share, and counts, are small."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def master(parameter: Tensor) -> Tensor:
+    """A float32 copy of a 16-bit parameter; a float32 parameter itself."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    return torch.nn.Parameter(parameter.detach().float())
+
+
+def make_optimizer(parameters: list[Tensor], args: RunOptions) -> Any:
+    """The optimizer that `args.optim` names; ConfigError where its library is not installed."""
+    options: dict[str, Any] = dict(
+        lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay
+    )
+    if args.optim == "adamw_torch":
+        return torch.optim.AdamW(parameters, **options)
+    if world_size() > 1:
+        raise ConfigError(f"optim is {args.optim!r}: several processes shard the optimizer; use adamw_torch")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(f"optim is {args.optim!r}: pip install 'latent-grpo[bitsandbytes]'") from error
+    return AdamW8bit(parameters, **options)

@@ -1,0 +1,46 @@
+"""Curves of a run from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latent_grpo.watching.figures import drawn_figure
+from latent_grpo.watching.metrics import read_metrics
+
+PANELS = (
+    ("Latent-SFT loss", "sft", {"loss": "loss"}, "KL and cross-entropy an element (nats)"),
+    (
+        "Accuracy",
+        "train",
+        {"reward": "reward while sampling, with noise", "eval_pass_at_1": "Pass@1, noise-free"},
+        "share",
+    ),
+    ("Response length", "train", {"response_length": "all steps", "latent_length": "latent steps"}, "steps a response"),
+    ("Latent mixtures", "train", {"mixture_entropy": "entropy"}, "nats a latent step"),
+    ("Updates", "train", {"clip_fraction": "clipped", "margin_crossed": "margins crossed"}, "share"),
+    ("Gradient norm", "train", {"grad_norm": "before clipping"}, "norm"),
+)
+
+
+def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:
+    """The panels that `metrics` (JSONL) has figures for, over its steps, as a PNG."""
+    rows = read_metrics(metrics)
+    panels = [p for p in PANELS if any(row["phase"] == p[1] and not p[2].keys().isdisjoint(row) for row in rows)]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    with drawn_figure(picture, lines, columns, (1 + 4 * columns, 3.5 * lines), caption=caption) as axes:
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (name, phase, series, unit) in zip(axes.flat, panels, strict=False):
+            for key, label in series.items():
+                points = [(row["step"], row[key]) for row in rows if row["phase"] == phase and key in row]
+                plot_series(axis, points, label)
+            axis.set(title=name, xlabel=f"{'Latent-SFT' if phase == 'sft' else 'Latent-GRPO'} step", ylabel=unit)
+            axis.legend()
+
+
+def plot_series(axis: Any, points: list[tuple[int, float]], label: str) -> None:
+    """A line; markers where the points are few."""
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    axis.plot(steps, values, label=label, marker="o" if len(points) <= 20 else None, linewidth=1.4)

@@ -1,0 +1,162 @@
+"""What a run shows and keeps of its figures: a line and a progress bar on the terminal, a JSONL file, trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.parallel.process_group import on_rank_zero, rank
+from latent_grpo.saving.atomic import write_whole
+from latent_grpo.saving.checkpoint import checkpoints_in
+from latent_grpo.watching.alarms import Alarms
+from latent_grpo.watching.trackers import open_trackers
+
+# One console for lines and bar, so that lines stand above the bar. Errors' stream: standard output is for results.
+CONSOLE = Console(stderr=True, highlight=False)
+
+# Metric, its heading in the table, its format. Widths are fixed, so that the lines of a log file stand in columns.
+TABLE = (
+    ("step", "step", "6d"),
+    ("loss", "loss", "9.4f"),
+    ("reward", "reward", "7.3f"),
+    ("reward_std", "std", "6.3f"),
+    ("groups_kept", "kept", "5.2f"),
+    ("response_length", "length", "7.1f"),
+    ("latent_length", "latent", "7.1f"),
+    ("mixture_entropy", "entropy", "8.3f"),
+    ("truncated", "cut", "5.2f"),
+    ("clip_fraction", "clip", "6.3f"),
+    ("kl", "kl", "8.4f"),
+    ("grad_norm", "grad", "8.3f"),
+    ("learning_rate", "rate", "9.1e"),
+    ("tokens_per_second", "tok/s", "7.0f"),
+    ("eval_pass_at_1", "Pass@1", "7.3f"),
+)
+LINES_A_HEADING = 20
+
+
+class Metrics:
+    """Writes the figures of every logged step to `output_dir/metrics.jsonl`, the terminal and the trackers; rank 0
+    alone.
+
+    history: the lines of a resumed run up to its checkpoint, which replace what the file holds; None starts a new run.
+    Raises ConfigError where a new run would write into a folder that holds a run or a model.
+    """
+
+    def __init__(self, args: RunOptions, history: list[dict[str, Any]] | None = None) -> None:
+        self.history = list(history or [])
+        self.alarms = Alarms()
+        for values in self.history:
+            self.alarms.update(values)
+        self.show = args.log_table
+        self.lines = 0
+        on_rank_zero(lambda: self.open(args, resumed=history is not None))
+
+    def open(self, args: RunOptions, resumed: bool) -> None:
+        """Open the sinks."""
+        folder, path = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
+        begun = path.is_file() and path.stat().st_size > 0
+        if not resumed and (begun or checkpoints_in(folder)):
+            raise ConfigError(f"output_dir {str(folder)!r} already holds a run; resume it or choose another folder")
+        if not resumed and any(folder.glob("*.safetensors")):
+            raise ConfigError(f"output_dir {str(folder)!r} already holds a model; choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.trackers = open_trackers(args, last_step(self.history) if resumed else None)
+            if resumed:
+                write_whole(path, "".join(map(json_line, self.history)))
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write to output_dir {str(folder)!r}: {error.strerror}") from error
+
+    def write(self, values: dict[str, Any]) -> None:
+        """The figures of a step: a JSON line, flushed, so that a killed run keeps it; a line of the table; trackers."""
+        self.history.append(values)
+        if rank():
+            return
+        self.file.write(json_line(values))
+        self.file.flush()
+        if self.show:
+            if self.lines % LINES_A_HEADING == 0:
+                CONSOLE.print(heading(values), style="bold", soft_wrap=True, markup=False)
+            CONSOLE.print(table_line(values), soft_wrap=True, markup=False)
+            self.lines += 1
+        for line in self.alarms.update(values):
+            CONSOLE.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
+        numbers = {
+            f"{values['phase']}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        for tracker in self.trackers:
+            tracker.log(numbers, values["step"])
+
+    def close(self) -> None:
+        """Close the sinks."""
+        if rank():
+            return
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """A line of the JSONL file."""
+    return json.dumps(values) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a killed run left half written is dropped."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def last_step(history: list[dict[str, Any]]) -> int:
+    """Step of the last line, 0 where there is none."""
+    return int(history[-1]["step"]) if history else 0
+
+
+def heading(values: dict[str, Any]) -> str:
+    """Names of the table's columns that `values` has. Evaluation's is last and always there: few lines have it."""
+    names = {*values, "eval_pass_at_1"} if values["phase"] == "train" else {*values}
+    return "".join(f"{label:>{width(form)}}" for name, label, form in TABLE if name in names)
+
+
+def table_line(values: dict[str, Any]) -> str:
+    """The figures of `values` under `heading`."""
+    return "".join(f"{values[name]:{form}}" for name, _, form in TABLE if name in values)
+
+
+def width(form: str) -> int:
+    """Width of a format such as 7.3f."""
+    return int(form.rstrip("def").split(".")[0])
+
+
+class Bar:
+    """A progress bar with a short line of figures at its end."""
+
+    def __init__(self, progress: Progress, total: int, done: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=total, completed=done, figures="")
+
+    def advance(self, figures: str = "") -> None:
+        """One step further."""
+        self.progress.update(self.task, advance=1, figures=figures)
+
+
+@contextmanager
+def progress_bar(label: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
+    """A bar on the terminal's error stream, or one that draws nothing."""
+    columns = (
+        TextColumn(label), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=CONSOLE, disable=not shown or rank() > 0) as progress:
+        yield Bar(progress, total, done)

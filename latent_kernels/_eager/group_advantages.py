@@ -1,0 +1,66 @@
+"""Group-relative advantages in plain PyTorch, without asking the device anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_kernels._types import GroupAdvantages
+from latent_kernels.reference import STD_EPSILON
+
+
+def group_advantages_eager(
+    rewards: Tensor,
+    group_ids: Tensor,
+    invalid_mask: Tensor | None,
+    invalid: str,
+    normalize_std: bool,
+    mean_logprob: Tensor | None,
+    first_token: str,
+) -> GroupAdvantages:
+    """`group_advantages` on checked arguments."""
+    rewards = rewards.double()  # so that a group of equal float32 rewards has exactly its own mean
+    segment = _segments(group_ids)
+    broken = torch.zeros_like(segment, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
+    counted = (~broken if invalid == "exclude" else torch.ones_like(broken)).to(rewards.dtype)
+    count = _segment_sum(counted, segment)
+    mean = _segment_sum(rewards * counted, segment) / count.clamp_min(1.0)
+    spread = _segment_sum((rewards - mean).square() * counted, segment) / (count - 1.0).clamp_min(1.0)
+    mean = torch.where(count > 1, mean, 0.0)
+    std = torch.where(count > 1, spread.sqrt(), 1.0)
+    centred = rewards - mean
+    advantages = centred / (std + STD_EPSILON) if normalize_std else centred
+    if invalid != "keep":
+        advantages = advantages.masked_fill(broken, 0.0)
+    first = advantages
+    if first_token != "all":
+        assert mean_logprob is not None
+        first = _first_step(advantages, mean_logprob, segment, first_token)
+    return GroupAdvantages(advantages.float(), first.float(), mean.float(), std.float())
+
+
+def _segments(group_ids: Tensor) -> Tensor:
+    """Number of each row's group [R], 0 to groups - 1, without asking the device how many there are."""
+    ordered, order = group_ids.sort(stable=True)
+    starts = torch.zeros_like(ordered)
+    starts[1:] = (ordered[1:] != ordered[:-1]).to(starts.dtype)
+    return torch.empty_like(starts).scatter_(0, order, starts.cumsum(0))
+
+
+def _segment_sum(values: Tensor, segment: Tensor) -> Tensor:
+    """Sum over each row's group, given back to every row [R]."""
+    return torch.zeros_like(values).index_add_(0, segment, values)[segment]
+
+
+def _first_step(advantages: Tensor, mean_logprob: Tensor, segment: Tensor, first_token: str) -> Tensor:
+    """Advantages at the first response step [R]: the winner keeps its own, its rivals get 0."""
+    correct = advantages > 0
+    place = torch.where(correct, mean_logprob.to(advantages.dtype), -torch.inf)
+    # Rank rows by log-prob, ties to the first row; a group's winner is its correct row of lowest rank.
+    rows = torch.arange(len(place), device=place.device)
+    rank = torch.empty_like(rows).scatter_(0, place.argsort(descending=True, stable=True), rows)
+    rank = torch.where(correct, rank, len(place))
+    best = torch.full_like(rank, len(place)).scatter_reduce_(0, segment, rank, "amin")[segment]
+    has_winner = best < len(place)
+    rivals = correct if first_token == "best_of_correct" else has_winner
+    return advantages.masked_fill(rivals & (rank != best), 0.0)

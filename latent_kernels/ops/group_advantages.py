@@ -1,0 +1,58 @@
+"""Group-relative advantages with invalid-sample masking and first-token selection (SPEC 5; Eq. 9-11, 18-21)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from latent_kernels._dispatch import on_its_device, resolve
+from latent_kernels._eager.group_advantages import group_advantages_eager
+from latent_kernels._types import GroupAdvantages
+from latent_kernels._validate import INTEGERS, check_choice, check_tensor
+
+INVALID_MODES = ("exclude", "zero", "keep")
+FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
+
+
+@on_its_device
+def group_advantages(
+    rewards: Tensor,  # [R]
+    group_ids: Tensor,  # [R] int64, any values, any order
+    *,
+    invalid_mask: Tensor | None = None,  # [R] bool, True where the response hit the length limit
+    invalid: str = "exclude",
+    normalize_std: bool = True,
+    mean_logprob: Tensor | None = None,  # [R]
+    first_token: str = "best_of_correct",
+    impl: str = "auto",
+) -> GroupAdvantages:
+    """Advantages of R responses, (R - group mean) / (group std + 1e-6), std with Bessel's correction (Eq. 9-11, 18-21).
+
+    Args:
+        invalid: "exclude" (invalid rows out of mean and std, advantage 0), "zero" (in mean and std, advantage 0) or
+            "keep" (no masking).
+        normalize_std: False leaves the division out (Dr. GRPO).
+        mean_logprob: [R], mean old log-prob over the response; it picks the winner among a group's rows with a positive
+            advantage (ties to the first row). Required unless `first_token="all"`.
+        first_token: whose advantage is 0 at the first response step: "best_of_correct" (every positive row but the
+            winner), "best_of_group" (every row but the winner, where there is one), "all" (nobody's).
+
+    A group with one counted row has mean 0 and std 1. Computed in float64, returned in float32.
+    Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    """
+    check_tensor("rewards", rewards, [None])
+    check_tensor("group_ids", group_ids, list(rewards.shape), INTEGERS, like=rewards)
+    check_choice("invalid", invalid, INVALID_MODES)
+    check_choice("first_token", first_token, FIRST_TOKEN_MODES)
+    if invalid_mask is not None:
+        check_tensor("invalid_mask", invalid_mask, list(rewards.shape), None, like=rewards)
+    if mean_logprob is not None:
+        check_tensor("mean_logprob", mean_logprob, list(rewards.shape), like=rewards)
+    elif first_token != "all":
+        raise ValueError(f"first_token={first_token!r} needs mean_logprob; give it or use first_token='all'")
+    if resolve("group_advantages", impl, rewards) == "triton":
+        from latent_kernels._triton.group_advantages import group_advantages as triton_group_advantages
+
+        return triton_group_advantages(
+            rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token
+        )
+    return group_advantages_eager(rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token)

@@ -1,0 +1,37 @@
+"""Replay of a trajectory's input embeddings (SPEC 3; Eq. 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_kernels._dispatch import on_its_device, resolve
+from latent_kernels._validate import check_row_range, check_rows, check_tensor
+from latent_kernels.reference import mix_embeddings_ref
+
+
+@on_its_device
+def mix_embeddings(
+    ids: Tensor,  # [N, K] int64
+    scores: Tensor,  # [N, K]
+    embedding: Tensor,  # [V, D]
+    *,
+    tau: float | Tensor = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Mixtures `sum_k softmax(scores / tau)_k embedding[id_k]` [N, D] in `embedding`'s dtype, summed in float32 (Eq.
+    1).
+
+    A row with -100 in `ids[:, 1:]` is a text step: it is `embedding[ids[:, 0]]` exactly, whatever its scores are.
+    tau: a float or [N]. Differentiable in `scores` and `embedding`.
+    Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    """
+    check_tensor("ids", ids, [None, None], (torch.int64,))
+    check_tensor("embedding", embedding, [None, None], like=ids)
+    check_rows(ids, scores, len(ids), embedding)
+    check_row_range("tau", tau, len(ids), embedding, 0.0, open_low=True)
+    if resolve("mix_embeddings", impl, embedding) == "triton":
+        from latent_kernels._triton.mix_embeddings import mix_embeddings as triton_mix_embeddings
+
+        return triton_mix_embeddings(ids, scores, embedding, tau)
+    return mix_embeddings_ref(ids, scores, embedding, tau=tau)

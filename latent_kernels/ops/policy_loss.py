@@ -1,0 +1,101 @@
+"""The clipped policy loss on log-probs [R, T] (SPEC 6; Eq. 22-23)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_kernels._dispatch import on_its_device, resolve
+from latent_kernels._loss_types import LossOptions, LossSpec
+from latent_kernels._types import PolicyStats
+from latent_kernels._validate import check_choice, check_range, check_tensor
+from latent_kernels.reference import policy_loss_ref, response_weights, sequence_log_ratio
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+RATIOS = ("token", "sequence")
+OBJECTIVES = ("clip", "cispo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def check_loss_options(
+    shape: list[int],
+    like: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprob: Tensor | None,
+    options: LossOptions,
+) -> None:
+    """The arguments that `policy_loss` and `fused_policy_loss` share; tensors are [R, T]."""
+    for name, value in (("old_logprob", old_logprob), ("advantages", advantages), ("ref_logprob", ref_logprob)):
+        if value is not None:
+            check_tensor(name, value, shape, like=like)
+    check_tensor("mask", mask, shape, None, like=like)
+    check_range("clip_low", options.clip_low, 0.0, 1.0)
+    check_range("clip_high", options.clip_high, 0.0)
+    if options.dual_clip is not None:
+        check_range("dual_clip", options.dual_clip, 1.0, open_low=True)
+    check_choice("aggregation", options.aggregation, AGGREGATIONS)
+    check_choice("ratio", options.ratio, RATIOS)
+    check_choice("objective", options.objective, OBJECTIVES)
+    check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
+    check_range("kl_coef", options.kl_coef, 0.0)
+    if options.kl_coef and ref_logprob is None:
+        raise ValueError(f"kl_coef is {options.kl_coef:g}, but ref_logprob is None; give the reference's log-probs")
+
+
+@on_its_device
+def policy_loss(
+    logprob: Tensor,  # [R, T]
+    old_logprob: Tensor,  # [R, T]
+    advantages: Tensor,  # [R, T]
+    mask: Tensor,  # [R, T] bool or 0/1
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    aggregation: str = "token-mean",
+    ratio: str = "token",
+    objective: str = "clip",
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    impl: str = "auto",
+) -> tuple[Tensor, PolicyStats]:
+    """Clipped, dual-clipped surrogate loss, 0-d and differentiable in `logprob`, and its statistics (Eq. 22-23).
+
+    r = exp(clamp(logprob - old_logprob, -20, 20)); l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and
+    min(l, -A dual_clip) where A < 0 (None: no dual clip); plus kl_coef times an estimate of the KL to ref_logprob.
+
+    Args:
+        aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", or "seq-mean-token-sum-norm" (Dr. GRPO:
+            sums divided by the constant T).
+        ratio: "token", or "sequence": r is exp of the response's mean log-ratio, and the gradient of step t is
+            A_t r dlogprob_t (GSPO-token, arXiv 2507.18071, 4.3; GSPO itself where A is one number a response).
+        objective: "clip", or "cispo": l = -A stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) logprob, so that no
+            step loses its gradient (arXiv 2506.13585); clip_low = 1 is no bound below, and dual_clip is not read.
+        kl_estimator: with g = ref_logprob - logprob in [-20, 20]: "k1" -g (its gradient has mean zero on-policy), "k2"
+            g^2 / 2, or "k3" exp(g) - g - 1, at most 10 (Schulman 2020).
+
+    Masked steps may hold anything, NaN included. A fully masked batch gives 0.
+    Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    """
+    check_tensor("logprob", logprob, [None, None])
+    options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
+    check_loss_options(list(logprob.shape), logprob, old_logprob, advantages, mask, ref_logprob, options)
+    if resolve("policy_loss", impl, logprob) == "triton":
+        from latent_kernels._triton import policy_loss as kernel
+
+        keep = mask.bool()
+        lengths = keep.sum(-1, dtype=torch.float32)
+        weights = response_weights(lengths, mask.shape[1], aggregation)
+        of_response = None
+        if ratio == "sequence":
+            of_response = sequence_log_ratio(logprob.detach().float(), old_logprob.float(), keep)
+        spec = LossSpec(old_logprob, advantages, ref_logprob, weights, of_response, options)
+        return kernel.policy_loss(logprob, spec, keep, lengths.sum())
+    return policy_loss_ref(
+        logprob, old_logprob, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        aggregation=aggregation, ratio=ratio, objective=objective, ref_logprob=ref_logprob, kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )  # fmt: skip

@@ -1,0 +1,263 @@
+"""Builds every launchable configuration of the kernels without a GPU: `python build_kernels.py CAPABILITY`.
+
+Prints one JSON line a configuration: its name, registers, bytes of stack, local memory and shared memory, and how many
+warpgroup matrix instructions (HGMMA) it has. A process of its own, because Triton decides when it is imported whether
+kernels are compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import chain, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from latent_kernels._loss_types import LossOptions, LossSpec
+from latent_kernels._noise import NoiseSpec
+from latent_kernels._triton import group_advantages as advantages
+from latent_kernels._triton import latent_logprob as logprob
+from latent_kernels._triton import latent_step, lm_head, policy_loss, project_with_noise
+from latent_kernels._triton import lm_head_routes as routes
+from latent_kernels._triton import mix_embeddings as mix
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Build(NamedTuple):
+    """A kernel with the types of its arguments, its constants, and the options of its launch."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    aligned: tuple[str, ...] = ()  # sizes and strides that are multiples of 16, as pointers always are
+
+
+def mix_embeddings_builds() -> Iterator[Build]:
+    """Table dtypes, mixture sizes up to 32, one tau or one a row."""
+    pointers = {"ids_ptr": "*i64", "scores_ptr": "*fp32", "tau_ptr": "*fp32"}
+    for dtype, width, per_row in product(("fp32", "bf16", "fp16"), (2, 10, 32), (False, True)):
+        constants = mix.constants(width, per_row=per_row)
+        table, sizes = {"table_ptr": f"*{dtype}"}, {"table_stride": "i64", "D": "i32"}
+        name = f"{dtype} K={width} tau {'a row' if per_row else 'one'}"
+        forward = {**pointers, **table, "out_ptr": f"*{dtype}", **sizes}
+        options = {"num_warps": mix.NUM_WARPS}
+        yield Build(f"mix {name}", mix.mix_kernel, forward, constants, options)
+        gradient = {**pointers, **table, "grad_ptr": f"*{dtype}", "out_ptr": "*fp32", **sizes}
+        yield Build(f"mix backward {name}", mix.mix_backward_scores_kernel, gradient, constants, options)
+
+
+def group_advantages_builds() -> Iterator[Build]:
+    """Every combination of the modes, for float32 rewards; the other reward types, and no mask, once each."""
+    modes = list(product(("exclude", "zero", "keep"), (True, False), advantages.SELECTIONS))
+    variants = [("fp32", True, *mode) for mode in modes]
+    variants += [(dtype, True, *modes[0]) for dtype in ("fp64", "bf16", "fp16")] + [("fp32", False, *modes[0])]
+    for dtype, has_broken, invalid, normalize_std, first_token in variants:
+        constants = advantages.constants(
+            has_broken=has_broken, invalid=invalid, normalize_std=normalize_std, first_token=first_token
+        )
+        types = {
+            "rewards_ptr": f"*{dtype}", "groups_ptr": "*i64", "broken_ptr": "*i8" if has_broken else f"*{dtype}",
+            "logprob_ptr": "*fp32", **dict.fromkeys(("advantage_ptr", "first_ptr", "mean_ptr", "std_ptr"), "*fp32"),
+            "R": "i32", "epsilon": "fp32",
+        }  # fmt: skip
+        name = f"group_advantages {dtype} {invalid} {first_token} std={normalize_std} mask={has_broken}"
+        options = {"num_warps": advantages.NUM_WARPS}
+        yield Build(name, advantages.group_advantages_kernel, types, constants, options)
+
+
+def lm_head_builds() -> Iterator[Build]:
+    """Every tile of the product in both 16-bit dtypes; the pass over logits of any dtype."""
+    sidecar = {"maxima_ptr": "*fp32", "sums_ptr": "*fp32"}
+    sizes = dict.fromkeys(("weight_stride", "hidden_stride", "B", "V", "D", "G"), "i32")
+    for dtype, config in product(("bf16", "fp16"), routes.PRODUCTS):
+        types = {"weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "logits_ptr": "*fp32", **sidecar, **sizes}
+        yield Build(
+            f"lm_head {dtype} {config.block_b} rows", lm_head.lm_head_kernel, types,
+            lm_head.product_constants(config, DTYPES[dtype]), lm_head.product_options(config),
+            aligned=("weight_stride", "hidden_stride", "D"),
+        )  # fmt: skip
+    for dtype in DTYPES:
+        types = {"logits_ptr": f"*{dtype}", **sidecar, **dict.fromkeys(("logits_stride", "V", "G"), "i32")}
+        options = {"num_warps": lm_head.SIDECAR_WARPS}
+        yield Build(f"sidecar {dtype}", lm_head.sidecar_kernel, types, lm_head.sidecar_constants(), options)
+
+
+def noise_spec(kind: str, *, tensors: bool, injected: bool = False) -> NoiseSpec:
+    """Noise whose options are numbers, or tensors all of them."""
+    value = torch.zeros(()) if tensors else 0
+    return NoiseSpec(
+        kind, value, value, value, torch.zeros(1) if tensors else None, torch.ones(1) if injected else None
+    )
+
+
+def option_types(noise: NoiseSpec) -> dict[str, str]:
+    """Argument types of what a noise specification passes to a kernel."""
+    tensor = isinstance(noise.seed, torch.Tensor)
+    return {
+        "draws_ptr": "*fp32", "row_ids_ptr": "*i64", "scale": "*fp32" if tensor else "fp32",
+        "seed": "*i64" if tensor else "i64", "step": "*i64" if tensor else "i32",
+    }  # fmt: skip
+
+
+def latent_step_builds() -> Iterator[Build]:
+    """Kinds of noise, options as numbers and as tensors, mixture sizes, dtypes, vocabularies."""
+    variants = [
+        ("one_sided", 10, "fp32", "bf16", 128_256, False, False),
+        ("two_sided", 10, "bf16", "bf16", 152_064, True, False),
+        ("none", 10, "fp16", "fp16", 32_000, False, False),
+        ("one_sided", 32, "fp32", "fp32", 128_256, True, False),
+        ("one_sided", 32, "fp32", "bf16", 262_144, False, False),
+        ("one_sided", 1, "fp32", "bf16", 49_152, False, False),
+        ("one_sided", 10, "fp32", "fp32", 128_256, False, True),
+    ]
+    for kind, top_k, logits, table, vocab, tensors, injected in variants:
+        noise = noise_spec(kind, tensors=tensors, injected=injected)
+        is_tensor = dict.fromkeys(("top_p", "tau", "scale", "seed", "step", "latent_mask"), tensors)
+        constants = latent_step.constants(vocab, top_k, noise, tensors=is_tensor)
+        number = "*fp32" if tensors else "fp32"
+        types = {
+            "logits_ptr": f"*{logits}", "maxima_ptr": "*fp32", "sums_ptr": "*fp32", "latent_ptr": "*i8",
+            "table_ptr": f"*{table}", "list_ptr": "*i32", "buffer_ptr": "*i64", "ids_ptr": "*i64",
+            "scores_ptr": "*fp32", "weights_ptr": "*fp32", "mixture_ptr": f"*{table}", "top_ptr": "*i64",
+            "is_latent_ptr": "*i8", "top_p": number, "tau": number, **option_types(noise),
+            **dict.fromkeys(("step_stride", "end_token_id", "logits_stride", "draws_stride", "table_stride"), "i32"),
+            **dict.fromkeys(("V", "G", "D"), "i32"),
+        }  # fmt: skip
+        name = f"latent_step {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
+        options = {"num_warps": latent_step.NUM_WARPS, **latent_step.BUILD_OPTIONS}
+        strides = ("logits_stride", "table_stride", "D")
+        yield Build(name, latent_step.latent_step_kernel, types, constants, options, aligned=strides)
+
+
+def project_with_noise_builds() -> Iterator[Build]:
+    """Dtypes, options as numbers and as tensors, aligned widths and others."""
+    for (dtype, dot), tensors, aligned in product(DTYPES.items(), (False, True), (False, True)):
+        noise = noise_spec("one_sided", tensors=tensors)
+        strides = ("weight_stride", "hidden_stride")
+        types = {
+            **dict.fromkeys(("weight_ptr", "hidden_ptr", "bias_ptr", "out_ptr"), f"*{dtype}"), **option_types(noise),
+            **dict.fromkeys((*strides, "draws_stride", "B", "V", "D"), "i32"),
+        }  # fmt: skip
+        constants = project_with_noise.constants(noise, dot, has_bias=True)
+        name = f"project_with_noise {dtype} tensors={tensors} aligned={aligned}"
+        options, whole = project_with_noise.BUILD_OPTIONS, (*strides, "D") if aligned else ()
+        yield Build(name, project_with_noise.project_with_noise_kernel, types, constants, options, aligned=whole)
+
+
+def logprob_builds() -> Iterator[Build]:
+    """Log-probs alone; with the slope over float32 logits in each dtype; the slope alone, for logits of each dtype; and
+    with an entropy."""
+    variants = [(logits, None, 10, "aligned", True, False, False) for logits in DTYPES]
+    variants += [(logits, logits, 10, "aligned", False, True, False) for logits in DTYPES]
+    variants += [("fp32", slope, 10, margin, True, False, False) for slope, margin in product(DTYPES, logprob.MARGINS)]
+    variants += [("fp32", "bf16", width, "aligned", True, True, False) for width in (1, 10, 32, 128)]
+    variants += [("fp32", None, width, "aligned", True, False, True) for width in (10, 128)]
+    variants += [("fp32", slope, 10, margin, False, True, True) for slope, margin in product(DTYPES, logprob.MARGINS)]
+    variants += [("fp32", "bf16", width, "aligned", False, True, True) for width in (1, 32, 128)]
+    for logits, slope, width, margin, forward, upstream, entropy in variants:
+        chosen = logprob.constants(
+            128_256, width, margin, forward=forward, slope=slope is not None, upstream=upstream, entropy=entropy
+        )
+        types = {
+            "logits_ptr": f"*{logits}", "ids_ptr": "*i64", "scores_ptr": "*fp32",
+            **dict.fromkeys(("advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr"), "*fp32"),
+            **dict.fromkeys(("entropy_ptr", "bonus_ptr"), "*fp32"),
+            "crossed_ptr": "*i32", "slope_ptr": f"*{slope or logits}",
+            **dict.fromkeys(("logits_stride", "slope_stride", "V"), "i32"), "inverse_temperature": "fp32",
+        }  # fmt: skip
+        options = logprob.launch_options(128_256)
+        name = f"logprob {logits} slope={slope} K={width} {margin} {forward=} {upstream=} {entropy=}"
+        strides = ("logits_stride", "slope_stride", "V")
+        yield Build(name, logprob.logprob_kernel, types, chosen, options, aligned=strides)
+
+
+def policy_loss_builds() -> Iterator[Build]:
+    """Every combination of mask, reference and dual clip in float32; other dtypes; other ratios, objectives and KLs."""
+    default = LossOptions()
+    modes = list(product((True, False), (True, False), (default, default._replace(dual_clip=None))))
+    others = product(("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"))
+    variants = [("fp32", *mode) for mode in modes] + [(dtype, *modes[0]) for dtype in ("bf16", "fp16")]
+    variants += [
+        ("fp32", True, True, default._replace(ratio=ratio, objective=objective, kl_estimator=kl))
+        for ratio, objective, kl in others if (ratio, objective, kl) != ("token", "clip", "k3")
+    ]  # fmt: skip
+    zero = torch.zeros(1)
+    for dtype, has_mask, has_ref, options in variants:
+        of_response = zero if options.ratio == "sequence" else None
+        spec = LossSpec(zero, zero, zero if has_ref else None, zero, of_response, options)
+        chosen = policy_loss.constants(spec, has_mask=has_mask)
+        pointers = ("logprob_ptr", "old_ptr", "advantages_ptr", "ref_ptr")
+        types = {
+            **dict.fromkeys(pointers, f"*{dtype}"), "mask_ptr": "*i8" if has_mask else f"*{dtype}",
+            **dict.fromkeys(("weights_ptr", "sequence_ptr", "gradient_ptr", "sums_ptr"), "*fp32"), "N": "i32",
+            "T": "i32", **dict.fromkeys(("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef"), "fp32"),
+        }  # fmt: skip
+        launch = {"num_warps": policy_loss.NUM_WARPS}
+        name = f"policy_loss {dtype} mask={has_mask} ref={has_ref} {options}"
+        yield Build(name, policy_loss.policy_loss_kernel, types, chosen, launch)
+
+
+def builds() -> list[Build]:
+    """Everything that can be launched."""
+    return list(
+        chain(
+            latent_step_builds(), lm_head_builds(), project_with_noise_builds(), mix_embeddings_builds(),
+            group_advantages_builds(), logprob_builds(), policy_loss_builds(),
+        )
+    )  # fmt: skip
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """Output of a program of the CUDA toolkit, of which Triton brings a few."""
+    tool = Path(nvidia.__file__).parent / "bin" / name
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, bytes of stack and local memory, and HGMMA instructions, as read from the cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        assert set(found) == {"reg", "stack", "local"}, text
+        return {**found, "hgmma": run_tool("nvdisasm", file.name).count("HGMMA")}
+
+
+def compile_one(index: int, capability: int) -> str:
+    """The JSON line of a configuration."""
+    build = builds()[index]
+    pointers = [name for name, kind in build.types.items() if kind.startswith("*")]
+    divisible = [["tt.divisibility", 16]]
+    names = build.kernel.arg_names
+    attributes = {(names.index(name),): divisible for name in (*pointers, *build.aligned)}
+    signature = {**build.types, **dict.fromkeys(build.constants, "constexpr")}
+    source = ASTSource(build.kernel, signature, build.constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
+    return json.dumps({"name": build.name, "shared": built.metadata.shared, **resources(built.asm["cubin"])})
+
+
+def main(capability: int) -> None:
+    """Build everything for one target."""
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for line in pool.starmap(compile_one, [(i, capability) for i in range(len(builds()))], chunksize=1):
+            print(line)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

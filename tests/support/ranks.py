@@ -1,0 +1,70 @@
+"""Training jobs for tests of several processes: `python ranks.py FILE`, by itself or under torchrun.
+
+FILE is a JSON list of {"kind": "train" or "sft", "model": a folder or {options of the tiny model}, "options": {...},
+"resume": folder of a checkpoint or null}. Every rank runs every job; rank 0 writes `parameters.safetensors`, the
+trained model's own parameters put together, beside what the run itself leaves in its `output_dir`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from safetensors.torch import save_file
+
+from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
+from latent_grpo.model import load_model
+from latent_grpo.parallel.fsdp import full_tensor
+from latent_grpo.parallel.process_group import all_reduce_max, process_group, rank, world_size
+from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
+
+ROWS = make_problems(30, seed=1)
+
+
+def uneven(completions: list[str], answer: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """A reward that mixes right answers, lengths and the last token, so that groups disagree."""
+    return [
+        float(text == right) + 0.1 * len(ids) + 0.01 * (ids[-1] % 7)
+        for text, right, ids in zip(completions, answer, completion_ids, strict=True)
+    ]
+
+
+def run(job: dict[str, Any]) -> None:
+    """One job on this rank."""
+    tokenizer = make_tokenizer()
+    given, options, out = job["model"], dict(job["options"]), Path(job["options"]["output_dir"])
+    dtype = options.get("dtype", "float32")
+    model = load_model(given, dtype) if isinstance(given, str) else make_model(tokenizer, seed=0, **given)
+    # The same update on any number of ranks.
+    options["per_device_train_batch_size"] = options["per_device_train_batch_size"] // world_size()
+    if job["kind"] == "train":
+        trainer: Any = LatentGRPOTrainer(model, uneven, LatentGRPOConfig(**options), ROWS, ROWS[:5], tokenizer)
+    else:
+        trainer = LatentSFTTrainer(model, LatentSFTConfig(**options), ROWS, tokenizer)
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    state = {name: full_tensor(p.detach()).contiguous() for name, p in trainer.model.named_parameters()}
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.updater.masters)
+    whole = sum(p.numel() for p in trainer.updater.masters)
+    if rank() == 0:
+        save_file(state, out / "parameters.safetensors")
+        (out / "held.json").write_text(json.dumps({"held": held, "whole": whole, "world": world_size()}))
+    all_reduce_max(0)  # nobody reads before it is there
+
+
+def main() -> None:
+    """All jobs."""
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    with process_group():
+        for job in jobs:
+            run(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The benchmark's command line, schema, correctness gate and memory measure. Times are never judged."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import json
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.harness.cases import SHAPES, Parameters, Problem, Provider, Run
+from bench.harness.memory import peak_extra_bytes
+from bench.harness.report import Row
+from bench.harness.timing import time_alternating
+from bench.operators import OPERATORS
+from bench.routes import Timing, table_of
+from bench.routes import main as routes_main
+
+CPU = torch.device("cpu")
+LIGER = importlib.util.find_spec("liger_kernel") is not None
+NOT_HERE = {"ours-triton", "cut-cross-entropy"} | (set() if LIGER else {"liger"})  # providers, on a CPU
+NOT_HERE |= set() if hasattr(torch.nn, "LinearCrossEntropyOptions") else {"linear_cross_entropy"}
+BARE_PRODUCT = ("fused_policy_loss", "latent_step")  # operators that are compared with it
+QUICK = ["--shapes", "tiny", "--device", "cpu", "--repeats", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny inputs: more threads only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, op: str, name: str, bad: Run | None = None) -> list[str]:
+    """Make a provider of `op` return outputs that are off by one (or do what `bad` does); lists its timed calls."""
+    operator = OPERATORS[op]
+    calls: list[str] = []
+
+    def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
+        problem = operator.build(parameters, device, dtype, compile)
+
+        def spoilt(provider: Provider) -> Provider:
+            if provider.name != name:
+                return provider
+            wrong = bad or (lambda: tuple(out + 1 for out in provider.run()))
+            return replace(provider, run=lambda: calls.append(name) or wrong(), checked=wrong)
+
+        return replace(problem, providers=[spoilt(provider) for provider in problem.providers])
+
+    monkeypatch.setitem(OPERATORS, op, replace(operator, build=build))
+    return calls
+
+
+def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
+    path, table = tmp_path / "out.json", tmp_path / "out.csv"
+    assert main([*QUICK, "--no-memory", "--json", str(path), "--csv", str(table)]) == 0
+    report = json.loads(path.read_text())
+    assert set(report) == {"schema", "environment", "rows"}
+    stamp = report["environment"]
+    assert stamp["device"]
+    assert stamp["torch"] == torch.__version__
+    assert stamp["threads"] == 1
+    assert stamp["copy_gb_per_s"] > 0
+    assert stamp["matmul_tflop_per_s"] > 0
+    assert {row["op"] for row in report["rows"]} == set(OPERATORS)
+    for row in report["rows"]:
+        assert set(row) == {field.name for field in fields(Row)}
+        assert (row["shape"], row["dtype"]) == ("tiny", "float32")
+        assert row["peak_extra_mb"] is None
+        if row["provider"] in NOT_HERE:
+            assert row["correct"] is row["median_ms"] is row["ratio"] is None
+            assert row["note"].startswith("not available: ")
+        else:
+            assert row["correct"] is True
+            assert 0 < row["p20"] <= row["median_ms"] <= row["p80"]
+            assert row["samples"] == 2
+            assert row["ratio"] > 0
+            assert row["roofline"] > 0
+            assert row["gb_per_s"] > 0
+            assert (row["over_matmul"] is not None) == (row["op"] in BARE_PRODUCT)
+        if row["provider"] == OPERATORS[row["op"]].baseline:
+            assert row["ratio"] == 1
+        if row["provider"] == "matmul":
+            assert row["over_matmul"] == 1
+    with table.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["provider"] for line in lines] == [row["provider"] for row in report["rows"]]
+    assert json.loads(lines[0]["parameters"]) == report["rows"][0]["parameters"]
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_providers_are_right_in_half_precision(op: str, dtype: torch.dtype) -> None:
+    for parameters in OPERATORS[op].cases(SHAPES["tiny"], CPU):
+        torch.manual_seed(0)
+        problem = OPERATORS[op].build(parameters, CPU, dtype, False)
+        for provider in problem.providers:
+            if provider.unavailable is None:
+                assert (provider.check or problem.check)((provider.checked or provider.run)()) is None, provider.name
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_wrong_provider_is_not_timed(
+    op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = {"rollout": "ours-latent", "rollout_ragged": "ours", "rollout_prefix": "ours"}.get(op, "ours-eager")
+    timed = spoil(monkeypatch, op, ours)
+    path = tmp_path / "out.json"
+    assert main([op, *QUICK, "--no-memory", "--json", str(path)]) == 1
+    assert f"bench: error: {op}, tiny, {ours}: wrong, not timed" in capsys.readouterr().err
+    assert not timed
+    for row in json.loads(path.read_text())["rows"]:
+        if row["provider"] == ours:
+            assert row["correct"] is False
+            assert row["median_ms"] is row["p20"] is row["p80"] is row["ratio"] is row["peak_extra_mb"] is None
+        elif row["provider"] == OPERATORS[op].baseline:
+            assert row["median_ms"] > 0
+
+
+def test_a_provider_that_returns_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, "policy_loss", "ours-eager", lambda: (torch.tensor(math.nan), torch.zeros(8, 16)))
+    assert main(["policy_loss", *QUICK, "--no-memory"]) == 1
+
+
+def test_a_provider_that_raises_is_wrong_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> tuple[torch.Tensor, ...]:
+        raise ValueError("no such thing")
+
+    spoil(monkeypatch, "policy_loss", "ours-eager", broken)
+    path = tmp_path / "out.json"
+    assert main(["policy_loss", *QUICK, "--no-memory", "--json", str(path)]) == 1
+    assert "failed: ValueError: no such thing" in capsys.readouterr().err
+    assert json.loads(path.read_text())["rows"][0]["median_ms"] > 0
+
+
+def test_rows_and_providers_can_be_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    chosen = ["--rows", "16", "32", "--providers", "eager", "ours-eager"]
+    assert main(["fused_policy_loss", "policy_loss", *QUICK, "--no-memory", *chosen, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["provider"] for row in rows} == {"eager", "ours-eager"}
+    sizes = [row["parameters"].get("rows") for row in rows]
+    assert sizes == [16, 16, 32, 32, 16, 16, 32, 32, None, None]  # two cases; the policy loss has no rows
+
+
+def test_memory_measure_sees_a_known_allocation() -> None:
+    size = 64 * 2**20
+    assert size * 0.9 < peak_extra_bytes(lambda: (torch.ones(size // 4),), CPU) < size * 1.2
+    assert peak_extra_bytes(tuple, CPU) < 2**20
+
+
+def test_memory_of_every_provider_is_measured(tmp_path: Path) -> None:
+    path, rows = tmp_path / "out.json", 8192
+    logits, gradient = (rows * width * 4 / 1e6 for width in (SHAPES["tiny"].vocab, SHAPES["tiny"].hidden))
+    # Far above what the system's count of a process's memory is off by, and what an allocator still holds.
+    assert gradient > 2
+    assert main(["fused_policy_loss", *QUICK, "--rows", str(rows), "--json", str(path)]) == 0
+    peaks = [(row["provider"], row["peak_extra_mb"]) for row in json.loads(path.read_text())["rows"]]
+    assert {name for name, _ in peaks} >= {"eager", "reference", "matmul", "ours-eager", "ours-triton"}
+    for name, peak in peaks:
+        if name in NOT_HERE:
+            assert peak is None
+        else:
+            assert (logits if name == "eager" else gradient) * 0.9 < peak < 20 * logits, name
+
+
+def test_providers_take_turns() -> None:
+    calls: list[str] = []
+    runs: dict[str, Run] = {name: lambda name=name: calls.append(name) or () for name in "ab"}
+    samples = time_alternating(runs, CPU, repeats=4)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4}
+    changes = sum(left != right for left, right in itertools.pairwise(calls))
+    assert changes >= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["no_such_op"], "'no_such_op'"),
+        (["--shapes", "huge"], "'huge'"),
+        (["--repeats", "0"], "'0'"),
+        (["--dtype", "int8"], "'int8'"),
+        (["--rows", "-1"], "'-1'"),
+        (["fused_policy_loss", "--rows", "24"], "multiple of 16"),
+        (["policy_loss", "--providers", "theirs"], "theirs"),
+        (["--json", "no/such/directory/out.json"], "no/such/directory"),
+    ],
+)
+def test_bad_arguments_give_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("bench: error: ")
+    assert named in lines[0]
+
+
+def test_the_table_of_routes_takes_the_fastest_over_both_shapes() -> None:
+    routes = pytest.importorskip("latent_kernels._triton.lm_head_routes")
+    small, large = routes.PRODUCTS[:2]
+    timings = [Timing(16, small, [1.0, 3.0]), Timing(16, None, [2.0, 2.0]), Timing(32, large, [2.0, 2.0])]
+    timings += [Timing(32, None, [1.0, 1.0])]
+    table = table_of(timings, "some GPU")
+    assert table["device"] == "some GPU"
+    assert table["routes"] == {"16": small._asdict(), "32": None}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_routes_are_not_measured_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert routes_main(["--out", str(tmp_path / "routes.json")]) == 2
+    assert "nothing was measured or written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

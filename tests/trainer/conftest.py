@@ -1,0 +1,25 @@
+"""The toy task's tokenizer and a warm model, for every test of the trainer."""
+
+from __future__ import annotations
+
+import pytest
+from support.trainers import ROWS
+
+from latent_grpo import LatentSFTConfig, LatentSFTTrainer
+from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def warm(tokenizer, tmp_path_factory):
+    """A model that has learned the form of a response and little else, so that rewards disagree within a group."""
+    args = LatentSFTConfig(
+        output_dir=str(tmp_path_factory.mktemp("warm")), max_steps=40, learning_rate=3e-3, answer_template="{answer}",
+    )  # fmt: skip
+    model = make_model(tokenizer, seed=0)
+    LatentSFTTrainer(model, args, ROWS, tokenizer).train()
+    return model

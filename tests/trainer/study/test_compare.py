@@ -1,0 +1,345 @@
+"""The comparison: its arms, what is kept and done again, failures that lose nothing, the table and the figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from support import REPOSITORY
+
+from latent_grpo.commands.main import main
+from latent_grpo.config import CompareConfig, ConfigError, read_yaml
+from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
+from latent_grpo.study import compare, compare_report
+from latent_grpo.study.compare import ARMS, FULL, LATENT, TEXT, Run, all_runs, differences, make_plan
+from latent_grpo.study.compare_report import cells, page, summarise
+from latent_grpo.watching import figures
+
+ABLATIONS = {
+    "two-sided-noise": {"noise": "two_sided"},
+    "no-first-token-selection": {"first_token": "all"},
+    "no-invalid-masking": {"invalid": "keep"},
+    "margin-released": {"margin_gradient": "released"},
+    "margin-none": {"margin_gradient": "none"},
+    "loss-on-latent": {"loss_on": "latent"},
+    "loss-on-text": {"loss_on": "text"},
+}
+SMALL = [
+    "--sft_steps", "3", "--grpo_steps", "2", "--train_problems", "80", "--held_out_problems", "12",
+    "--watched_problems", "5", "--num_samples", "2",
+]  # fmt: skip
+
+
+def test_the_full_method_is_the_papers_and_ablations_change_one_thing(tmp_path):
+    plan = make_plan(CompareConfig(output_dir=str(tmp_path)))
+    full = asdict(plan.grpo_options(Run(1, FULL)))
+    assert {name: full[name] for name in ("noise", "first_token", "invalid", "margin_gradient", "loss_on", "seed")} == {
+        "noise": "one_sided", "first_token": "best_of_correct", "invalid": "exclude", "margin_gradient": "aligned",
+        "loss_on": "all", "seed": 1,
+    }  # fmt: skip
+
+    def changes(arm: str) -> dict:
+        options = asdict(plan.grpo_options(Run(1, arm)))
+        return {name: value for name, value in options.items() if value != full[name] and name != "output_dir"}
+
+    assert {name for name, arm in ARMS.items() if arm.ablation} == set(ABLATIONS)
+    for name, wanted in ABLATIONS.items():
+        assert changes(name) == wanted
+    assert changes("text-grpo") == {
+        "latent": False, "loss_type": "grpo", "first_token": "all", "invalid": "keep", "delta": None,
+    }  # fmt: skip
+    assert changes("soft-grpo") == {
+        "noise": "two_sided", "first_token": "all", "invalid": "keep", "margin_gradient": "none",
+    }  # fmt: skip
+    assert plan.sft_options(Run(1, LATENT)).latent
+    assert not plan.sft_options(Run(1, TEXT)).latent
+
+
+def test_the_recipe_runs_every_arm_over_three_seeds():
+    args = CompareConfig(**read_yaml("compare-world", CompareConfig))
+    assert len(all_runs(args)) == 3 * len(ARMS)
+    assert make_plan(args).grpo.max_steps == args.grpo_steps > 0
+
+
+def test_warm_starts_come_first_and_only_where_needed():
+    runs = all_runs(CompareConfig(seeds=[4, 5], arms=["text-grpo"]))
+    assert [str(run) for run in runs] == [
+        "seed 4, text-sft", "seed 5, text-sft", "seed 4, text-grpo", "seed 5, text-grpo",
+    ]  # fmt: skip
+    assert len(all_runs(CompareConfig())) == 3 * len(ARMS)
+    with pytest.raises(ConfigError, match=r"'latent-gpro'.*latent-grpo"):
+        all_runs(CompareConfig(arms=["latent-gpro"]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"seeds": []}, {"seeds": [1, 1]}, {"workers": 0}, {"grpo_steps": -1}, {"num_samples": 0}], ids=str
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        CompareConfig(**options)
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {
+        f"{path.parent.parent.name}/{path.parent.name}": json.loads(path.read_text())
+        for path in folder.glob("seed-*/*/result.json")
+    }
+
+
+def test_a_comparison_is_written_kept_and_finished(tmp_path, capsys):
+    out = tmp_path / "runs"
+    command = [
+        "compare", "--output_dir", str(out), *SMALL, "--seeds", "0", "1", "--workers", "2",
+        "--arms", FULL, "text-grpo", "two-sided-noise",
+    ]  # fmt: skip
+    assert main(command) == 0
+    first = results(out)
+    assert set(first) == {
+        f"seed-{seed}/{arm}" for seed in (0, 1) for arm in (LATENT, TEXT, FULL, "text-grpo", "two-sided-noise")
+    }
+    document = json.loads((out / "comparison.json").read_text())
+    for name, arm in document["arms"].items():
+        values = [first[f"seed-{seed}/{name}"]["result"]["pass_at_1"] for seed in (0, 1)]
+        assert arm["pass_at_1"]["mean"] == pytest.approx(mean(values), abs=1e-5)
+        assert arm["pass_at_1"]["std"] == pytest.approx(stdev(values), abs=1e-5)
+        assert arm["pass@1"]["values"] == [
+            pytest.approx(first[f"seed-{s}/{name}"]["result"]["pass@1"], abs=1e-5) for s in (0, 1)
+        ]
+    assert document["failed"] == {}
+    curves = next(run for run in document["runs"] if run["arm"] == FULL)["curves"]
+    assert curves["reward"]["steps"] == [1, 2]
+    text = (out / "comparison.md").read_text()
+    for word in ("Latent-SFT", "Latent-GRPO", "text GRPO", "two-sided noise", "12 held-out problems", "seeds 0, 1"):
+        assert word in text
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "Latent-GRPO" in capsys.readouterr().out
+
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("seed-*/*/result.json")}
+    again = out / "seed-1" / "two-sided-noise"
+    (again / "result.json").unlink()  # as a run that was killed leaves its folder
+    assert main(command) == 0
+    second = results(out)
+    assert second["seed-1/two-sided-noise"]["result"] == first["seed-1/two-sided-noise"]["result"]
+    assert {path for path, when in kept.items() if path.stat().st_mtime_ns != when} == {again / "result.json"}
+
+    assert main([*command, "--grpo_steps", "3"]) == 2
+    assert "grpo.max_steps 2, now 3" in capsys.readouterr().err
+    assert results(out) == second
+
+
+def test_an_interrupt_stops_the_runs_and_keeps_what_is_finished(tmp_path):
+    out = tmp_path / "runs"
+    command = [
+        sys.executable, "-m", "latent_grpo", "compare", "--output_dir", str(out), *SMALL, "--grpo_steps", "100000",
+        "--seeds", "0", "--arms", FULL,
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = out / "seed-0" / FULL / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().endswith("interrupted")
+    assert set(results(out)) == {f"seed-0/{LATENT}"}
+    written = metrics.stat().st_size
+    time.sleep(1.0)
+    assert metrics.stat().st_size == written  # its worker has ended too
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(["compare", "--output_dir", str(tmp_path), *SMALL]) == 2
+    assert "something else than a comparison" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture(scope="module")
+def own_task(tmp_path_factory):
+    """A model folder, data and configurations of one's own, and a reward that fails once where a file says how."""
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in make_problems(16, seed=0)))
+    (folder / "reward.py").write_text(
+        "import os, pathlib\n"
+        "fault = pathlib.Path(__file__).with_name('fault')\n"
+        "def reward(completions, **kwargs):\n"
+        "    if fault.exists():\n"
+        "        kind = fault.read_text()\n"
+        "        fault.unlink()\n"
+        "        if kind == 'exit':\n"
+        "            os._exit(1)\n"
+        "        raise RuntimeError('a fault in the reward')\n"
+        "    return [float(len(text) % 2) for text in completions]\n"
+    )
+    (folder / "sft.yaml").write_text(
+        f"model_name_or_path: {folder / 'model'}\ndataset: {folder / 'data.jsonl'}\nmax_steps: 2\nlearning_rate: 1e-3\n"
+    )
+    (folder / "grpo.yaml").write_text(
+        f"dataset: {folder / 'data.jsonl'}\neval_dataset: {folder / 'data.jsonl'}\neval_limit: 6\nmax_steps: 2\n"
+        f"reward_funcs: ['{folder / 'reward.py'}:reward']\nlatent_top_k: 2\ngeneration_batch_size: 8\n"
+        "num_generations: 4\nmax_completion_length: 6\nmax_generation_batches: 1\nlearning_rate: 1e-3\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("raise", "a fault in the reward"), ("exit", "its process died")])
+def test_a_failed_run_loses_no_other(own_task, tmp_path, capsys, kind, reason):
+    out = tmp_path / "runs"
+    command = [
+        "compare", "--output_dir", str(out), "--sft_config", str(own_task / "sft.yaml"),
+        "--grpo_config", str(own_task / "grpo.yaml"), "--seeds", "0", "--num_samples", "1",
+        "--arms", FULL, "two-sided-noise",
+    ]  # fmt: skip
+    (own_task / "fault").write_text(kind)
+    assert main(command) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed:")]
+    assert len(errors) == 1
+    assert "seed 0, latent-grpo" in errors[0]
+    assert reason in errors[0]
+    assert set(results(out)) == {f"seed-0/{LATENT}", "seed-0/two-sided-noise"}
+    document = json.loads((out / "comparison.json").read_text())
+    assert list(document["failed"]) == ["seed 0, latent-grpo"]
+    assert "## Failed runs" in (out / "comparison.md").read_text()
+    assert results(out)[f"seed-0/{LATENT}"]["result"]["problems"] == 6
+    if kind == "raise":
+        assert main(command) == 0
+        assert f"seed-0/{FULL}" in results(out)
+        assert "## Failed runs" not in (out / "comparison.md").read_text()
+
+
+def test_arms_of_a_failed_warm_start_are_not_run(own_task, tmp_path, capsys):
+    (own_task / "plain.jsonl").write_text('{"prompt": "a", "answer": "1"}\n')
+    configuration = (own_task / "sft.yaml").read_text().replace("data.jsonl", "plain.jsonl")
+    (own_task / "no-chain.yaml").write_text(configuration)
+    command = [
+        "compare", "--output_dir", str(tmp_path / "x"), "--sft_config", str(own_task / "no-chain.yaml"),
+        "--grpo_config", str(own_task / "grpo.yaml"), "--seeds", "0", "--arms", FULL,
+    ]  # fmt: skip
+    assert main(command) == 1
+    errors = capsys.readouterr().err
+    assert "seed 0, latent-sft: DataError: row 1 has no chain of thought" in errors
+    assert "seed 0, latent-grpo: its warm start failed" in errors
+    assert not results(tmp_path)
+    assert not (tmp_path / "x" / "comparison.json").exists()
+
+
+@pytest.mark.parametrize("given", ["sft_config", "grpo_config"])
+def test_one_configuration_alone_is_refused(own_task, tmp_path, given, capsys):
+    path = str(own_task / f"{given.partition('_')[0]}.yaml")
+    assert main(["compare", "--output_dir", str(tmp_path / "x"), f"--{given}", path]) == 2
+    assert "belong together" in capsys.readouterr().err
+
+
+def test_differences_name_the_option():
+    old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 4}
+    assert list(differences(old, new)) == [("b.c", 2, 5), ("e", None, 4)]
+    assert not list(differences(new, new))
+
+
+def record(arm: str, seed: int, accuracy: float, tokens: float) -> dict:
+    result = {
+        "pass_at_1": accuracy, "pass@1": accuracy / 2, "reasoning_tokens": tokens, "response_length": tokens + 3,
+        "truncation_rate": 0.0, "problems": 50,
+    }  # fmt: skip
+    steps = {"steps": [5, 10], "values": [accuracy / 2, accuracy]}
+    trained = ARMS[arm].start != arm
+    return {
+        "arm": arm, "seed": seed, "result": result, "watched_pass_at_1": accuracy / 3,
+        "environment": {"device": "a test", "torch": "2"}, "seconds": {"train": 9.0, "evaluate": 1.0},
+        "curves": {"eval_pass_at_1": steps, "latent_length": steps} if trained else {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records():
+    accuracies = {LATENT: (0.2, 0.3), FULL: (0.6, 0.8), TEXT: (0.4, 0.4), "text-grpo": (0.7, 0.8)}
+    accuracies["margin-none"] = (0.5, 0.6)
+    accuracies["loss-on-text"] = (0.3, 0.7)
+    return {
+        arm: [record(arm, seed, value, 2.0 + seed) for seed, value in enumerate(values)]
+        for arm, values in accuracies.items()
+    }
+
+
+def test_means_deviations_and_differences_seed_by_seed(records):
+    del records["loss-on-text"][1]
+    summary = summarise(records)
+    assert summary[FULL]["pass_at_1"] == {"mean": 0.7, "std": pytest.approx(0.14142), "values": [0.6, 0.8]}
+    assert "difference" not in summary[FULL]
+    assert summary["margin-none"]["difference"]["mean"] == pytest.approx(-0.15)
+    assert summary["margin-none"]["difference"]["std"] == pytest.approx(0.07071)
+    assert summary["loss-on-text"]["pass_at_1"]["std"] is None
+    assert summary["loss-on-text"]["difference"]["values"] == [pytest.approx(-0.3)]
+    methods, ablations = cells(summary, ablations=False), cells(summary, ablations=True)
+    assert [row[0] for row in methods.rows] == ["Latent-SFT", "Latent-GRPO", "text SFT", "text GRPO"]
+    assert methods.rows[1][2:5] == ["0.700 ± 0.141", "0.350 ± 0.071", "2.50 ± 0.71"]
+    assert [row[0] for row in ablations.rows] == ["Latent-GRPO", "no margin gradient", "loss on text steps only"]
+    assert [row[-1] for row in ablations.rows] == ["", "-0.150 ± 0.071", "-0.300"]
+    for table in (methods, ablations, cells(summary, True, short=True), cells(summary, False, short=True)):
+        assert {len(row) for row in table.rows} == {len(table.heads)}
+
+
+def test_the_figure_shows_every_arm_and_says_what_was_measured_where(records, tmp_path, monkeypatch):
+    plan = make_plan(CompareConfig(output_dir=str(tmp_path), seeds=[0, 1]))
+    drawn = {}
+
+    @contextmanager
+    def look(*args, caption, **options):
+        with figures.drawn_figure(*args, caption=caption, **options) as axes:
+            yield axes
+            drawn["caption"] = caption
+            for number, axis in enumerate(axes.flat):
+                drawn[number] = {line.get_label(): line for line in axis.get_lines()}
+                drawn[f"labels {number}"] = axis.get_legend_handles_labels()[1]
+
+    monkeypatch.setattr(compare_report, "drawn_figure", look)
+    compare_report.draw(plan, records, tmp_path / "x.png")
+    assert drawn["labels 0"] == ["Latent-SFT", "Latent-GRPO", "text SFT", "text GRPO"]
+    assert list(drawn[1]["Latent-GRPO"].get_xdata()) == [0, 5, 10]
+    assert list(drawn[1]["Latent-GRPO"].get_ydata()) == pytest.approx([(0.2 + 0.3) / 6, 0.35, 0.7])
+    assert set(drawn[2]) == set(drawn[3]) == {"Latent-GRPO", "no margin gradient", "loss on text steps only"}
+    assert list(drawn[3]["Latent-GRPO"].get_xdata()) == [5, 10]
+    for word in ("50 held-out problems", "seeds 0, 1", "a test", "standard deviations"):
+        assert word in drawn["caption"]
+    from matplotlib import image
+
+    corner = image.imread(tmp_path / "x.png")[0, 0]
+    assert corner[3] == 0  # no background: the page shows through
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("colour", [*figures.COLOURS, figures.INK])
+def test_colours_stand_out_on_light_and_dark_pages(colour):
+    for paper in ("#ffffff", "#0d1117"):
+        low, high = sorted((luminance(colour), luminance(paper)))
+        assert (high + 0.05) / (low + 0.05) >= 3.0  # WCAG 2.1, graphics
+
+
+def test_the_page_of_one_seed_has_no_deviation(records):
+    records = {arm: runs[:1] for arm, runs in records.items()}
+    plan = make_plan(CompareConfig(seeds=[0], grpo_steps=7, output_dir="elsewhere"))
+    text = page(plan, records, summarise(records), {})
+    assert "`latent-grpo compare --seeds 0 --grpo_steps 7`: 6 runs, 60 s together, 1 at a time." in text
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert table
+    assert not any("±" in line for line in table)
+    assert compare.RESULT not in text
