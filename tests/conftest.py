@@ -24,9 +24,23 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take long (continuous integration)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `slow` unless `--slow` asks for it."""
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run it with --slow"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     config.addinivalue_line("markers", "golden(name): run once for each case of shared/golden/NAME.npz (`golden_case`)")
+    config.addinivalue_line("markers", "slow: takes long by nature; run with --slow, as .ci/run does")
     config.addinivalue_line("markers", "default_buffer: run the latent step's kernel with its segments as shipped")
 
 
