@@ -1,1 +1,1 @@
-"""What a response is worth: reward functions, and how an answer is read and compared."""
+"""The value of a response: reward functions, and how answers are read and compared."""

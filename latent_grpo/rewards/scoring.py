@@ -1,4 +1,4 @@
-"""Which reward functions a run uses, and the rewards of a batch."""
+"""Find the reward functions of a run, and score a batch of completions with them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import importlib.util
 import math
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latent_grpo.rewards.functions import REWARDS, Completion, RewardFunc
+from latent_grpo.rewards.answers import Completion
+from latent_grpo.rewards.functions import REWARDS, RewardFunc
 
-_EXCERPT_CHARACTERS = 80
+_EXCERPT_CHARACTERS = 80  # of a prompt or a completion in an error message
 
 
 class RewardError(RuntimeError):
-    """A reward function that failed: the message names the function and the sample it failed on."""
+    """A reward function failed. The message names the function and the sample that it failed on."""
 
 
 class Scores(NamedTuple):
-    """Rewards of N samples by F functions: ``per_function`` [F][N] unweighted, ``total`` [N] the weighted sums."""
+    """Rewards of N samples by F functions."""
 
-    per_function: list[list[float]]
-    total: list[float]
+    per_function: list[list[float]]  # [F][N], without the weights
+    total: list[float]  # [N], the weighted sums
 
 
 def resolve_reward(spec: str | RewardFunc) -> RewardFunc:
-    """The reward function that ``spec`` stands for.
+    """Return the reward function that ``spec`` stands for.
 
     Args:
         spec: a function, a name in ``REWARDS``, ``"module:function"`` or ``"path/to/file.py:function"``.
 
     Raises:
-        ValueError: there is no such function; the message holds ``spec``.
+        ValueError: there is no such function. The message contains ``spec``.
     """
     if callable(spec):
         return spec
@@ -42,7 +43,7 @@ def resolve_reward(spec: str | RewardFunc) -> RewardFunc:
     source, _, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not source or not name:
         raise ValueError(
-            f"reward {spec!r} is not one of {', '.join(REWARDS)}; give one of these, "
+            f"reward {spec!r} is not one of {', '.join(REWARDS)}; give one of them, "
             "'module:function' or 'path/to/file.py:function'"
         )
     try:
@@ -56,17 +57,19 @@ def resolve_reward(spec: str | RewardFunc) -> RewardFunc:
 
 
 def _load_file(path: Path) -> Any:
+    """Run a Python file as a module of its own and return it."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError("no such file")
+    # The checksum keeps two files of the same name in different folders apart.
     name = f"_latent_grpo_reward_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
         raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(found)
+    module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up by name
     try:
-        found.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
@@ -80,20 +83,23 @@ def score(
     completions: Sequence[Completion],
     columns: Mapping[str, Any],
 ) -> Scores:
-    """Rewards of N samples by every function, and their weighted sums.
+    """Score N samples with every function, and return the rewards and their weighted sums.
 
     Args:
         reward_funcs: F functions, each called as ``f(prompts=..., completions=..., **columns)``.
-        weights: F weights; None weighs every function 1.
-        prompts, completions: N each.
-        columns: the further keyword arguments: data columns and ``completion_ids`` as lists of N, or anything else.
+        weights: F weights. None gives every function the weight 1.
+        prompts: N prompts.
+        completions: N completions.
+        columns: further keyword arguments of the functions: data columns and ``completion_ids`` as lists of N, and
+            values of any other kind.
 
     Returns:
-        ``Scores``; None from a function (not applicable to that sample) counts as 0.
+        ``Scores``. A function returns None for a sample that it does not apply to; None counts as 0.
 
     Raises:
-        RewardError: a function raised, or did not return N finite numbers; names the function and the sample.
-        ValueError: as many weights as functions, or prompts as completions, were not given.
+        RewardError: a function raised, or did not return N finite numbers. The message names the function and the
+            sample.
+        ValueError: the number of weights is not F, or the number of prompts is not N.
     """
     weights = [1.0] * len(reward_funcs) if weights is None else weights
     if len(weights) != len(reward_funcs):
@@ -106,6 +112,12 @@ def score(
         for i in range(len(completions))
     ]
     return Scores(per_function, total)
+
+
+def reward_names(functions: Sequence[RewardFunc]) -> list[str]:
+    """Return one name per reward function. Functions of the same name get their index behind it."""
+    names = [_name(function) for function in functions]
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 
 def _rewards_of(
@@ -134,31 +146,34 @@ def _rewards_of(
     return rewards
 
 
+def _first_failing(
+    function: RewardFunc, prompts: Sequence[Any], completions: Sequence[Completion], columns: Mapping[str, Any]
+) -> int:
+    """Return the index of the first sample that fails by itself, or 0 if only the batch as a whole fails."""
+    count = len(completions)
+    for i in range(count):
+        # Columns of N values belong to the samples; every other value goes to each call as it is.
+        single = {name: [v[i]] if isinstance(v, list | tuple) and len(v) == count else v for name, v in columns.items()}
+        try:
+            function(prompts=[prompts[i]], completions=[completions[i]], **single)
+        except Exception:  # of any kind: the caller reports the error of the whole batch
+            return i
+    return 0
+
+
 def _reward_value(value: Any) -> float:
-    """The reward as a float; NaN for what is not a number, which the caller reports."""
+    """Return the reward as a float, or NaN if it is not a number, which the caller reports."""
     if value is None:
         return 0.0
     try:
+        # `float` would accept the string "1".
         return math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return math.nan
 
 
-def _first_failing(
-    function: RewardFunc, prompts: Sequence[Any], completions: Sequence[Completion], columns: Mapping[str, Any]
-) -> int:
-    """The first sample that fails alone; 0 if the failure takes the whole batch."""
-    count = len(completions)
-    for i in range(count):
-        single = {name: [v[i]] if isinstance(v, list | tuple) and len(v) == count else v for name, v in columns.items()}
-        try:
-            function(prompts=[prompts[i]], completions=[completions[i]], **single)
-        except Exception:  # whatever it raises is the failure looked for
-            return i
-    return 0
-
-
 def _name(function: RewardFunc) -> str:
+    # A partial or an object with __call__ has no name.
     return str(getattr(function, "__name__", type(function).__name__))
 
 
@@ -166,9 +181,3 @@ def _excerpt(value: Any) -> str:
     text = repr(value)
     half = _EXCERPT_CHARACTERS // 2
     return text if len(text) <= _EXCERPT_CHARACTERS else f"{text[:half]}...{text[-half:]}"
-
-
-def reward_names(functions: Sequence[Callable[..., Any]]) -> list[str]:
-    """A name for every reward function, a number behind those that share one."""
-    names = [str(getattr(f, "__name__", type(f).__name__)) for f in functions]
-    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]

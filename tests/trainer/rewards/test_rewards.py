@@ -258,7 +258,7 @@ def test_a_thread_compares_like_the_main_thread() -> None:
 @pytest.mark.parametrize("where", ["main", "thread"])
 def test_an_endless_comparison_is_cut_off(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy(r"\boxed{x+2}", "2+x")  # starts math-verify, which is not part of the limit
-    monkeypatch.setattr(math_verify_process, "_COMPARISON_SECONDS", 0.5)
+    monkeypatch.setattr(math_verify_process, "COMPARISON_SECONDS", 0.5)
     rewards: list[float] = []
     completion = rf"\boxed{{((x+y+z)^{{99}}+{len(where)})^{{99}}}}"
     thread = threading.Thread(target=lambda: rewards.append(accuracy(completion, "x^2+18")))
