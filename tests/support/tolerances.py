@@ -30,6 +30,9 @@ REORDERED = 1e-5
 # Results and statistics that are computed and returned in float32, compared with float64.
 FLOAT32 = 1e-5
 EXACT = {torch.float64: FLOAT64, torch.float32: FLOAT32}  # by the dtype that an operator computes in
+# Central differences with a step of 1e-6: roundings of 1e-16 on values of about 10, over twice the step, and the square
+# of the step.
+FINITE_DIFFERENCE = 1e-7
 
 # Parameters after one update at a learning rate of 1e-4 whose gradients differ by roundings: Adam's quotient magnifies
 # them where a gradient is near zero, there by up to a tenth of the update.

@@ -1,0 +1,258 @@
+"""The oracle of tests/support/oracle.py for whole responses: group advantages and the policy loss, in Python floats."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from support import oracle
+from support.oracle import KL_MAX, LOG_RATIO_MAX, STD_EPSILON
+
+# Group advantages
+
+
+class Advantages(NamedTuple):
+    """Advantages of R responses, with the fields of `GroupAdvantages`."""
+
+    advantages: Tensor
+    first_step: Tensor
+    group_mean: Tensor
+    group_std: Tensor
+
+
+def group_advantages(
+    rewards: Tensor,  # [R]
+    group_ids: Tensor,  # [R]
+    *,
+    invalid_mask: Tensor | None = None,
+    mean_logprob: Tensor | None = None,
+    invalid: str = "exclude",
+    first_token: str = "best_of_correct",
+    normalize_std: bool = True,
+) -> Advantages:
+    """Return group-relative advantages, one group after the other (Eq. 9-11, 18-21)."""
+    size, values, groups = len(rewards), rewards.tolist(), group_ids.tolist()
+    broken = [False] * size if invalid_mask is None else invalid_mask.tolist()
+    log_probs = [0.0] * size if mean_logprob is None else mean_logprob.tolist()
+    advantages, first, means, stds = [0.0] * size, [0.0] * size, [0.0] * size, [1.0] * size
+    for group in set(groups):
+        members = [i for i in range(size) if groups[i] == group]
+        counted = [values[i] for i in members if invalid != "exclude" or not broken[i]]
+        mean, std = 0.0, 1.0  # of a group with at most one member that counts
+        if len(counted) > 1:
+            mean = math.fsum(counted) / len(counted)
+            std = math.sqrt(math.fsum((value - mean) ** 2 for value in counted) / (len(counted) - 1))
+        for i in members:
+            means[i], stds[i] = mean, std
+            if invalid == "keep" or not broken[i]:
+                advantages[i] = (values[i] - mean) / (std + STD_EPSILON if normalize_std else 1.0)
+            first[i] = advantages[i]
+        correct = [i for i in members if advantages[i] > 0]
+        if first_token == "all" or not correct:
+            continue
+        winner = max(correct, key=lambda i: (log_probs[i], -i))  # a tie goes to the first row
+        for i in correct if first_token == "best_of_correct" else members:
+            if i != winner:
+                first[i] = 0.0
+    return Advantages(*(torch.tensor(x, dtype=torch.float32) for x in (advantages, first, means, stds)))
+
+
+# The policy loss
+
+
+class PolicyLoss(NamedTuple):
+    """A loss, its gradient in the log-probs [R, T] in float64, and its statistics by the names of `PolicyStats`."""
+
+    loss: float
+    gradient: Tensor
+    stats: dict[str, float]
+
+
+class Sample(NamedTuple):
+    """What the loss of one response step depends on."""
+
+    logprob: float
+    old_logprob: float
+    advantage: float
+    ref_logprob: float | None
+    response_ratio: float | None  # of the whole response, where that is what is clipped
+
+
+def clamp(value: float, low: float, high: float) -> float:
+    """Return the nearest number in [low, high]."""
+    return min(max(value, low), high)
+
+
+def kl(sample: Sample, estimator: str) -> tuple[float, float]:
+    """Return the estimate "k1", "k2" or "k3" of KL(policy || reference) at one step and its gradient in the log-prob.
+
+    A clamp that holds the estimate makes its gradient zero.
+    """
+    assert sample.ref_logprob is not None
+    distance = sample.ref_logprob - sample.logprob
+    gap, free = clamp(distance, -LOG_RATIO_MAX, LOG_RATIO_MAX), float(abs(distance) <= LOG_RATIO_MAX)
+    if estimator == "k1":
+        return -gap, free
+    if estimator == "k2":
+        return gap * gap / 2.0, -gap * free
+    value = math.exp(gap) - gap - 1.0
+    return min(value, KL_MAX), (1.0 - math.exp(gap)) * free * (value <= KL_MAX)
+
+
+def step_loss(
+    sample: Sample, *, clip_low: float, clip_high: float, dual_clip: float | None, objective: str
+) -> tuple[float, float, bool, bool]:
+    """Return the surrogate of one step, its gradient, and whether the clip and the dual clip hold it (Eq. 22-23).
+
+    The ratio of a response takes the place of the step's own ratio but gives its gradient to the step's log-prob
+    (GSPO-token, arXiv 2507.18071, 4.3).
+    """
+    distance = sample.logprob - sample.old_logprob
+    free = abs(distance) <= LOG_RATIO_MAX  # beyond it the clamp makes the gradient of the ratio zero
+    ratio = math.exp(clamp(distance, -LOG_RATIO_MAX, LOG_RATIO_MAX))
+    if sample.response_ratio is not None:
+        ratio = sample.response_ratio
+    advantage, held = sample.advantage, clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    if objective == "cispo":
+        return -advantage * held * sample.logprob, -advantage * held, held != ratio, False
+    unclipped, clipped = -advantage * ratio, -advantage * held
+    loss, gradient = max(unclipped, clipped), -advantage * ratio * free
+    if clipped > unclipped:
+        gradient = 0.0
+    dual_clipped = dual_clip is not None and advantage < 0 and loss > -advantage * dual_clip
+    if dual_clipped:
+        loss, gradient = -advantage * float(dual_clip or 0.0), 0.0
+    return loss, gradient, clipped > unclipped, dual_clipped
+
+
+def response_ratios(logprob: list[list[float]], old: list[list[float]], mask: list[list[bool]]) -> list[float]:
+    """Return the ratio of every response: (pi(y) / pi_old(y))^(1/|y|) over its active steps."""
+    ratios = []
+    for row, old_row, active in zip(logprob, old, mask, strict=True):
+        gaps = [
+            clamp(x - y, -LOG_RATIO_MAX, LOG_RATIO_MAX) for x, y, on in zip(row, old_row, active, strict=True) if on
+        ]
+        ratios.append(math.exp(math.fsum(gaps) / max(len(gaps), 1)))
+    return ratios
+
+
+def step_weights(mask: Tensor, aggregation: str) -> Tensor:
+    """Return the weight of every step [R, T] in the loss, in float64; a masked step has weight 0."""
+    rows, steps = mask.shape
+    weights = torch.zeros(rows, steps, dtype=torch.float64)
+    lengths = [int(row.sum()) for row in mask]
+    for i, t in itertools.product(range(rows), range(steps)):
+        if mask[i, t]:
+            weights[i, t] = {
+                "token-mean": 1.0 / sum(lengths),
+                "seq-mean-token-sum": 1.0 / rows,
+                "seq-mean-token-mean": 1.0 / rows / lengths[i],
+                "seq-mean-token-sum-norm": 1.0 / rows / steps,
+            }[aggregation]
+    return weights
+
+
+def policy_loss(
+    logprob: Tensor,  # [R, T]
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    aggregation: str = "token-mean",
+    ratio: str = "token",
+    objective: str = "clip",
+    ref_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+) -> PolicyLoss:
+    """Return the clipped policy loss one step at a time, its gradient in the log-probs and its statistics."""
+    mask = mask.bool()
+    policy, old, gain = (x.double().tolist() for x in (logprob, old_logprob, advantages))
+    reference = None if ref_logprob is None else ref_logprob.tolist()
+    of_response = response_ratios(policy, old, mask.tolist()) if ratio == "sequence" else None
+    weights, gradient = step_weights(mask, aggregation), torch.zeros(mask.shape, dtype=torch.float64)
+    means = ("clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio")
+    stats, total = dict.fromkeys((*means, "kl"), 0.0), 0.0
+    for i, t in mask.nonzero().tolist():
+        sample = Sample(
+            policy[i][t],
+            old[i][t],
+            gain[i][t],
+            None if reference is None else reference[i][t],
+            None if of_response is None else of_response[i],
+        )
+        loss, pull, clipped, dual_clipped = step_loss(
+            sample, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, objective=objective
+        )
+        weight = float(weights[i, t])
+        if reference is not None:
+            penalty, penalty_pull = kl(sample, kl_estimator)
+            loss, pull = loss + kl_coef * penalty, pull + kl_coef * penalty_pull
+            stats["kl"] += weight * penalty
+        total += weight * loss
+        gradient[i, t] = weight * pull
+        gap = clamp(sample.logprob - sample.old_logprob, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+        for name, term in zip(means, (clipped, dual_clipped, -gap, abs(gap)), strict=True):
+            stats[name] += term / int(mask.sum())
+    return PolicyLoss(total, gradient, stats)
+
+
+# From hidden states to the loss
+
+
+class FusedLoss(NamedTuple):
+    """A loss, its gradients in hidden [R, T, D] and lm_head [V, D] in float64, and its statistics."""
+
+    loss: float
+    hidden: Tensor
+    lm_head: Tensor
+    stats: dict[str, float]
+
+
+def fused_policy_loss(
+    batch: dict[str, Any],
+    *,
+    temperature: float = 1.0,
+    margin_gradient: str = "aligned",
+    entropy_coef: float = 0.0,
+    **loss_options: Any,
+) -> FusedLoss:
+    """Return the loss of a batch of responses and its gradients by the chain rule, over all logits of active steps.
+
+    An entropy bonus takes `entropy_coef` times the entropy of text steps, weighed as the loss is, off the loss.
+    """
+    mask = batch["mask"].bool()
+    hidden, head = batch["hidden"].detach()[mask].double(), batch["lm_head"].detach().double()
+    ids, scores, advantages = (batch[name][mask] for name in ("ids", "scores", "advantages"))
+    logits = hidden @ head.T
+    scored = oracle.logprob(
+        logits, ids, scores, temperature=temperature, advantages=advantages, margin_gradient=margin_gradient
+    )
+    values = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, scored.value)
+    rest = (batch[name] for name in ("old_logprob", "advantages", "mask"))
+    loss, gradient, stats = policy_loss(values, *rest, ref_logprob=batch.get("ref_logprob"), **loss_options)
+    slope = gradient[mask].unsqueeze(-1) * scored.gradient
+    if entropy_coef:
+        bonus = oracle.entropy(logits, ids, temperature)
+        weights = step_weights(mask, loss_options.get("aggregation", "token-mean"))[mask]
+        loss -= entropy_coef * float(weights @ bonus.value)
+        slope = slope - entropy_coef * weights.unsqueeze(-1) * bonus.gradient
+        stats["entropy"] = float(bonus.value[torch.tensor([oracle.is_text(row) for row in ids])].mean())
+    for_hidden = torch.zeros(batch["hidden"].shape, dtype=torch.float64)
+    for_hidden[mask] = slope @ head
+    return FusedLoss(loss, for_hidden, slope.T @ hidden, stats)
+
+
+def crossed_share(logits: Tensor, ids: Tensor, scores: Tensor) -> float:
+    """Return the share of components of latent rows whose margin is negative."""
+    latent = [n for n in range(len(ids)) if not oracle.is_text(ids[n])]
+    arrays = (logits.double().numpy(), ids.numpy(), scores.double().numpy())
+    found = [oracle.margins(*(array[n] for array in arrays)) < 0 for n in latent]
+    return sum(int(row.sum()) for row in found) / sum(len(row) for row in found)
