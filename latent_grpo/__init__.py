@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from latent_grpo.rollout.trajectory import Rollout
     from latent_grpo.sft import LatentSFTTrainer
     from latent_grpo.trainer import LatentGRPOTrainer
+    from latent_grpo.update.loss import step_advantages
+    from latent_grpo.update.replay import replay
 
 __all__ = [
     "LatentGRPOConfig",
@@ -23,9 +25,12 @@ __all__ = [
     "generate_latent",
     "pass_at_k",
     "process_group",
+    "replay",
+    "step_advantages",
 ]
 
-# Imported when asked for: `latent-grpo --help` should not wait seconds for a trainer that it does not use.
+# The module of each export, which is imported when the export is first used: `latent-grpo --help` must not wait seconds
+# for a trainer that it does not need.
 _HOME = {
     "LatentGRPOConfig": "config",
     "LatentGRPOTrainer": "trainer",
@@ -37,14 +42,17 @@ _HOME = {
     "generate_latent": "rollout.generate",
     "pass_at_k": "evaluation",
     "process_group": "parallel.process_group",
+    "replay": "update.replay",
+    "step_advantages": "update.loss",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    return found
+    export = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = export  # Python does not call this function again for a name that is here
+    return export
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What latent reasoning needs of a Hugging Face causal LM: its body, its tables, its end marker."""
+"""Access to a Hugging Face causal LM: loading and checks, its body, its tables, its prompts and its end marker."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-CACHE_ARGUMENTS = ("cache", "past_key_values")  # the new name first
+from latent_grpo.errors import first_line
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a forward pass, the newer name first
 
 
 class ModelError(ValueError):
-    """A model or tokenizer that cannot be used, in one line with the remedy."""
+    """A model or tokenizer cannot be used. The message is one line with the remedy."""
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a local folder or Hub name, padding on the left; ModelError if it cannot be loaded."""
+    """Return the tokenizer of a local folder or Hub name. It pads on the left, with EOS if it has no padding token.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or has no end-of-sequence token.
+    """
     check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -36,8 +42,16 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_model(path: str, dtype: str = "float32", device: str | None = None) -> Any:
-    """A causal LM in `dtype` on `device` (default: the GPU if there is one), checked for latent steps; safetensors
-    only."""
+    """Load a causal LM from safetensors, and check that latent steps are defined for it.
+
+    Args:
+        path: a local folder or a Hub name.
+        dtype: the name of a torch dtype, such as "bfloat16".
+        device: a torch device; None stands for the GPU if there is one, else for the CPU.
+
+    Raises:
+        ModelError: the model cannot be loaded or used, or `device` is not available.
+    """
     check_path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -56,39 +70,40 @@ def load_model(path: str, dtype: str = "float32", device: str | None = None) -> 
 
 
 def check_path(path: str) -> None:
-    """ModelError for what can only be a folder and is none."""
+    """Raise ModelError if a path that cannot be a Hub name is not a folder."""
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise ModelError(f"the model folder {path!r} does not exist; give a folder or a Hub name")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def embedding_table(model: Any) -> Tensor:
-    """Input embedding weight E [V, D]."""
+    """Return the input embedding weight E [V, D]."""
     weight: Tensor = model.get_input_embeddings().weight
     return weight
 
 
 def lm_head(model: Any) -> Tensor:
-    """LM-head weight W [V, D]."""
+    """Return the LM-head weight W [V, D]."""
     weight: Tensor = model.get_output_embeddings().weight
     return weight
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """`hidden @ weight.T` in float32 [B, V]; on a GPU accumulated and returned in float32 from 16-bit inputs."""
+    """Return the logits `hidden @ weight.T` in float32 [B, V], of hidden [B, D] and weight [V, D]."""
+    # `F.linear` would round the logits to 16 bits before the cast. On a GPU the product can return its float32 sums.
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.dtype == weight.dtype:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return F.linear(hidden, weight).float()
 
 
 def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
-    """Last hidden states [B, L, D] (after the final norm) of input embeddings [B, L, D].
+    """Return the last hidden states [B, L, D], after the final norm, of input embeddings [B, L, D].
 
-    attention_mask [B, past + L], position_ids [B, L]; `cache` is extended in place where given.
+    Args:
+        model: a causal LM. Its body is its `base_model`.
+        embeds: [B, L, D], of the L tokens behind the cached ones.
+        attention_mask: [B, past + L], or whatever mask the body accepts in its place.
+        position_ids: [B, L].
+        cache: a key-value cache, which is extended in place; None computes without one.
     """
     base = model.base_model
     out = base(
@@ -104,7 +119,7 @@ def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tenso
 
 @functools.cache
 def cache_argument(kind: Any) -> str:
-    """The name under which the forward pass of a class of models takes its key-value cache.
+    """Return the name under which the forward pass of a class of models takes its key-value cache.
 
     Transformers 5.24 renamed `past_key_values` to `cache`; models with code of their own may keep the old name.
     """
@@ -113,15 +128,15 @@ def cache_argument(kind: Any) -> str:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position of every token [B, L] of a left-padded batch; 0 on padding."""
+    """Return the position of every token [B, L] of a left-padded batch; padding has position 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 @torch.no_grad()
 def check_compatible(model: Any) -> None:
-    """ModelError unless `logits == body(E[ids]) @ W.T`, which is what a latent step computes with.
+    """Raise ModelError unless the model's logits are `body(E[ids]) @ W.T`, as a latent step computes them.
 
-    It fails for models that scale embeddings outside the table, bias the head, or scale or cap the logits.
+    The check fails for models that scale embeddings outside the table, bias the head, or scale or cap the logits.
     """
     head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
@@ -131,10 +146,11 @@ def check_compatible(model: Any) -> None:
     mask = torch.ones_like(ids)
     was_training = model.training
     model.eval()
-    wanted = model(input_ids=ids, attention_mask=mask).logits.float()
-    got = F.linear(body(model, table[ids], mask, positions(mask)), head.weight).float()
+    expected = model(input_ids=ids, attention_mask=mask).logits.float()
+    actual = F.linear(body(model, table[ids], mask, positions(mask)), head.weight).float()
     model.train(was_training)
-    if not torch.allclose(got, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max())):
+    # The tolerance allows for rounding in 16 bits. A scale, a bias or a cap changes the logits by more.
+    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max())):
         raise ModelError(
             f"{type(model).__name__} does more than `body(E[ids]) @ W.T` (scaled embeddings, a biased head, scaled or "
             "capped logits); latent steps are not defined for it here, use a Llama- or Qwen-like model"
@@ -142,8 +158,13 @@ def check_compatible(model: Any) -> None:
 
 
 def end_marker_ids(tokenizer: Any, marker: str) -> list[int]:
-    """Token ids of the end marker; the first one ends a latent run. ModelError where the tokenizer cannot spell it."""
+    """Return the token ids of the end marker, of which the first one ends a latent run.
+
+    Raises:
+        ModelError: the tokenizer cannot spell the marker, or the marker begins with the end-of-sequence token.
+    """
     ids = list(tokenizer.encode(marker, add_special_tokens=False)) if marker else []
+    # A tokenizer without the marker may replace or drop a part of it without an error; reading it back shows this.
     spelled = tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
     if not ids or tokenizer.unk_token_id in ids or spelled.replace(" ", "") != marker.replace(" ", ""):
         raise ModelError(
@@ -158,15 +179,16 @@ def end_marker_ids(tokenizer: Any, marker: str) -> list[int]:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends a response: the tokenizer's and the generation config's."""
+    """Return every token id that ends a response, in order: the tokenizer's and the generation config's."""
     extra = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     extra = extra if isinstance(extra, list) else [] if extra is None else [extra]
+    # An id beyond the table cannot be emitted, and would be out of range in a mask over the vocabulary.
     vocab = len(embedding_table(model))
     return tuple(sorted({tokenizer.eos_token_id, *(i for i in extra if i < vocab)}))
 
 
 def format_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> str:
-    """The text that the model continues: through the chat template where the tokenizer has one."""
+    """Return the text that the model continues: the prompt in the tokenizer's chat template, if there is one."""
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -177,13 +199,17 @@ def format_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> str:
 def encode_prompts(
     tokenizer: Any, prompts: list[Any], device: torch.device, max_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Left-padded ids and mask [P, L] of prompts; ModelError for one that is longer than `max_length` tokens."""
+    """Return the left-padded ids and the mask of P prompts, both int64 [P, L] on `device`.
+
+    Raises:
+        ModelError: a prompt has more than `max_length` tokens.
+    """
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     for row, prompt in zip(rows, prompts, strict=True):
         if max_length is not None and len(row) > max_length:
             raise ModelError(
                 f"a prompt has {len(row)} tokens, over max_prompt_length {max_length}: {str(prompt)[:60]!r}; "
-                "raise it or shorten the data"
+                "raise max_prompt_length or shorten the data"
             )
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
@@ -195,7 +221,7 @@ def encode_prompts(
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    """Token ids of one formatted prompt; a chat template brings its own special tokens."""
-    special = not getattr(tokenizer, "chat_template", None)
+    """Return the token ids of one prompt, formatted by `format_prompt`."""
+    special = not getattr(tokenizer, "chat_template", None)  # a chat template writes the special tokens itself
     ids: list[int] = tokenizer(format_prompt(tokenizer, prompt), add_special_tokens=special)["input_ids"]
     return ids

@@ -1,4 +1,4 @@
-"""The texts of responses, beside their rollout."""
+"""The record of a batch of responses that is not made of tensors: prompts, texts, answers and rewards."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass
 class Samples:
-    """What is known of R responses beyond their rollout; lists of R."""
+    """Lists of R that go with the R rows of a `Rollout`."""
 
-    prompts: list[Any]
-    completions: list[str]
-    answers: list[Any]
-    rewards: dict[str, list[float]]  # by reward function
+    prompts: list[Any]  # strings, or lists of chat messages
+    completions: list[str]  # the visible texts
+    answers: list[Any]  # the references
+    rewards: dict[str, list[float]]  # by the name of the reward function, without its weight
 
     def select(self, rows: Iterable[int]) -> Samples:
-        """A part of the rows."""
+        """Return the samples of the rows with these indices, in this order."""
         rows = list(rows)
 
         def pick(values: list[Any]) -> list[Any]:
@@ -28,9 +28,10 @@ class Samples:
 
 
 def concatenate_samples(parts: Sequence[Samples]) -> Samples:
-    """One of several."""
+    """Return the samples of all parts in one record. The parts, at least one, have the same reward functions."""
     return Samples(
-        [x for part in parts for x in part.prompts], [x for part in parts for x in part.completions],
-        [x for part in parts for x in part.answers],
-        {name: [x for part in parts for x in part.rewards[name]] for name in parts[0].rewards},
-    )  # fmt: skip
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        completions=[text for part in parts for text in part.completions],
+        answers=[answer for part in parts for answer in part.answers],
+        rewards={name: [reward for part in parts for reward in part.rewards[name]] for name in parts[0].rewards},
+    )
