@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latent_grpo.config import ConfigError, ModelOptions
-from latent_grpo.model import first_line
+from latent_grpo.errors import first_line
 from latent_grpo.parallel.fsdp import assign
 
 ADAPTER_FILE = "adapter_model.safetensors"
