@@ -1,4 +1,4 @@
-"""Group-relative advantages: golden vectors, a brute force in plain Python, and the paper's cases by hand."""
+"""Group-relative advantages: golden vectors, the oracle's loop over groups, and the paper's cases by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tolerances as tol
+from support.golden import advantage_inputs
 from support.kernels import NEEDS_TRITON, kernel, with_kernel
+from support.oracle_loss import Advantages
+from support.oracle_loss import group_advantages as oracle_advantages
 
 from latent_kernels import GroupAdvantages, group_advantages
 from latent_kernels.reference import group_advantages_ref
@@ -28,46 +31,10 @@ ALL_MODES = pytest.mark.parametrize(
 )
 
 
-def assert_same(got: GroupAdvantages, expected: GroupAdvantages) -> None:
-    for name, a, b in zip(GroupAdvantages._fields, got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tol.FLOAT32, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def by_hand(
-    rewards: list[float],
-    groups: list[int],
-    broken: list[bool],
-    log_probs: list[float],
-    *,
-    invalid: str,
-    first_token: str,
-    normalize_std: bool,
-) -> GroupAdvantages:
-    """SPEC 5 with lists, in Python's float64."""
-    size = len(rewards)
-    advantages, means, stds = [0.0] * size, [0.0] * size, [1.0] * size
-    for group in set(groups):
-        members = [i for i in range(size) if groups[i] == group]
-        counted = [rewards[i] for i in members if invalid != "exclude" or not broken[i]]
-        mean, std = 0.0, 1.0
-        if len(counted) > 1:
-            mean = math.fsum(counted) / len(counted)
-            std = math.sqrt(math.fsum((r - mean) ** 2 for r in counted) / (len(counted) - 1))
-        for i in members:
-            means[i], stds[i] = mean, std
-            if invalid == "keep" or not broken[i]:
-                advantages[i] = (rewards[i] - mean) / (std + 1e-6 if normalize_std else 1.0)
-    first = list(advantages)
-    for group in set(groups):
-        members = [i for i in range(size) if groups[i] == group]
-        correct = [i for i in members if advantages[i] > 0]
-        if first_token == "all" or not correct:
-            continue
-        winner = max(correct, key=lambda i: (log_probs[i], -i))
-        for i in correct if first_token == "best_of_correct" else members:
-            if i != winner:
-                first[i] = 0.0
-    return GroupAdvantages(*(torch.tensor(x, dtype=torch.float32) for x in (advantages, first, means, stds)))
+def assert_same(actual: GroupAdvantages, expected: GroupAdvantages | Advantages) -> None:
+    """All four results agree to float32."""
+    for name, value, reference in zip(GroupAdvantages._fields, actual, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=0, atol=tol.FLOAT32, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # Golden vectors
@@ -76,32 +43,20 @@ def by_hand(
 @PUBLIC_AND_REFERENCE
 @pytest.mark.golden("official_a_advantage")
 @pytest.mark.parametrize("released", ["adv_exclude", "adv_include", "adv_grpo"])
-def test_golden_vectors(operator, golden_case, released):
-    mask = golden_case["mask"]
-    length = mask.sum(-1)
-    broken = length >= int(golden_case["max_len"])
-    mean_logprob = (golden_case["old_logp"] * mask).sum(-1) / length.clamp_min(1.0)
-    options = {
-        "adv_exclude": dict(invalid="exclude", first_token="best_of_group"),
-        "adv_include": dict(invalid="keep", first_token="best_of_group"),
-        "adv_grpo": dict(invalid="keep", first_token="all"),
-    }[released]
-    result = operator(
-        golden_case["rewards"], golden_case["group"], invalid_mask=broken, mean_logprob=mean_logprob,
-        normalize_std=bool(golden_case["norm_std"]), **options,
-    )  # fmt: skip
-    got = result.advantages.unsqueeze(-1).repeat(1, mask.shape[1])
-    got[:, 0] = result.first_step
-    expected = golden_case[released]
+def test_advantages_equal_those_of_the_released_code(operator, golden_case, released):
+    result = operator(**advantage_inputs(golden_case, released))
+    mask, expected = golden_case["mask"], golden_case[released]
+    actual = result.advantages.unsqueeze(-1).repeat(1, mask.shape[1])
+    actual[:, 0] = result.first_step
     assert (expected[:, 0] != expected[:, 1]).any() == (released != "adv_grpo")
-    torch.testing.assert_close(got * mask, expected * mask, rtol=0, atol=tol.GOLDEN_VALUE)
+    torch.testing.assert_close(actual * mask, expected * mask, rtol=0, atol=tol.GOLDEN_VALUE)
 
 
-# Brute force
+# Against the oracle
 
 
 def unequal_groups() -> dict[str, Any]:
-    """Groups of 1 to 8 rows with negative and huge ids, shuffled; some with invalid rows, one with nothing else."""
+    """Return shuffled groups of 1 to 8 rows with negative and huge ids; group 5 has invalid rows only."""
     sizes = {-3: 1, 7: 8, 0: 2, 10**12: 5, -(2**62): 4, 5: 3, 6: 6}
     groups = torch.cat([torch.full((size,), group) for group, size in sizes.items()])
     broken = torch.rand(len(groups)) < 0.3
@@ -112,27 +67,22 @@ def unequal_groups() -> dict[str, Any]:
     return dict(rewards=rewards, group_ids=groups, invalid_mask=broken, mean_logprob=-torch.rand(len(groups)))
 
 
-def brute(data: dict[str, Any], **options: Any) -> GroupAdvantages:
-    return by_hand(
-        *(data[name].tolist() for name in ("rewards", "group_ids", "invalid_mask", "mean_logprob")), **options
-    )
-
-
 @PUBLIC_AND_REFERENCE
 @ALL_MODES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_equals_brute_force(operator, invalid, first_token, normalize_std, dtype):
+def test_unequal_groups_equal_the_oracle(operator, invalid, first_token, normalize_std, dtype):
     options = dict(invalid=invalid, first_token=first_token, normalize_std=normalize_std)
-    for _ in range(5):
+    for _ in range(3):
         data = unequal_groups()
         data["rewards"] = data["rewards"].to(dtype)
         result = operator(**data, **options)
         assert all(part.dtype == torch.float32 for part in result)
-        assert_same(result, brute(data, **options))
+        assert_same(result, oracle_advantages(**data, **options))
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> dict[str, Any]:
+    """Return rewards with ties, groups, invalid rows and log-probs of up to 14 responses."""
     size = draw(st.integers(0, 14))
 
     def column(elements: st.SearchStrategy, dtype: torch.dtype) -> torch.Tensor:
@@ -147,17 +97,28 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(batches(), st.sampled_from(MODES))
-def test_any_batch_equals_brute_force(data, mode):
+def test_any_batch_equals_the_oracle(data, mode):
     options = dict(zip(("invalid", "first_token", "normalize_std"), mode, strict=True))
-    expected = brute(data, **options)
-    assert_same(group_advantages(**data, **options), expected)
-    assert_same(group_advantages_ref(**data, **options), expected)
+    expected = oracle_advantages(**data, **options)
+    for operator in (group_advantages, group_advantages_ref):
+        assert_same(operator(**data, **options), expected)
+
+
+# One of each mode is quick; the modes meet each other in the test of unequal groups already.
+QUICK_MODES = (
+    ("exclude", "best_of_correct", True),
+    ("zero", "best_of_group", False),
+    ("keep", "all", True),
+)
 
 
 @NEEDS_TRITON
-@ALL_MODES
-def test_kernel_over_many_tiles_with_ties_and_unequal_groups(invalid, first_token, normalize_std):
-    rows = 301  # tiles of 32 rows, the last of them not full
+@pytest.mark.parametrize(
+    ("invalid", "first_token", "normalize_std"),
+    [pytest.param(*mode, marks=() if mode in QUICK_MODES else pytest.mark.slow) for mode in MODES],
+)
+def test_the_kernel_joins_groups_and_ties_across_tiles(invalid, first_token, normalize_std):
+    rows = 80  # three tiles of 32 rows, the last of them not full
     data = dict(
         rewards=torch.randint(4, (rows,)) / 3.0,
         group_ids=torch.where(torch.rand(rows) < 0.5, 7, torch.randint(40, (rows,))),  # one group of half the rows
@@ -165,23 +126,23 @@ def test_kernel_over_many_tiles_with_ties_and_unequal_groups(invalid, first_toke
         mean_logprob=-torch.randint(3, (rows,)) / 2.0,  # winners tie within and across tiles
     )
     options = dict(invalid=invalid, first_token=first_token, normalize_std=normalize_std)
-    assert_same(triton_advantages(**data, **options), brute(data, **options))
+    assert_same(triton_advantages(**data, **options), oracle_advantages(**data, **options))
 
 
 @given(batches(), st.sampled_from(MODES), st.randoms(use_true_random=False))
-def test_rows_may_come_in_any_order(data, mode, random):
+def test_the_order_of_rows_does_not_matter(data, mode, random):
     options = dict(zip(("invalid", "first_token", "normalize_std"), mode, strict=True))
     order = list(range(len(data["rewards"])))
     random.shuffle(order)
-    # A tie goes to the first row, so the winner of one would depend on the order.
+    # A tie goes to the first row, so the winner of a tie would depend on the order.
     data["mean_logprob"] = -torch.arange(len(order), dtype=torch.float32) / 16
     expected = group_advantages(**data, **options)
-    got = group_advantages(**{name: value[order] for name, value in data.items()}, **options)
-    assert_same(got, GroupAdvantages(*(part[order] for part in expected)))
+    actual = group_advantages(**{name: value[order] for name, value in data.items()}, **options)
+    assert_same(actual, GroupAdvantages(*(part[order] for part in expected)))
 
 
 @given(batches(), st.sampled_from(MODES))
-def test_advantages_of_a_group_do_not_depend_on_the_other_groups(data, mode):
+def test_other_groups_do_not_change_a_groups_advantages(data, mode):
     options = dict(zip(("invalid", "first_token", "normalize_std"), mode, strict=True))
     together = group_advantages(**data, **options)
     for group in data["group_ids"].unique():
@@ -194,20 +155,20 @@ def test_advantages_of_a_group_do_not_depend_on_the_other_groups(data, mode):
 
 
 @PUBLIC_AND_REFERENCE
-def test_first_token_selection_by_hand(operator):
+def test_first_token_selection_keeps_the_winner_only(operator):
     rewards = torch.tensor([1.0, 1.0, 0.0, 0.0])
     data = dict(
         rewards=rewards, group_ids=torch.zeros(4, dtype=torch.int64), mean_logprob=torch.tensor([-2.0, -1, 0, -3])
     )
-    a = 0.5 / (math.sqrt(1 / 3) + 1e-6)
+    gain = 0.5 / (math.sqrt(1 / 3) + 1e-6)
     for first_token, first in {
-        "best_of_correct": [0.0, a, -a, -a],
-        "best_of_group": [0.0, a, 0.0, 0.0],
-        "all": [a, a, -a, -a],
+        "best_of_correct": [0.0, gain, -gain, -gain],
+        "best_of_group": [0.0, gain, 0.0, 0.0],
+        "all": [gain, gain, -gain, -gain],
     }.items():
         result = operator(**data, first_token=first_token)
         torch.testing.assert_close(result.first_step, torch.tensor(first))
-        torch.testing.assert_close(result.advantages, torch.tensor([a, a, -a, -a]))
+        torch.testing.assert_close(result.advantages, torch.tensor([gain, gain, -gain, -gain]))
 
 
 @PUBLIC_AND_REFERENCE
@@ -224,10 +185,9 @@ def test_a_tie_in_log_prob_goes_to_the_first_row(operator, first_token):
 @pytest.mark.parametrize("invalid", ["exclude", "zero"])
 def test_an_invalid_row_never_wins(operator, invalid):
     rewards, broken = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, False])
-    result = operator(
-        rewards, torch.zeros(3, dtype=torch.int64), invalid_mask=broken, invalid=invalid,
-        mean_logprob=torch.tensor([-3.0, -1.0, -2.0]),
-    )  # fmt: skip
+    log_probs = torch.tensor([-3.0, -1.0, -2.0])
+    groups = torch.zeros(3, dtype=torch.int64)
+    result = operator(rewards, groups, invalid_mask=broken, invalid=invalid, mean_logprob=log_probs)
     assert result.first_step[1] == 0
     assert result.first_step[2] > 0
 
@@ -241,11 +201,9 @@ def test_a_group_of_one_has_mean_zero_and_std_one(operator):
 
 @PUBLIC_AND_REFERENCE
 @pytest.mark.parametrize("invalid", ["exclude", "zero"])
-def test_a_group_of_invalid_rows_gets_nothing(operator, invalid):
-    result = operator(
-        torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.int64),
-        invalid_mask=torch.ones(3, dtype=torch.bool), invalid=invalid, mean_logprob=torch.zeros(3),
-    )  # fmt: skip
+def test_a_group_of_invalid_rows_only_gets_no_advantage(operator, invalid):
+    rewards, groups, broken = torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.int64), torch.ones(3).bool()
+    result = operator(rewards, groups, invalid_mask=broken, invalid=invalid, mean_logprob=torch.zeros(3))
     assert result.advantages.tolist() == result.first_step.tolist() == [0.0, 0.0, 0.0]
 
 
@@ -258,13 +216,13 @@ def test_equal_rewards_give_exactly_no_advantage(operator, size, reward):
 
 
 @PUBLIC_AND_REFERENCE
-def test_no_rows(operator):
+def test_no_rows_give_empty_results(operator):
     empty = torch.zeros(0)
     result = operator(empty, empty.long(), invalid_mask=empty.bool(), mean_logprob=empty)
     assert all(part.shape == (0,) for part in result)
 
 
-def test_strided_inputs_equal_contiguous_ones():
+def test_strides_of_the_inputs_do_not_matter():
     data = unequal_groups()
     strided = {name: torch.stack([value, value], -1)[:, 0] for name, value in data.items()}
     assert not strided["rewards"].is_contiguous()
@@ -289,7 +247,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), INVALID.values(), ids=INVALID)
-def test_wrong_arguments_are_named(change, error, message, monkeypatch):
+def test_an_error_names_the_wrong_argument(change, error, message, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"rewards": torch.zeros(4), "group_ids": GROUPS, "mean_logprob": torch.zeros(4), **change}
     with pytest.raises(error, match=message):
