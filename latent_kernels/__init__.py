@@ -5,7 +5,7 @@ Importable without Triton and without a GPU. Semantics and equation numbers: arX
 
 from latent_kernels._dispatch import kernels_for
 from latent_kernels._noise import philox_uniform
-from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
+from latent_kernels._types import GroupAdvantages, LatentStep, LatentStepOptions, PolicyStats
 from latent_kernels.ops.fused_policy_loss import fused_policy_loss
 from latent_kernels.ops.group_advantages import group_advantages
 from latent_kernels.ops.latent_logprob import latent_logprob, latent_logprob_from_logits
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GroupAdvantages",
     "LatentStep",
+    "LatentStepOptions",
     "PolicyStats",
     "fused_policy_loss",
     "group_advantages",

@@ -16,30 +16,30 @@ Result = TypeVar("Result")
 
 IMPLS = ("auto", "triton", "eager")
 
-MAX_TOP_K = 32  # mixture components that the kernel of the latent step keeps
-MAX_COMPONENTS = 128  # components of a trajectory's row that the kernel of the log-prob compares with each other
+MAX_TOP_K = 32  # mixture components that the latent-step kernel keeps
+MAX_COMPONENTS = 128  # components per row that the log-prob kernel compares with each other
 
-# Other kernels accumulate in float32; float64 is for gradient checks, and eager.
+# The other kernels accumulate in float32. float64 serves gradient checks, which run eagerly.
 FLOAT64_OPS: frozenset[str] = frozenset({"group_advantages"})
 
 
 def triton_available() -> bool:
-    """Whether Triton can be imported here."""
+    """Tell whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is imported)."""
+    """Tell whether Triton runs kernels on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
 def kernels_for(device: torch.device, top_k: int) -> bool:
-    """Whether latent steps of `top_k` components on `device` run as kernels, which never wait for the host."""
+    """Tell whether latent steps of `top_k` components on `device` run as kernels, which never wait for the host."""
     return device.type == "cuda" and triton_available() and top_k <= MAX_TOP_K
 
 
-def on_its_device(operator: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The operator, run with its first tensor's GPU as the current one: Triton launches on the current one."""
+def on_input_device(operator: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make an operator run on the GPU of its first tensor, because Triton launches kernels on the current GPU."""
 
     @functools.wraps(operator)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -52,30 +52,32 @@ def on_its_device(operator: Callable[Arguments, Result]) -> Callable[Arguments, 
     return call
 
 
-def beyond_components(width: int) -> str | None:
-    """What the kernels of the log-prob cannot take: rows of more than MAX_COMPONENTS components."""
-    return f"scores at most {MAX_COMPONENTS} components a row, got {width}" if width > MAX_COMPONENTS else None
+def components_limit(width: int) -> str | None:
+    """Say that rows of `width` components exceed the limit of the log-prob kernel, or return None."""
+    return f"scores at most {MAX_COMPONENTS} components per row, got {width}" if width > MAX_COMPONENTS else None
 
 
-def resolve(op: str, impl: str, *tensors: Tensor, beyond: str | None = None) -> str:
-    """`"triton"` or `"eager"` for operator `op` on the device of its inputs; `beyond` says what its kernel cannot take.
+def resolve(op: str, impl: str, *tensors: Tensor, unsupported: str | None = None) -> str:
+    """Return "triton" or "eager" for the operator `op` on the device of its inputs.
 
-    Raises ValueError for an unknown `impl`, RuntimeError (naming the remedy) where an explicit choice cannot run.
+    unsupported: the limit of the kernel that these arguments exceed, as the end of a sentence, or None. Then "auto"
+    chooses "eager". Raises ValueError for an unknown `impl`, and RuntimeError, naming the remedy, if an explicit choice
+    cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     device = tensors[0].device
-    kernel_dtype = op in FLOAT64_OPS or all(tensor.dtype != torch.float64 for tensor in tensors)
+    dtypes_fit = op in FLOAT64_OPS or all(tensor.dtype != torch.float64 for tensor in tensors)
     if impl == "auto":
-        fits = device.type == "cuda" and kernel_dtype and beyond is None
+        fits = device.type == "cuda" and dtypes_fit and unsupported is None
         return "triton" if fits and triton_available() else "eager"
     if impl == "triton":
         if not triton_available():
             raise RuntimeError(f"impl='triton' for {op} needs Triton; `pip install triton` or use impl='auto'")
-        if not kernel_dtype:
+        if not dtypes_fit:
             raise RuntimeError(f"impl='triton' for {op} computes in float32, got torch.float64; use impl='auto'")
-        if beyond is not None:
-            raise RuntimeError(f"impl='triton' for {op} {beyond}; use impl='auto'")
+        if unsupported is not None:
+            raise RuntimeError(f"impl='triton' for {op} {unsupported}; use impl='auto'")
         if device.type != "cuda" and not interpreting():
             raise RuntimeError(f"impl='triton' for {op} needs CUDA tensors, got {device}; use impl='auto'")
     return impl

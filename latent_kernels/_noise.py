@@ -1,59 +1,50 @@
-"""Counter-based noise: Philox-4x32-10 words, exponential draws, clamped Gumbel noise.
+"""Counter-based noise: Philox-4x32-10 words, exponential draws, clamped Gumbel noise (Eq. 12-13).
 
-The noise of a token depends on (seed, step, row id, vocabulary id) only, so that it is the same in any batch, any
+The noise of a token is a function of (seed, step, row id, vocabulary id) only. So it is the same in any batch, any
 order, any tiling and any implementation. The 32-bit arithmetic is emulated in int64, whose products wrap modulo 2^64
 and so keep the high word of a 32 x 32 bit product.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0
+GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # the clamp of the Gumbel noise (Eq. 12)
 NOISE_KINDS = ("one_sided", "two_sided", "none")
 
+# The constants of Philox-4x32-10 (Salmon et al. 2011); Triton's `tl.philox` has the same.
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-class NoiseSpec(NamedTuple):
-    """Noise of B rows as an operator was given it: a stream (seed, step, row_ids), or injected draws [B, V]."""
-
-    kind: str
-    scale: float | Tensor  # one, or [B]
-    seed: int | Tensor | None
-    step: int | Tensor  # one; of the latent step also [B]
-    row_ids: Tensor | None  # [B]; None for 0, 1, ...
-    exponential: Tensor | None
-
-
 def draw_seed() -> int:
-    """A fresh 63-bit seed from torch's default CPU generator, so that `torch.manual_seed` governs it."""
+    """Draw a 63-bit seed from torch's default CPU generator, so that `torch.manual_seed` governs it."""
     return int(torch.randint(2**63 - 1, ()).item())
 
 
 def _multiply(value: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """Return the high and the low 32-bit word of a product."""
     product = value * multiplier
     return (product >> 32) & _WORD, product & _WORD
 
 
 def philox_words(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
-    """First output word of Philox-4x32-10 for every (row, id).
+    """Return the first output word of Philox-4x32-10 for every (row, id): [B, M] int64 in [0, 2^32).
 
-    ids [B, M] or [M] int64, row_ids [B] int64, seed and step an int or a 0-d int64 tensor, step also [B]. Returns
-    [B, M] int64 in [0, 2^32). Key = (seed low, seed high); counter = (id, row low, row high, step).
+    ids is [B, M] or [M] int64, row_ids [B] int64. seed and step are an int or a 0-d int64 tensor; step may also be [B].
+    Key = (seed low, seed high); counter = (id, row low, row high, step).
     """
     rows = row_ids.unsqueeze(-1)
     if isinstance(step, Tensor) and step.ndim:
         step = step.unsqueeze(-1)
     if ids.device.type == "cpu":
-        # NumPy, because a hundred small operations cost it a fifth of what they cost torch.
+        # A hundred small operations cost NumPy a fifth of what they cost torch.
         return torch.from_numpy(_numpy_words(ids.numpy(), rows.numpy(), _on_host(seed), _on_host(step)))
     c0, c1, c2, c3 = ids & _WORD, rows & _WORD, (rows >> 32) & _WORD, step & _WORD
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -66,15 +57,15 @@ def philox_words(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: int | T
 
 
 def _on_host(number: int | Tensor) -> Any:
-    """An array [B, 1] for a tensor with dimensions, else one of one number."""
+    """Return an array [B, 1] for a tensor with dimensions, otherwise an array [1]."""
     return number.numpy() if isinstance(number, Tensor) and number.ndim else np.array([int(number)])
 
 
 def _numpy_words(ids: Any, rows: Any, seed: Any, step: Any) -> Any:
-    """`philox_words` on int64 arrays that broadcast against each other."""
+    """Compute `philox_words` on int64 arrays that broadcast against each other."""
 
     def halves(number: Any) -> tuple[Any, Any]:
-        """Low and high words; views, where the inner axis is contiguous."""
+        """Return the low and the high words: views if the inner axis is contiguous."""
         words = np.ascontiguousarray(number).view("<u4")
         return words[..., ::2], words[..., 1::2]
 
@@ -88,32 +79,35 @@ def _numpy_words(ids: Any, rows: Any, seed: Any, step: Any) -> Any:
 
 
 def uniform(words: Tensor) -> Tensor:
-    """Uniform draws in (0, 1], `(x + 0.5) / 2^32` rounded once to float32, as the kernels compute it."""
+    """Return uniform draws in (0, 1], float32.
+
+    The draw is `(x + 0.5) / 2^32`, rounded once to float32, as the kernels compute it.
+    """
     return words.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
 def exponential_draws(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
-    """Exp(1) draws [B, M] float32, `-log(u)`."""
+    """Return Exp(1) draws `-log(u)` [B, M] float32."""
     return -torch.log(uniform(philox_words(ids, row_ids, seed, step)))
 
 
 def philox_uniform(row_ids: Tensor, *, seed: int | Tensor, step: int | Tensor) -> Tensor:
-    """One uniform draw in (0, 1) a row [B] float64: the word of (seed, step, row, id 0), for text tokens of row
-    streams.
+    """Return one uniform draw in (0, 1) per row, [B] float64, from which text sampling picks the row's token.
 
-    A row is either latent or text at a step, so the draw is never used twice. row_ids [B] int64; seed and step an int
-    or a 0-d int64 tensor, step also [B].
+    The draw is the word of (seed, step, row, id 0). Latent noise uses the same word, but a row is either latent or text
+    at a step, so no draw is used twice. row_ids is [B] int64. seed and step are an int or a 0-d int64 tensor; step may
+    also be [B].
     """
     words = philox_words(torch.zeros(1, dtype=torch.int64, device=row_ids.device), row_ids, seed, step)
     return (words.squeeze(-1).double() + 0.5) * 2.0**-32
 
 
 def gumbel_noise(exponential: Tensor, kind: str) -> Tensor:
-    """Clamped Gumbel noise (Eq. 12-13): `clamp(-log(e), -1.5, 3)`, shifted to [0, 4.5] when one-sided."""
+    """Return clamped Gumbel noise `clamp(-log(e), -1.5, 3)`, shifted to [0, 4.5] if one-sided (Eq. 12-13)."""
     noise = torch.clamp(-torch.log(exponential), GUMBEL_LOW, GUMBEL_HIGH)
     return noise - GUMBEL_LOW if kind == "one_sided" else noise
 
 
 def noise_bounds(kind: str) -> tuple[float, float]:
-    """Smallest and largest value of `gumbel_noise`."""
+    """Return the smallest and the largest value of `gumbel_noise`."""
     return (0.0, GUMBEL_HIGH - GUMBEL_LOW) if kind == "one_sided" else (GUMBEL_LOW, GUMBEL_HIGH)

@@ -1,5 +1,7 @@
-"""Checks of arguments: each failure names the argument, what was given and what is wanted. None reads a tensor's
-values."""
+"""Checks of arguments. Each error names the argument, the value given and what is expected.
+
+No check reads the values of a tensor: on a GPU, that would make the host wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latent_kernels._noise import NOISE_KINDS
+from latent_kernels._types import NoiseSpec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64,)
@@ -23,13 +26,13 @@ def check_tensor(
     *,
     like: Tensor | None = None,
 ) -> None:
-    """A tensor of `shape` (None is any size), one of `dtypes` (None is any), on the device of `like`."""
+    """Check a tensor's shape (None: any size), its dtype (None: any) and that it is on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+    expected = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
     fits = value.ndim == len(shape) and all(s is None or s == got for s, got in zip(shape, value.shape, strict=True))
     if not fits:
-        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+        raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
     if dtypes is not None and value.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
     if like is not None and value.device != like.device:
@@ -37,9 +40,10 @@ def check_tensor(
 
 
 def check_range(name: str, value: Any, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """A real number in [low, high], or in (low, high] where `open_low`."""
+    """Check that a real number is in [low, high], or in (low, high] if `open_low`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # Written so that NaN, for which every comparison is false, is refused.
     if not (low < value if open_low else low <= value) or not value <= high:
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value}")
 
@@ -47,7 +51,7 @@ def check_range(name: str, value: Any, low: float, high: float = float("inf"), *
 def check_row_range(
     name: str, value: Any, rows: int, like: Tensor, low: float, high: float = float("inf"), *, open_low: bool = False
 ) -> None:
-    """A number in range, or a float tensor with one value a row (whose values are not read)."""
+    """Check a number in range, or a 0-d or [rows] float tensor, whose values are not read."""
     if isinstance(value, Tensor):
         check_tensor(name, value, [rows] if value.ndim else [], like=like)
     else:
@@ -55,44 +59,32 @@ def check_row_range(
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """One of `choices`."""
+    """Check that the value is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_noise(
-    rows: int,
-    width: int,
-    like: Tensor,
-    noise: str,
-    noise_scale: float | Tensor,
-    seed: int | Tensor | None,
-    step: int | Tensor,
-    row_ids: Tensor | None,
-    exponential: Tensor | None,
-    *,
-    step_a_row: bool = False,
-) -> None:
-    """The arguments that describe a [rows, width] field of noise; `step_a_row` where step may be [rows]."""
-    check_choice("noise", noise, NOISE_KINDS)
-    check_row_range("noise_scale", noise_scale, rows, like, 0.0)
-    for name, value in (("seed", seed), ("step", step)):
+def check_noise(noise: NoiseSpec, rows: int, width: int, like: Tensor, *, step_per_row: bool = False) -> None:
+    """Check the arguments that describe noise [rows, width]; with `step_per_row`, step may be [rows]."""
+    check_choice("noise", noise.kind, NOISE_KINDS)
+    check_row_range("noise_scale", noise.scale, rows, like, 0.0)
+    for name, value in (("seed", noise.seed), ("step", noise.step)):
         if isinstance(value, Tensor):
-            a_row = name == "step" and step_a_row and value.ndim > 0
-            check_tensor(name, value, [rows] if a_row else [], INTEGERS, like=like)
+            per_row = name == "step" and step_per_row and value.ndim > 0
+            check_tensor(name, value, [rows] if per_row else [], INTEGERS, like=like)
         elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {type(value).__name__}")
-    if row_ids is not None:
-        check_tensor("row_ids", row_ids, [rows], INTEGERS, like=like)
-    if exponential is not None:
-        check_tensor("exponential", exponential, [rows, width], like=like)
-        if seed is not None:
+    if noise.row_ids is not None:
+        check_tensor("row_ids", noise.row_ids, [rows], INTEGERS, like=like)
+    if noise.exponential is not None:
+        check_tensor("exponential", noise.exponential, [rows, width], like=like)
+        if noise.seed is not None:
             raise ValueError("give either seed or exponential, not both")
 
 
-def check_rows(ids: Tensor, scores: Tensor, rows: int, like: Tensor) -> None:
-    """The components ids, scores [rows, K] of a trajectory."""
+def check_components(ids: Tensor, scores: Tensor, rows: int, like: Tensor) -> None:
+    """Check the components of recorded steps: ids and scores, both [rows, K] with K at least 1."""
     check_tensor("ids", ids, [rows, None], INTEGERS, like=like)
     if ids.shape[1] == 0:
-        raise ValueError("ids must have at least one component a row, got shape " + str(list(ids.shape)))
+        raise ValueError(f"ids must have at least one component per row, got shape {list(ids.shape)}")
     check_tensor("scores", scores, list(ids.shape), like=like)

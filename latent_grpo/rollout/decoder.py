@@ -1,8 +1,8 @@
-"""One decoding step of the rows in flight, and the record of what they emit.
+"""One decoding step of a batch of rows, and the record of what the rows emit.
 
-A step feeds what the rows emitted last, then chooses and records their next elements. On a GPU nothing in it asks the
-host: steps are captured in CUDA graphs, over batches and spans rounded up to few sizes. On a CPU a step is cut to the
-rows and the span at hand.
+A step feeds the elements that the rows emitted last, then chooses and records their next elements. An element is a
+latent mixture or a text token. On a GPU, steps are captured in CUDA graphs: nothing in a step waits for the host, and
+batch sizes and spans are rounded up to few sizes. On a CPU, a step has exactly the rows and the span that it needs.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from latent_grpo.rollout.slot_cache import SlotCache
 from latent_grpo.rollout.step_graphs import StepGraphs, bucket, captures
 from latent_grpo.rollout.text_sampler import sample_text
 from latent_grpo.rollout.trajectory import UNUSED, Rollout
-from latent_kernels import latent_logprob_from_logits, latent_step_with_logits, philox_uniform
+from latent_kernels import LatentStepOptions, latent_logprob_from_logits, latent_step_with_logits, philox_uniform
 
-# What the rows of a batch are in: all in their latent run, all in text, or some in either.
+# The kind of a batch: all live rows in their latent run, all in text, or some of each.
 LATENT, TEXT, MIXED = "latent", "text", "mixed"
-CHECK_EVERY = 8  # captured steps between questions to the device; rows that finish meanwhile rest
+CHECK_EVERY = 8  # captured steps between two looks at the device; rows that finish in between stay idle
 
 
 @dataclass
 class Slots:
-    """One entry a slot; the first rows of each are the batch."""
+    """The state of S slots, each of which holds one row. The batch is the first slots."""
 
-    row: Tensor  # [S] the response, an index of the record
-    stream: Tensor  # [S] of the noise
-    draws: Tensor  # [S, T] float64, the uniform draws of text steps; empty for greedy text
-    step: Tensor  # [S] elements emitted
-    start: Tensor  # [S] first token of the prompt in the cache, after its padding
-    last: Tensor  # [S] where the element emitted last is written in the cache
+    row: Tensor  # [S] int64, index of the response in the record
+    stream: Tensor  # [S] int64, noise stream
+    draws: Tensor  # [S, T] float64, uniform draws of the text steps; [S, 0] for greedy text
+    step: Tensor  # [S] int64, number of emitted elements
+    start: Tensor  # [S] int64, cache position of the prompt's first token, behind its padding
+    last: Tensor  # [S] int64, cache position that the last emitted element is written to
     in_latent: Tensor  # [S] bool
     done: Tensor  # [S] bool
-    hidden: Tensor  # [S, D] of the token before the element emitted next
-    embeds: Tensor  # [S, D] of the element emitted last
+    hidden: Tensor  # [S, D], hidden state that predicts the next element
+    embeds: Tensor  # [S, D], embedding of the last emitted element
 
     def first(self, count: int) -> Slots:
-        """Views of the first slots."""
-        return Slots(*(getattr(self, f.name)[:count] for f in fields(self)))
+        """Return views of the first slots."""
+        return self.select(slice(count))
 
-    def select(self, index: Tensor) -> Slots:
-        """Copies of the slots `index`."""
-        return Slots(*(getattr(self, f.name)[index] for f in fields(self)))
+    def select(self, index: Tensor | slice) -> Slots:
+        """Return the slots `index`: views for a slice, copies for a tensor."""
+        return Slots(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def put(self, target: Tensor | slice, values: Slots) -> None:
         """Overwrite the slots `target`."""
@@ -59,57 +59,76 @@ class Slots:
 
 
 class Record:
-    """What R rows emitted in at most T steps, flat; the element behind the last takes what rows at rest emit."""
+    """Everything that R rows emit in at most T steps of K components.
 
-    def __init__(self, rows: int, limit: int, width: int, device: torch.device) -> None:
+    The tensors are flat [R * T + 1, ...] so that one index per row addresses an element. Idle rows write into the last
+    element, which is never read: a captured step must write something for every row of the batch.
+    """
+
+    def __init__(self, rows: int, limit: int, components: int, device: torch.device) -> None:
         self.rows, self.limit = rows, limit
         self.token = torch.zeros(rows * limit + 1, dtype=torch.int64, device=device)
-        self.ids = torch.zeros(rows * limit + 1, width, dtype=torch.int64, device=device)
-        self.scores = torch.zeros(rows * limit + 1, width, device=device)
+        self.ids = torch.zeros(rows * limit + 1, components, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(rows * limit + 1, components, device=device)
         self.logprob = torch.zeros(rows * limit + 1, device=device)
         self.length = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.latent_length = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
-        """As if new."""
+        """Zero everything, for a new rollout."""
         for values in (self.token, self.ids, self.scores, self.logprob, self.length, self.latent_length):
             values.zero_()
 
     def rollout(self, prompt_ids: Tensor, prompt_mask: Tensor, index: Tensor, is_eos: Tensor, tau: float) -> Rollout:
-        """The rollout, trimmed to the longest response. index [R] names the rows' prompts, is_eos [V] ends a text."""
+        """Return copies of the record as a rollout, cut to the longest response.
+
+        index [R] is the prompt of each row, is_eos [V] marks the tokens that end a text.
+        """
         length = self.length[:-1]
         steps = max(1, int(length.max())) if self.rows else 1
 
-        def rows(x: Tensor) -> Tensor:
-            return x[:-1].unflatten(0, (self.rows, self.limit))[:, :steps].clone()
+        def rows(values: Tensor) -> Tensor:
+            return values[:-1].unflatten(0, (self.rows, self.limit))[:, :steps].clone()
 
-        place = torch.arange(steps, device=length.device)
-        mask, is_latent = place < length.unsqueeze(-1), place < self.latent_length.unsqueeze(-1)
+        step = torch.arange(steps, device=length.device)
+        mask, is_latent = step < length.unsqueeze(-1), step < self.latent_length.unsqueeze(-1)
         token, ids = rows(self.token), rows(self.ids)
+        # A step of a text-only batch records no ids, because they follow from its token.
         text = mask & ~is_latent
-        ids[text] = _hard(token[text], ids.shape[-1])
+        ids[text] = _text_components(token[text], ids.shape[-1])
         last = (length - 1).clamp_min(0).unsqueeze(-1)
         finished = (is_eos[token.gather(1, last)] & text.gather(1, last)).squeeze(-1)
         return Rollout(
-            prompt_ids=prompt_ids, prompt_mask=prompt_mask, prompt_index=index, token=token, ids=ids,
-            scores=rows(self.scores).masked_fill_(~is_latent.unsqueeze(-1), 0.0), is_latent=is_latent, mask=mask,
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            prompt_index=index,
+            token=token,
+            ids=ids,
+            scores=rows(self.scores).masked_fill_(~is_latent.unsqueeze(-1), 0.0),
+            is_latent=is_latent,
+            mask=mask,
             logprob=rows(self.logprob),
-            finished=finished, tau=tau,
-        )  # fmt: skip
+            finished=finished,
+            tau=tau,
+        )
 
 
 class Decoder:
-    """Slots, cache and record of rollouts of `rows` rows, at most `slots` of them at a time, of `capacity` tokens each,
-    prompt included."""
+    """The slots, the cache and the record of rollouts of `rows` rows.
+
+    At most `slots` rows are decoded at a time. `capacity` is the number of tokens of a row, prompt included.
+    """
 
     def __init__(self, model: Any, sampling: LatentSampling, rows: int, slots: int, capacity: int) -> None:
         self.sampling, self.slots = sampling, slots
-        self._model = weakref.ref(model)  # a decoder that is kept for a model must not keep the model
+        self._model = weakref.ref(model)  # `_KEPT` holds decoders, and a strong reference would keep the model alive
         self.table, self.head = embedding_table(model), lm_head(model)
         device, limit = self.table.device, sampling.max_new_tokens
         self.graphs = StepGraphs(device) if captures(device, sampling) else None
+        # A captured step reads the seed from the device, so that another rollout can change it.
         self.seed = torch.tensor(sampling.seed, device=device) if self.graphs else sampling.seed
-        width = sampling.latent_top_k if sampling.latent else 2
+        # Text needs two components: the token, and an UNUSED one that marks the step as text.
+        components = sampling.latent_top_k if sampling.latent else 2
         eos = sampling.eos_token_id if sampling.eos_token_id is not None else model.generation_config.eos_token_id
         self.is_eos = torch.zeros(len(self.head), dtype=torch.bool, device=device)
         self.is_eos[[eos] if isinstance(eos, int) else list(eos or ())] = True
@@ -117,22 +136,29 @@ class Decoder:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=device)
 
+        width, dtype = self.table.shape[1], self.table.dtype
         self.state = Slots(
-            row=zeros(), stream=zeros(), draws=zeros(limit if sampling.temperature else 0, dtype=torch.float64),
-            step=zeros(), start=zeros(), last=zeros(), in_latent=zeros(dtype=torch.bool),
-            done=~zeros(dtype=torch.bool), hidden=zeros(self.table.shape[1], dtype=self.table.dtype),
-            embeds=zeros(self.table.shape[1], dtype=self.table.dtype),
-        )  # fmt: skip
-        self.cache = SlotCache(model.base_model.config, slots, capacity, self.table.dtype, device)
-        self.record = Record(rows, limit, width, device)
+            row=zeros(),
+            stream=zeros(),
+            draws=zeros(limit if sampling.temperature else 0, dtype=torch.float64),
+            step=zeros(),
+            start=zeros(),
+            last=zeros(),
+            in_latent=zeros(dtype=torch.bool),
+            done=~zeros(dtype=torch.bool),
+            hidden=zeros(width, dtype=dtype),
+            embeds=zeros(width, dtype=dtype),
+        )
+        self.cache = SlotCache(model.base_model.config, slots, capacity, dtype, device)
+        self.record = Record(rows, limit, components, device)
 
     @property
     def model(self) -> Any:
-        """The model, which whoever decodes with it keeps alive."""
+        """The model. The caller that decodes with it keeps it alive."""
         return self._model()
 
     def start(self, seed: int) -> None:
-        """Make ready for a new rollout, with noise of `seed`."""
+        """Prepare for a new rollout with noise of `seed`."""
         self.sampling = replace(self.sampling, seed=seed)
         if isinstance(self.seed, Tensor):
             self.seed.fill_(seed)
@@ -151,9 +177,16 @@ class Decoder:
         cache: DynamicCache,
         index: Tensor,
     ) -> None:
-        """Put rows, whose prompts are computed, into the slots from `first` on, and take their first step.
+        """Put rows with prefilled prompts into the slots from `first` on, and emit their first elements.
 
-        hidden [P, D], mask [P, Lp] and cache are of P prompts; row i continues prompt index[i].
+        Args:
+            first: the first slot.
+            rows: [N], indices of the rows in the record.
+            streams: [N], their noise streams.
+            hidden: [P, D], the hidden state of each prompt's last token.
+            mask: [P, Lp], the attention mask of the prompts.
+            cache: the key-value cache of the P prompts.
+            index: [N], the prompt of each row.
         """
         count, draws = len(rows), self.state.draws.shape[1]
         new = slice(first, first + count)
@@ -166,8 +199,7 @@ class Decoder:
         state.start[new], state.last[new] = (mask.shape[1] - mask.sum(-1))[index], mask.shape[1] - 1
         state.in_latent[new], state.done[new] = self.sampling.latent, False
         state.hidden[new] = hidden[index]
-        part = Slots(*(getattr(state, f.name)[new] for f in fields(state)))
-        self.emit(part, LATENT if self.sampling.latent else TEXT)
+        self.emit(state.select(new), LATENT if self.sampling.latent else TEXT)
 
     def move(self, target: Tensor, source: Tensor) -> None:
         """Copy the slots `source` to the slots `target`."""
@@ -175,9 +207,10 @@ class Decoder:
         self.state.put(target, self.state.select(source))
 
     def step(self, count: int, kind: str, furthest: int) -> None:
-        """Feed what the first `count` slots emitted last, and emit their next elements; on a GPU CHECK_EVERY times.
+        """Feed the last elements of the first `count` slots, and emit their next elements.
 
-        `furthest` is the largest place that one of them writes to.
+        On a GPU this takes CHECK_EVERY steps. `furthest` is the largest cache position that a row writes to in the
+        first of them.
         """
         if self.graphs is None:
             return self.exact_step(self.state.first(count), kind, furthest)
@@ -193,90 +226,102 @@ class Decoder:
             self.graphs.run((count, span, kind), step)
 
     def exact_step(self, state: Slots, kind: str, furthest: int) -> None:
-        """A step of the rows at hand, latent and text ones apart."""
+        """Take one step of exactly these rows. In a mixed batch, latent and text rows emit separately."""
+        # With one cache position for all rows, the cache is written through slices and needs no index tensors.
         same = bool((state.last == furthest).all())
         self.advance(state, furthest if same else state.last, furthest + 1)
         if kind != MIXED:
             return self.emit(state, kind)
         for kind, rows in ((LATENT, state.in_latent), (TEXT, ~state.in_latent)):
             index = rows.nonzero().squeeze(-1)
-            part = state.select(index)
-            self.emit(part, kind)
-            state.put(index, part)
+            selected = state.select(index)
+            self.emit(selected, kind)
+            state.put(index, selected)
 
-    def advance(self, state: Slots, place: Tensor | int, span: int) -> None:
-        """Hidden states of the elements that the rows emitted last, written at `place`; none is beyond `span`."""
-        mask, cache = self.cache.view(len(state.row), place, span)
-        where = (state.last - state.start).unsqueeze(-1)
-        state.hidden.copy_(body(self.model, state.embeds.unsqueeze(1), mask, where, cache)[:, -1])
+    def advance(self, state: Slots, cache_position: Tensor | int, span: int) -> None:
+        """Compute the hidden states behind the last emitted elements, and write the elements into the cache.
+
+        `cache_position` [B], or one for all rows, is where they are written. All positions are below `span`.
+        """
+        mask, cache = self.cache.view(len(state.row), cache_position, span)
+        position_ids = (state.last - state.start).unsqueeze(-1)
+        state.hidden.copy_(body(self.model, state.embeds.unsqueeze(1), mask, position_ids, cache)[:, -1])
 
     def emit(self, state: Slots, kind: str) -> None:
-        """Choose the next element of every row of `kind` and record it; rows of another kind rest, as finished do."""
-        sampling, vectors = self.sampling, state.embeds
+        """Choose and record the next element of every row of `kind`. Finished rows and other rows stay idle."""
+        sampling = self.sampling
         if kind == TEXT:
             logits = head_logits(state.hidden, self.head)
-            token, latent = self.text(state, logits), torch.zeros_like(state.done)
-            ids, scores, embeds = _hard(token, 2), self.record.scores.new_zeros(len(token), 2), self.table[token]
+            token, is_latent = self.sample_tokens(state, logits), torch.zeros_like(state.done)
+            ids, scores = _text_components(token, 2), self.record.scores.new_zeros(len(token), 2)
+            embeds = self.table[token]
         else:
-            found, logits = latent_step_with_logits(
-                state.hidden, self.head, self.table, top_k=sampling.latent_top_k, top_p=sampling.latent_top_p,
-                tau=sampling.tau, noise=sampling.noise, noise_scale=sampling.noise_scale, seed=self.seed,
-                step=state.step, row_ids=state.stream, latent_mask=state.in_latent,
+            options = LatentStepOptions(
+                top_k=sampling.latent_top_k,
+                top_p=sampling.latent_top_p,
+                tau=sampling.tau,
+                noise=sampling.noise,
+                noise_scale=sampling.noise_scale,
+                seed=self.seed,
+                step=state.step,
+                row_ids=state.stream,
+                latent_mask=state.in_latent,
                 end_token_id=sampling.end_token_id,
-            )  # fmt: skip
-            latent, token, scores = found.is_latent, found.top_token, found.scores
+            )
+            mixture, logits = latent_step_with_logits(state.hidden, self.head, self.table, options)
+            is_latent, token, scores = mixture.is_latent, mixture.top_token, mixture.scores
+            # The step that ends a latent run has the end marker as its top token, and emits it as text.
             if kind == MIXED:
-                token = torch.where(state.in_latent, token, self.text(state, logits))
-            column = latent.unsqueeze(-1)
-            ids = torch.where(column, found.ids, _hard(token, found.ids.shape[1]))
-            embeds = torch.where(column, found.embedding, self.table[token])
+                token = torch.where(state.in_latent, token, self.sample_tokens(state, logits))
+            column = is_latent.unsqueeze(-1)
+            ids = torch.where(column, mixture.ids, _text_components(token, mixture.ids.shape[1]))
+            embeds = torch.where(column, mixture.embedding, self.table[token])
         logprob = latent_logprob_from_logits(logits, ids, scores, temperature=sampling.temperature or 1.0)
         active = ~state.done & state.in_latent if kind == LATENT else ~state.done
-        at = torch.where(active, state.row * self.record.limit + state.step, len(self.record.token) - 1)
-        self.record.token.index_copy_(0, at, token)
-        self.record.logprob.index_copy_(0, at, logprob.float())
+        index = torch.where(active, state.row * self.record.limit + state.step, len(self.record.token) - 1)
+        self.record.token.index_copy_(0, index, token)
+        self.record.logprob.index_copy_(0, index, logprob.float())
         if kind != TEXT:
-            self.record.ids.index_copy_(0, at, ids)
-            self.record.scores.index_copy_(0, at, scores)
-        vectors.copy_(torch.where(active.unsqueeze(-1), embeds, vectors))
-        # A finished row goes on writing, so that rows of one age keep one place in the cache.
+            self.record.ids.index_copy_(0, index, ids)
+            self.record.scores.index_copy_(0, index, scores)
+        # In place, here and below: a captured step works on the same tensors in every replay.
+        state.embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.embeds))
+        # Finished rows also go on, so that rows of one age keep one cache position and `exact_step` can use a slice.
         state.last.add_(active | state.done).clamp_max_(self.cache.capacity - 1)
         state.step.add_(active)
-        state.done.logical_or_(active & ((self.is_eos[token] & ~latent) | (state.step >= self.record.limit)))
+        state.done.logical_or_(active & ((self.is_eos[token] & ~is_latent) | (state.step >= self.record.limit)))
         if kind != TEXT:
-            state.in_latent.logical_and_(latent)
-            self.record.latent_length.index_add_(0, state.row, (active & latent).long())
-        # A slot that is no longer in use may still name a row.
+            state.in_latent.logical_and_(is_latent)
+            self.record.latent_length.index_add_(0, state.row, (active & is_latent).long())
+        # A slot that is no longer in use may still name a row, whose length it must not overwrite.
         self.record.length.index_copy_(0, torch.where(active, state.row, self.record.rows), state.step)
 
-    def text(self, state: Slots, logits: Tensor) -> Tensor:
-        """A text token a row [B]."""
-        if not state.draws.shape[1]:
+    def sample_tokens(self, state: Slots, logits: Tensor) -> Tensor:
+        """Sample one text token per row [B] from logits [B, V]."""
+        if not state.draws.shape[1]:  # greedy text needs no draws
             return sample_text(logits, self.sampling, logits.new_empty(len(logits)))
+        # An idle row may have taken all its steps. Its token is not recorded, but its index must be in range.
         step = state.step.clamp_max(self.record.limit - 1).unsqueeze(-1)
         return sample_text(logits, self.sampling, state.draws.gather(1, step).squeeze(-1))
 
 
-def _span(tokens: int) -> int:
-    """A width of masks that holds `tokens`, one of few and a multiple of 8, which attention can read without a copy."""
-    return bucket(max(tokens, 32))
-
-
+# The decoder of each model's last rollout, with the key that says what it can be used for.
 _KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Decoder]] = weakref.WeakKeyDictionary()
 
 
 def decoder_for(model: Any, sampling: LatentSampling, rows: int, slots: int, tokens: int) -> Decoder:
-    """A decoder of at least `tokens` tokens a row: on a GPU that of the model's last rollout where it will do.
+    """Return a decoder for rows of `tokens` tokens, ready for a new rollout.
 
-    Its graphs are worth keeping; they read the tensors that they were captured with.
+    On a GPU this is the decoder of the model's last rollout if that one fits, because its captured graphs are worth
+    keeping. The graphs read the tensors that they were captured with, so the key holds the addresses of the weights.
     """
     if not captures(model.device, sampling):
         return Decoder(model, sampling, rows, slots, tokens)
-    places = tuple(p.data_ptr() for p in model.parameters())
-    key = (repr(replace(sampling, seed=0)), rows, slots, _span(tokens), places)
+    addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
+    key = (repr(replace(sampling, seed=0)), rows, slots, _span(tokens), addresses)
     kept = _KEPT.get(model)
     if kept is None or kept[0] != key:
-        _KEPT.pop(model, None)  # before there are two
+        _KEPT.pop(model, None)  # free its memory before the next decoder takes as much
         kept = key, Decoder(model, sampling, rows, slots, _span(tokens))
         _KEPT[model] = kept
     decoder = kept[1]
@@ -284,6 +329,12 @@ def decoder_for(model: Any, sampling: LatentSampling, rows: int, slots: int, tok
     return decoder
 
 
-def _hard(token: Tensor, width: int) -> Tensor:
-    """Components [B, width] of text steps."""
-    return F.pad(token.unsqueeze(-1), (0, width - 1), value=UNUSED)
+def _span(tokens: int) -> int:
+    """Return a width of masks for `tokens` tokens, one of few."""
+    # From 32 on, every bucket is a multiple of 8, which attention can read without a copy.
+    return bucket(max(tokens, 32))
+
+
+def _text_components(token: Tensor, components: int) -> Tensor:
+    """Return the ids [B, K] of text steps with these tokens [B]: the token, then UNUSED."""
+    return F.pad(token.unsqueeze(-1), (0, components - 1), value=UNUSED)

@@ -1,15 +1,28 @@
-"""Selection of a latent step, one program a row: nucleus, noise, top-K, mixture (SPEC 2; Eq. 1, 12-14).
+"""Selection of a latent step from logits and their sidecar, one program per row (Eq. 1, 12-14).
 
-Tokens are compared by 64-bit keys, (logit, lower id first), so that no two are equal. Noise is bounded: a token can
-be among the K best only if its log-prob plus the largest noise reaches the K-th best score, so everything happens in
-a prefix of the sorted order. The sidecar gives log Z and a lower bound of the K-th logit, hence a first frontier; the
-tokens above it are gathered into a buffer of N, sorted, and their exclusive cumulative mass, in float64, is the
-nucleus rule. Where the prefix does not settle the answer, a lower frontier gives the next segment of the order, with
-mass and the K best so far carried over; a segment that overflows the buffer is tried again with a higher frontier. A
-row therefore never needs a launch of its own, and the last segment is at worst the rest of the vocabulary.
+Inputs: logits [B, >= V] in float32 or a 16-bit dtype, and their sidecar (`latent_kernels._triton.lm_head`). Outputs:
+ids [B, K] int64, scores and weights [B, K] float32, the mixture [B, D] in the table's dtype, the token of the highest
+logit [B] int64, is_latent [B]. Probabilities and scores are in float32, cumulative mass in float64.
 
-Realistic rows settle in one segment of 30 to 350 tokens. Nearly uniform rows do after some 20 K tokens, because 4.9% of
-all tokens draw the largest noise.
+    score_v = logit_v - log Z + scale * g_v  for v in the nucleus,  ids = the K highest scores
+    weights = softmax(scores / tau),  mixture = sum_k weights_k table[ids_k]
+
+There is no backward pass, nothing is saved, and the result is the same in every run: no atomics.
+
+Tokens are compared by 64-bit keys, (logit, lower id first), so that no two are equal. Noise is bounded: a token can be
+among the K best only if its log-prob plus the largest noise reaches the K-th best score. So everything happens in a
+prefix of the sorted order:
+
+1. The sidecar gives log Z and a lower bound of the K-th logit, and so a first frontier.
+2. The tokens above the frontier are gathered into a buffer of N and sorted. Their exclusive cumulative mass decides the
+   nucleus.
+3. If the prefix does not settle the result, a lower frontier gives the next segment of the order. The mass and the K
+   best so far are carried over.
+4. A segment that overflows the buffer is tried again with a higher frontier.
+
+So no row needs a launch of its own, and the last segment is at worst the rest of the vocabulary. Realistic rows settle
+in one segment of 30 to 350 tokens. Nearly uniform rows settle after some 20 K tokens, because 4.9% of all tokens draw
+the largest noise.
 """
 
 from __future__ import annotations
@@ -19,7 +32,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels._noise import NoiseSpec
 from latent_kernels._triton.common import (
     GUMBEL_HIGH,
     GUMBEL_LOW,
@@ -30,13 +42,13 @@ from latent_kernels._triton.common import (
     row_option,
 )
 from latent_kernels._triton.lm_head import GROUP, Sidecar
-from latent_kernels._types import LatentStep
+from latent_kernels._types import LatentStep, LatentStepOptions
 
-BUFFER, BUFFER_PER_K = 512, 32  # tokens of one segment, at least, and for each of the K
+BUFFER, BUFFER_PER_K = 512, 32  # tokens of one segment: at least, and per mixture component
 NUM_WARPS = 8
-GROUPS_AT_ONCE = 16  # 2,048 logits gathered together, 8 a thread
+GROUPS_AT_ONCE = 16  # 2,048 logits gathered together, 8 per thread
 MIX_TILE = 2048  # elements of the table gathered together
-# Scores are rounded after each operation, as PyTorch does it.
+# Without fusion, scores are rounded after each operation, as PyTorch rounds them.
 BUILD_OPTIONS = {"maxnreg": MAX_REGISTERS, "enable_fp_fusion": False}
 LOWEST, HIGHEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # below and above the key of any token
 ID_MASK = tl.constexpr(0x7FFFFFFF)
@@ -44,9 +56,10 @@ ID_MASK = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def sortable(value):
-    """int32 in the order of the float32 values, 0 and -0 alike, every NaN the highest.
+    """Map float32 values to int32 in the same order: 0 and -0 are equal, and every NaN is the highest.
 
-    The maximum of a group may be another NaN than its elements are: told apart, groups would lie above the row's top.
+    The maximum of a group may be a NaN with other bits than those of its elements. If the two compared as different,
+    a group could lie above the row's highest token.
     """
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     bits = tl.where(value == value, bits, 0x7FFFFFFF)
@@ -55,33 +68,35 @@ def sortable(value):
 
 @triton.jit
 def token_key(value, ids):
-    """int64 in the order of (value, lower id first)."""
+    """Return an int64 key that orders tokens by value, lower id first."""
     return (sortable(value).to(tl.int64) << 32) | (ids ^ ID_MASK).to(tl.int64)
 
 
 @triton.jit
 def key_value(key):
+    """Return the value of a key."""
     bits = (key >> 32).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def key_id(key):
+    """Return the id of a key."""
     return (key & ID_MASK).to(tl.int32) ^ ID_MASK
 
 
 @triton.jit
 def frontier_at(value):
-    """The highest key that is below those of all tokens at `value` or above it, and a little more for rounding."""
+    """Return a key just below the keys of all tokens at `value` or above it, with a margin for rounding."""
     return sortable(value - 1e-3 - 1e-5 * tl.abs(value)).to(tl.int64) << 32
 
 
 @triton.jit
 def frontier_between(group_keys, low, high, least, most):
-    """`low` where at most `most` groups are above it, else a key below `high` with `least` to `most` groups above."""
+    """Return `low` if at most `most` groups are above it, else a key with `least` to `most` groups above it."""
     above = tl.sum((group_keys > low).to(tl.int32), 0)
-    while (above > most) & (low + 1 < high):
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+    while (above > most) & (low + 1 < high):  # bisection
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # low + high could overflow int64
         count = tl.sum((group_keys > middle).to(tl.int32), 0)
         if count < least:
             high = middle
@@ -95,12 +110,12 @@ def gather_segment(
     logits_ptr, list_ptr, buffer_ptr, group_keys, group, frontier, ceiling, V, GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """How many keys are in (frontier, ceiling]; as many as fit are written to the buffer, in any order."""
-    wanted = group_keys > frontier
-    tl.debug_barrier()  # the list and the buffer of the last segment have been read
-    tl.store(list_ptr + tl.cumsum(wanted.to(tl.int32), 0) - 1, group, mask=wanted)
+    """Count the keys in (frontier, ceiling], and write as many as fit to the buffer, in any order."""
+    above = group_keys > frontier
+    tl.debug_barrier()  # all threads have read the list and the buffer of the last segment
+    tl.store(list_ptr + tl.cumsum(above.to(tl.int32), 0) - 1, group, mask=above)
     tl.debug_barrier()
-    groups = tl.sum(wanted.to(tl.int32), 0)
+    groups = tl.sum(above.to(tl.int32), 0)
     count = 0
     element = tl.arange(0, AT_ONCE * GROUP)
     for start in range(0, groups, AT_ONCE):
@@ -119,7 +134,7 @@ def gather_segment(
 
 @triton.jit
 def keep_best(best, keys, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The K highest of two sets of keys, downwards; LOWEST marks an empty place and may repeat."""
+    """Return the K highest of two sets of keys, in falling order. LOWEST marks an empty place and may repeat."""
     k = tl.arange(0, BLOCK_K)
     kept = tl.full([BLOCK_K], LOWEST, dtype=tl.int64)
     for i in range(K):
@@ -132,7 +147,7 @@ def keep_best(best, keys, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def read_sidecar(logits_ptr, maxima_ptr, sums_ptr, row, group, V, G, GROUP: tl.constexpr):
-    """log Z, an upper bound of the keys in each group [BLOCK_G], and the row's highest key."""
+    """Return log Z, an upper bound of the keys in each group [BLOCK_G], and the row's highest key."""
     maxima = tl.load(maxima_ptr + row * G + group, mask=group < G, other=-float("inf"))
     sums = tl.load(sums_ptr + row * G + group, mask=group < G, other=0.0)
     peak = tl.max(maxima, 0)
@@ -145,8 +160,8 @@ def read_sidecar(logits_ptr, maxima_ptr, sums_ptr, row, group, V, G, GROUP: tl.c
 
 @triton.jit
 def first_frontier(group_keys, ceiling, span, K: tl.constexpr, N: tl.constexpr):
-    """A frontier below which nothing matters, or as many groups above it as fill about half a buffer."""
-    # At least K logits reach the K-th largest maximum, and their scores gain the least noise at least.
+    """Return a frontier below which nothing matters, or a higher one whose groups fill about half a buffer."""
+    # At least K logits reach the K-th largest maximum, and each of their scores gains at least the least noise.
     reached = frontier_between(group_keys, tl.full([], LOWEST, dtype=tl.int64), ceiling, K, 2 * K)
     frontier = tl.where(reached == LOWEST, LOWEST, frontier_at(key_value(reached) - span))
     return frontier_between(group_keys, frontier, ceiling, N // 4 + 1, N // 2)
@@ -157,7 +172,7 @@ def score_keys(
     keys, log_probs, inside, noisy, scale, row, noise_row, draws_ptr, draws_stride, seed, step,
     INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the noisy scores of the tokens; on a row without noise the tokens' own keys."""
+    """Return the keys of the tokens' noisy scores, or on a row without noise the tokens' own keys."""
     ids = tl.where(inside, key_id(keys), 0)
     if INJECTED:
         draws = tl.load(draws_ptr + row * draws_stride + ids, mask=inside, other=1.0).to(tl.float32)
@@ -170,11 +185,11 @@ def score_keys(
 def conclude(
     best, frontier, log_z, noisy, largest, outside_nucleus, K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Whether nothing below the frontier can change the K best; else the line below which nothing will."""
+    """Tell whether no token below the frontier can change the K best, and return the frontier needed next."""
     worst = tl.min(tl.where(tl.arange(0, BLOCK_K) < K, best, HIGHEST), 0)
     enough = worst != LOWEST
     out_of_reach = key_value(worst) > key_value(frontier) - log_z + largest
-    # Noise does not change -inf: below this line are tokens of higher ids.
+    # Noise does not change -inf, so the tokens that are left tie with the K-th best and have higher ids.
     nothing_left = (key_value(frontier) == -float("inf")) & (worst > frontier)
     decided = enough & ((noisy == 0) | out_of_reach | outside_nucleus | nothing_left)
     needed = tl.where(enough, frontier_at(key_value(worst) + log_z - largest), LOWEST)
@@ -183,9 +198,9 @@ def conclude(
 
 @triton.jit
 def narrower_frontier(keys, count, tries, N: tl.constexpr):
-    """A higher frontier for a segment of `count` > N tokens, of which these N sorted keys were gathered."""
-    # Tied tokens are gathered in their order, so a line below these N may do. If not, one with about half a buffer of
-    # the segment above it, and at least an eighth of a buffer.
+    """Return a higher frontier for a segment of `count` > N tokens, given the N sorted keys that were gathered."""
+    # Tied tokens are gathered in their order, so a frontier just below these N may suffice. If it does not, the next
+    # try has about half a buffer of the segment above the frontier, and at least an eighth of a buffer.
     rank = tl.where(tries % 2 == 0, N - 1, tl.maximum(N * N // (2 * count), N // 8))
     return tl.sum(tl.where(tl.arange(0, N) == rank, keys, 0), 0)
 
@@ -195,7 +210,7 @@ def store_step(
     best, noisy, log_z, tau, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr, table_stride, V, D,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """ids, scores, weights and the mixture of table rows, from the K best keys of a row."""
+    """Store ids, scores, weights and the mixture of table rows, from the K best keys of a row."""
     k = tl.arange(0, BLOCK_K)
     ids = tl.minimum(tl.where(k < K, key_id(best), 0), V - 1).to(tl.int64)
     scores = tl.where(noisy, key_value(best), key_value(best) - log_z)
@@ -213,7 +228,8 @@ def store_step(
         tl.store(mixture_ptr + row * D + d, mixed.to(mixture_ptr.dtype.element_ty), mask=d < D)
 
 
-# Slots of a batch begin anywhere: one kernel for all of them, and none compiled in mid-rollout.
+# Pointers into a batch can have any alignment, and the counters any value. Specialisation is disabled so that no
+# variant is compiled during a rollout.
 @triton.jit(
     do_not_specialize=["end_token_id", "seed", "step", "step_stride"],
     do_not_specialize_on_alignment=["latent_ptr", "row_ids_ptr"],
@@ -298,58 +314,61 @@ def latent_step_kernel(
     )  # fmt: skip
 
 
-def constants(vocab: int, top_k: int, noise: NoiseSpec, *, tensors: dict[str, bool]) -> dict[str, int | bool]:
-    """Constants of the kernel; `tensors` says which optional arguments are tensors (those of `options`)."""
-    block_k = triton.next_power_of_2(top_k)
+def constants(vocab: int, options: LatentStepOptions) -> dict[str, int | bool]:
+    """Return the constants of the kernel."""
+    block_k = triton.next_power_of_2(options.top_k)
     return {
-        "NOISE": noise.kind != "none", "ONE_SIDED": noise.kind == "one_sided",
-        "INJECTED": noise.exponential is not None, "HAS_ROW_IDS": noise.row_ids is not None,
-        "HAS_MASK": tensors["latent_mask"],
-        "TOP_P_A_ROW": tensors["top_p"], "TAU_A_ROW": tensors["tau"], "SCALE_A_ROW": tensors["scale"],
-        "SEED_TENSOR": tensors["seed"], "STEP_TENSOR": tensors["step"], "GROUP": GROUP, "AT_ONCE": GROUPS_AT_ONCE,
-        "K": top_k, "N": max(BUFFER, BUFFER_PER_K * block_k), "BLOCK_K": block_k,
+        "NOISE": options.noise != "none", "ONE_SIDED": options.noise == "one_sided",
+        "INJECTED": options.exponential is not None, "HAS_ROW_IDS": options.row_ids is not None,
+        "HAS_MASK": options.latent_mask is not None,
+        "TOP_P_A_ROW": isinstance(options.top_p, Tensor), "TAU_A_ROW": isinstance(options.tau, Tensor),
+        "SCALE_A_ROW": isinstance(options.noise_scale, Tensor), "SEED_TENSOR": isinstance(options.seed, Tensor),
+        "STEP_TENSOR": isinstance(options.step, Tensor), "GROUP": GROUP, "AT_ONCE": GROUPS_AT_ONCE,
+        "K": options.top_k, "N": max(BUFFER, BUFFER_PER_K * block_k), "BLOCK_K": block_k,
         "BLOCK_G": triton.next_power_of_2(triton.cdiv(vocab, GROUP)), "BLOCK_D": min(512, MIX_TILE // block_k),
     }  # fmt: skip
 
 
-def _as_rows(value: float | Tensor, rows: int) -> float | Tensor:
-    """A number as it is; a tensor with one entry a row."""
+def _per_row(value: float | Tensor, rows: int) -> float | Tensor:
+    """Return a number unchanged, and a tensor with one entry per row."""
     return value.expand(rows).contiguous() if isinstance(value, Tensor) else float(value)
 
 
-def select(
-    sidecar: Sidecar, embedding: Tensor, *, top_k: int, top_p: float | Tensor, tau: float | Tensor,
-    noise: NoiseSpec, latent_mask: Tensor | None, end_token_id: int | None,
-) -> LatentStep:  # fmt: skip
-    """The latent step from the logits of a sidecar; `len(embedding)` is the vocabulary. Arguments are checked."""
+def latent_step_from_sidecar(sidecar: Sidecar, embedding: Tensor, options: LatentStepOptions) -> LatentStep:
+    """Compute the latent step from the logits of a sidecar. Arguments are checked; V is `len(embedding)`."""
     logits, rows, (vocab, width) = sidecar.logits, len(sidecar.maxima), embedding.shape
+    groups, step = sidecar.maxima.shape[1], options.step
     table = embedding if embedding.stride(1) == 1 else embedding.contiguous()
-    top_p, tau, scale = (_as_rows(value, rows) for value in (top_p, tau, noise.scale))
-    seed = 0 if noise.seed is None else noise.seed
-    options = {"top_p": top_p, "tau": tau, "scale": scale, "seed": seed, "step": noise.step}
-    tensors = {name: isinstance(value, Tensor) for name, value in options.items()}
-    chosen = constants(vocab, top_k, noise, tensors={**tensors, "latent_mask": latent_mask is not None})
-    unused = logits  # in the place of a tensor that was not given
-    draws = unused if noise.exponential is None else noise.exponential
+    unused = logits  # the kernel never reads it in the place of an option that was not given
+    draws = unused if options.exponential is None else options.exponential
     draws = draws if draws.stride(1) == 1 else draws.contiguous()
-    mask = unused if latent_mask is None else latent_mask.contiguous().view(torch.int8)
-    row_ids = unused if noise.row_ids is None else noise.row_ids.contiguous()
+    mask = unused if options.latent_mask is None else options.latent_mask.contiguous().view(torch.int8)
+    row_ids = unused if options.row_ids is None else options.row_ids.contiguous()
+    chosen = constants(vocab, options)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(rows, *shape, dtype=dtype, device=logits.device)
 
-    groups = sidecar.maxima.shape[1]
-    found = LatentStep(
-        ids=empty(torch.int64, top_k), scores=empty(torch.float32, top_k), weights=empty(torch.float32, top_k),
-        embedding=empty(table.dtype, width), top_token=empty(torch.int64), is_latent=empty(torch.bool),
-    )  # fmt: skip
+    result = LatentStep(
+        ids=empty(torch.int64, options.top_k),
+        scores=empty(torch.float32, options.top_k),
+        weights=empty(torch.float32, options.top_k),
+        embedding=empty(table.dtype, width),
+        top_token=empty(torch.int64),
+        is_latent=empty(torch.bool),
+    )
     if rows:
         latent_step_kernel[(rows,)](
-            logits, sidecar.maxima, sidecar.sums, draws, row_ids, mask, table, empty(torch.int32, groups),
-            empty(torch.int64, chosen["N"]), *found[:5], found.is_latent.view(torch.int8), **options,
-            step_stride=noise.step.stride(0) if isinstance(noise.step, Tensor) and noise.step.ndim else 0,
-            end_token_id=-1 if end_token_id is None else end_token_id, logits_stride=logits.stride(0),
-            draws_stride=draws.stride(0), table_stride=table.stride(0), V=vocab, G=groups, D=width, **chosen,
-            num_warps=NUM_WARPS, **BUILD_OPTIONS,
+            logits_ptr=logits, maxima_ptr=sidecar.maxima, sums_ptr=sidecar.sums, draws_ptr=draws, row_ids_ptr=row_ids,
+            latent_ptr=mask, table_ptr=table, list_ptr=empty(torch.int32, groups),
+            buffer_ptr=empty(torch.int64, chosen["N"]), ids_ptr=result.ids, scores_ptr=result.scores,
+            weights_ptr=result.weights, mixture_ptr=result.embedding, top_ptr=result.top_token,
+            is_latent_ptr=result.is_latent.view(torch.int8), top_p=_per_row(options.top_p, rows),
+            tau=_per_row(options.tau, rows), scale=_per_row(options.noise_scale, rows),
+            seed=0 if options.seed is None else options.seed, step=step,
+            step_stride=step.stride(0) if isinstance(step, Tensor) and step.ndim else 0,
+            end_token_id=-1 if options.end_token_id is None else options.end_token_id,
+            logits_stride=logits.stride(0), draws_stride=draws.stride(0), table_stride=table.stride(0),
+            V=vocab, G=groups, D=width, **chosen, num_warps=NUM_WARPS, **BUILD_OPTIONS,
         )  # fmt: skip
-    return found
+    return result

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels._noise import NoiseSpec
 from latent_kernels._triton.common import (
     MAX_REGISTERS,
     counter_option,
@@ -22,6 +21,7 @@ from latent_kernels._triton.common import (
     row_option,
     triton_dtype,
 )
+from latent_kernels._types import NoiseSpec
 
 BLOCK_V, BLOCK_B, BLOCK_D = 64, 32, 32  # the draws of a larger tile spill
 BUILD_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": MAX_REGISTERS}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, row_chunks, slope_dtype
-from latent_kernels._dispatch import beyond_components, on_its_device, resolve
+from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager import latent_logprob as eager_rows
 from latent_kernels._linear import add_outer_, back_project, project
 from latent_kernels._loss_types import (
@@ -122,7 +122,7 @@ class _Fused(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
-@on_its_device
+@on_input_device
 def fused_policy_loss(
     hidden: Tensor,  # [R, T, D]
     lm_head: Tensor,  # [V, D]
@@ -178,7 +178,7 @@ def fused_policy_loss(
     check_logprob_options(flat_ids, flat_scores, len(flat_ids), hidden, temperature, None, margin_gradient)
     check_range("entropy_coef", entropy_coef, 0.0)
     kernels = RowKernels(*(getattr(eager_rows, name) for name in RowKernels._fields))
-    if resolve("fused_policy_loss", impl, hidden, lm_head, beyond=beyond_components(ids.shape[2])) == "triton":
+    if resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=components_limit(ids.shape[2])) == "triton":
         from latent_kernels._triton import latent_logprob as logprob
         from latent_kernels._triton import policy_loss
 

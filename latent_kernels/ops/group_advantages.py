@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from latent_kernels._dispatch import on_its_device, resolve
+from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._eager.group_advantages import group_advantages_eager
 from latent_kernels._types import GroupAdvantages
 from latent_kernels._validate import INTEGERS, check_choice, check_tensor
@@ -13,7 +13,7 @@ INVALID_MODES = ("exclude", "zero", "keep")
 FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
 
 
-@on_its_device
+@on_input_device
 def group_advantages(
     rewards: Tensor,  # [R]
     group_ids: Tensor,  # [R] int64, any values, any order

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, row_chunks, slope_dtype
-from latent_kernels._dispatch import beyond_components, on_its_device, resolve
+from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
 from latent_kernels._linear import add_outer_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
-from latent_kernels._validate import check_choice, check_range, check_rows, check_tensor
+from latent_kernels._validate import check_choice, check_components, check_range, check_tensor
 from latent_kernels.reference import compute_dtype
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
@@ -114,14 +114,14 @@ def check_logprob_options(
     margin_gradient: str,
 ) -> None:
     """The arguments that every log-prob operator shares."""
-    check_rows(ids, scores, rows, like)
+    check_components(ids, scores, rows, like)
     check_range("temperature", temperature, 0.0, open_low=True)
     check_choice("margin_gradient", margin_gradient, MARGIN_GRADIENTS)
     if advantages is not None:
         check_tensor("advantages", advantages, [rows], like=like)
 
 
-@on_its_device
+@on_input_device
 def latent_logprob_from_logits(
     logits: Tensor,  # [N, V]
     ids: Tensor,  # [N, K] int64
@@ -150,7 +150,7 @@ def latent_logprob_from_logits(
     check_logprob_options(ids, scores, len(logits), logits, temperature, advantages, margin_gradient)
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
     out: Tensor
-    if resolve("latent_logprob_from_logits", impl, logits, beyond=beyond_components(ids.shape[1])) == "triton":
+    if resolve("latent_logprob_from_logits", impl, logits, unsupported=components_limit(ids.shape[1])) == "triton":
         from latent_kernels._triton import latent_logprob as kernel
 
         out = kernel.FromLogits.apply(logits, spec)
@@ -161,7 +161,7 @@ def latent_logprob_from_logits(
     return out
 
 
-@on_its_device
+@on_input_device
 def latent_logprob(
     hidden: Tensor,  # [N, D]
     lm_head: Tensor,  # [V, D]
@@ -182,7 +182,7 @@ def latent_logprob(
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     check_logprob_options(ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient)
     rows: ScoreRows = logprob_rows_
-    if resolve("latent_logprob", impl, hidden, lm_head, beyond=beyond_components(ids.shape[1])) == "triton":
+    if resolve("latent_logprob", impl, hidden, lm_head, unsupported=components_limit(ids.shape[1])) == "triton":
         from latent_kernels._triton.latent_logprob import logprob_rows_ as rows
     if not torch.is_grad_enabled():  # else the forward pass takes gradients that no backward pass will ask for
         hidden, lm_head = hidden.detach(), lm_head.detach()

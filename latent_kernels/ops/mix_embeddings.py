@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_kernels._dispatch import on_its_device, resolve
-from latent_kernels._validate import check_row_range, check_rows, check_tensor
+from latent_kernels._dispatch import on_input_device, resolve
+from latent_kernels._validate import check_components, check_row_range, check_tensor
 from latent_kernels.reference import mix_embeddings_ref
 
 
-@on_its_device
+@on_input_device
 def mix_embeddings(
     ids: Tensor,  # [N, K] int64
     scores: Tensor,  # [N, K]
@@ -28,7 +28,7 @@ def mix_embeddings(
     """
     check_tensor("ids", ids, [None, None], (torch.int64,))
     check_tensor("embedding", embedding, [None, None], like=ids)
-    check_rows(ids, scores, len(ids), embedding)
+    check_components(ids, scores, len(ids), embedding)
     check_row_range("tau", tau, len(ids), embedding, 0.0, open_low=True)
     if resolve("mix_embeddings", impl, embedding) == "triton":
         from latent_kernels._triton.mix_embeddings import mix_embeddings as triton_mix_embeddings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_kernels._dispatch import on_its_device, resolve
+from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._loss_types import LossOptions, LossSpec
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_choice, check_range, check_tensor
@@ -44,7 +44,7 @@ def check_loss_options(
         raise ValueError(f"kl_coef is {options.kl_coef:g}, but ref_logprob is None; give the reference's log-probs")
 
 
-@on_its_device
+@on_input_device
 def policy_loss(
     logprob: Tensor,  # [R, T]
     old_logprob: Tensor,  # [R, T]

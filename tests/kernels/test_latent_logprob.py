@@ -625,7 +625,7 @@ def test_kernels_refuse_float64(name):
 def test_kernels_take_rows_of_up_to_128_components():
     logits, scores = torch.randn(2, 200), torch.randn(2, 129)
     ids = torch.randint(20, (2, 129))  # most are there several times
-    with pytest.raises(RuntimeError, match="scores at most 128 components a row, got 129; use impl='auto'"):
+    with pytest.raises(RuntimeError, match="scores at most 128 components per row, got 129; use impl='auto'"):
         latent_logprob_from_logits(logits, ids, scores, impl="triton")
     assert latent_logprob_from_logits(logits, ids, scores).shape == (2,)
     got, expected = (

@@ -15,7 +15,7 @@ from support import tolerances as tol
 from support.kernels import DEVICE, NEEDS_TRITON, kernel, with_kernel
 from torch import Tensor
 
-from latent_kernels import LatentStep, latent_step, latent_step_from_logits, latent_step_with_logits
+from latent_kernels import LatentStep, LatentStepOptions, latent_step, latent_step_from_logits, latent_step_with_logits
 from latent_kernels import _linear as linear
 from latent_kernels._dispatch import MAX_TOP_K
 from latent_kernels._noise import exponential_draws
@@ -608,7 +608,7 @@ def test_wrong_arguments_of_the_step_from_hidden_are_named(change, error, messag
 @pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=NEEDS_TRITON)])
 def test_the_logits_of_a_step_come_with_it(impl):
     hidden, head, table = torch.randn(5, 16), torch.randn(300, 16), torch.randn(300, 8)
-    step, logits = latent_step_with_logits(hidden, head, table, seed=3, impl=impl)
+    step, logits = latent_step_with_logits(hidden, head, table, LatentStepOptions(seed=3), impl=impl)
     torch.testing.assert_close(logits, hidden @ head.T, rtol=1e-4, atol=1e-4)
     alone = latent_step(hidden, head, table, seed=3, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(step, alone, strict=True))

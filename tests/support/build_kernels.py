@@ -26,12 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from latent_kernels._loss_types import LossOptions, LossSpec
-from latent_kernels._noise import NoiseSpec
 from latent_kernels._triton import group_advantages as advantages
 from latent_kernels._triton import latent_logprob as logprob
 from latent_kernels._triton import latent_step, lm_head, policy_loss, project_with_noise
 from latent_kernels._triton import lm_head_routes as routes
 from latent_kernels._triton import mix_embeddings as mix
+from latent_kernels._types import LatentStepOptions, NoiseSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -127,8 +127,11 @@ def latent_step_builds() -> Iterator[Build]:
     ]
     for kind, top_k, logits, table, vocab, tensors, injected in variants:
         noise = noise_spec(kind, tensors=tensors, injected=injected)
-        is_tensor = dict.fromkeys(("top_p", "tau", "scale", "seed", "step", "latent_mask"), tensors)
-        constants = latent_step.constants(vocab, top_k, noise, tensors=is_tensor)
+        value, mask = (torch.zeros(()), torch.ones(1)) if tensors else (0, None)
+        step_options = LatentStepOptions(
+            top_k, value, value, kind, value, value, value, noise.row_ids, noise.exponential, mask
+        )
+        constants = latent_step.constants(vocab, step_options)
         number = "*fp32" if tensors else "fp32"
         types = {
             "logits_ptr": f"*{logits}", "maxima_ptr": "*fp32", "sums_ptr": "*fp32", "latent_ptr": "*i8",

@@ -24,7 +24,7 @@ from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.sft import build_examples
 from latent_grpo.update.optimizer import make_optimizer
 from latent_grpo.update.replay import replay_logprob
-from latent_kernels import latent_step_from_logits
+from latent_kernels import LatentStepOptions, latent_step_from_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = make_problems(16, seed=1)
@@ -103,7 +103,8 @@ def spy(monkeypatch, module, name) -> list[tuple[tuple, dict, object]]:
     function = getattr(module, name)
 
     def call(*args, **options):
-        before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        given = options | {k: v for x in args if isinstance(x, LatentStepOptions) for k, v in vars(x).items()}
+        before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         found = function(*args, **options)
         calls.append((args, before, found))
         return found
