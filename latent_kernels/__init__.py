@@ -3,8 +3,9 @@
 Importable without Triton and without a GPU. Semantics and equation numbers: arXiv 2604.27998.
 """
 
+from latent_kernels._chunks import chunk_bytes
 from latent_kernels._dispatch import kernels_for
-from latent_kernels._noise import philox_uniform
+from latent_kernels._noise import GUMBEL_HIGH, GUMBEL_LOW, philox_uniform
 from latent_kernels._types import GroupAdvantages, LatentStep, LatentStepOptions, PolicyStats
 from latent_kernels.ops.fused_policy_loss import fused_policy_loss
 from latent_kernels.ops.group_advantages import group_advantages
@@ -13,13 +14,19 @@ from latent_kernels.ops.latent_step import latent_step, latent_step_from_logits,
 from latent_kernels.ops.mix_embeddings import mix_embeddings
 from latent_kernels.ops.policy_loss import policy_loss
 from latent_kernels.ops.project_with_noise import project_with_noise
+from latent_kernels.reference import STD_EPSILON, UNUSED_ID
 
 __version__ = "0.1.0"
 __all__ = [
+    "GUMBEL_HIGH",
+    "GUMBEL_LOW",
+    "STD_EPSILON",
+    "UNUSED_ID",
     "GroupAdvantages",
     "LatentStep",
     "LatentStepOptions",
     "PolicyStats",
+    "chunk_bytes",
     "fused_policy_loss",
     "group_advantages",
     "kernels_for",

@@ -14,7 +14,7 @@ from latent_kernels._loss_types import LossOptions
 from latent_kernels._noise import exponential_draws, gumbel_noise
 from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
 
-HARD = -100  # marks the unused components of a hard row
+UNUSED_ID = -100  # marks the unused components of a text step
 EXPONENT_MAX = 40.0  # exp(40)^2 is finite in float32, so that a gradient norm over such margins is too
 MARGIN_MAX = 1e4  # a target of probability zero under the policy: a large finite margin instead of infinity
 LOG_RATIO_MAX = 20.0
@@ -108,7 +108,7 @@ def latent_step_from_logits_ref(
 
 def is_hard(ids: Tensor) -> Tensor:
     """Rows of ids [N, K] that stand for one text token: -100 behind the first component. [N] bool; none where K = 1."""
-    return (ids[:, 1:] == HARD).any(-1)
+    return (ids[:, 1:] == UNUSED_ID).any(-1)
 
 
 def mixture_weights(ids: Tensor, scores: Tensor, tau: float | Tensor) -> Tensor:

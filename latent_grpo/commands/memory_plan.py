@@ -1,7 +1,7 @@
-"""What a training run takes of memory, predicted from the model's configuration alone: no weights are read or made.
+"""The memory of a training run, predicted from the model's configuration. No weights are read or allocated.
 
-For a Llama- or Qwen-like model trained whole, but for its embedding table. Every term is what the code of this package
-allocates; `python -m bench.planner` compares the sums with measured peaks.
+The prediction holds for a Llama- or Qwen-like model of which everything except the embedding table is trained. Every
+term is an allocation of this package's code. `python -m bench.planner` compares the sums with measured peaks.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.config import LatentGRPOConfig, require
-from latent_grpo.model import ModelError, check_path, first_line
+from latent_grpo.errors import first_line
+from latent_grpo.model import ModelError, check_path
+from latent_kernels import chunk_bytes
 
 FLOAT32 = 4
 RECORD_BYTES = 8 + 4  # an id and a score of a recorded component
-CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}  # of logits in the fused loss
 STEP_LOGITS = {"cpu": 12, "cuda": 2}  # times a step's logits, at worst: eager sorts near-uniform rows whole
 DEFAULT_PROMPT_LENGTH = 256
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Plan:
 
 
 def model_size(config: Any, dtype: torch.dtype, freeze_embeddings: bool = True) -> ModelSize:
-    """The sizes of the model that a transformers configuration describes, counted on one without storage."""
+    """Return the sizes of the model that a transformers configuration describes. No weights are allocated."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -80,7 +82,7 @@ def model_size(config: Any, dtype: torch.dtype, freeze_embeddings: bool = True) 
 
 
 def read_model_size(path: str, args: LatentGRPOConfig) -> ModelSize:
-    """The sizes of the model at a folder or Hub name; ModelError where it has no configuration like Llama's."""
+    """Return the sizes of a model folder or Hub name. Raise ModelError without a configuration like Llama's."""
     from transformers import AutoConfig
 
     check_path(path)
@@ -92,7 +94,7 @@ def read_model_size(path: str, args: LatentGRPOConfig) -> ModelSize:
 
 
 def saved_a_token(size: ModelSize) -> int:
-    """Bytes that one token of a layer leaves for the backward pass, its keys and values aside.
+    """Return the bytes per token and layer that the backward pass needs, without keys and values.
 
     Two norms (their input in float32, the normalised input, the output), the queries, the attention's output, and of
     the MLP the gate, its activation, the other half and their product.
@@ -104,11 +106,11 @@ def saved_a_token(size: ModelSize) -> int:
 def activation_bytes(
     size: ModelSize, prompts: int, prompt: int, rows: int, steps: int, recomputed: bool = False
 ) -> int:
-    """What a replay of `rows` responses to `prompts` prompts leaves for the backward pass (`update.replay`).
+    """Return the bytes that a replay of `rows` responses to `prompts` prompts keeps for the backward pass.
 
     Keys and values are saved as wide as the queries, since attention with a mask repeats them for each group of heads.
-    A response's are joined with its prompt's; where they were repeated, the cache holds the narrow ones as well.
-    `recomputed` (gradient checkpointing): of all layers but one their input and the cache alone.
+    A response's keys and values are joined with its prompt's. Where they were repeated, the cache holds the narrow
+    ones as well. With `recomputed` (gradient checkpointing) every layer except one keeps only its input and the cache.
     """
     tokens, joined = prompts * prompt + rows * steps, rows * (prompt + steps)
     narrow = 0 if size.kv_heads == size.heads else joined * size.keys
@@ -123,67 +125,70 @@ def activation_bytes(
 
 
 def loss_bytes(size: ModelSize, rows: int, steps: int, device: str) -> int:
-    """The fused loss: one chunk of float32 logits, what is made of a chunk, and the gradient of the hidden states."""
+    """Return the bytes of the fused loss: one chunk of float32 logits, and hidden states with their gradient."""
     all_logits = rows * steps * size.vocab * FLOAT32
-    return min(all_logits, CHUNK_BYTES[device]) + 2 * rows * steps * size.width * size.itemsize
+    return min(all_logits, chunk_bytes(device)) + 2 * rows * steps * size.width * size.itemsize
 
 
 def cache_bytes(size: ModelSize, rows: int, length: int) -> int:
-    """Keys and values of `rows` slots of `length` tokens."""
+    """Return the bytes of the keys and values of `rows` slots of `length` tokens."""
     return 2 * size.layers * rows * length * size.keys * size.itemsize
 
 
 def attention_bytes(size: ModelSize, rows: int, length: int) -> int:
-    """Keys and values of one layer, repeated for the queries of each group of heads."""
+    """Return the bytes of one layer's keys and values, repeated for the queries of each group of heads."""
     return 0 if size.kv_heads == size.heads else 2 * rows * length * size.queries * size.itemsize
 
 
-def make_plan(size: ModelSize, args: LatentGRPOConfig, device: str) -> Plan:
-    """The plan of a run with these options, at its longest: every response runs to the limit.
+def parameter_bytes(size: ModelSize, args: LatentGRPOConfig) -> dict[str, int]:
+    """Return the bytes of weights, optimizer state, float32 copies and gradients."""
+    masters = args.master_weights and size.itemsize < FLOAT32
+    trained_in = FLOAT32 if masters else size.itemsize
+    state = 2 * size.trained * (1 if args.optim == "adamw_8bit" else trained_in)
+    # With float32 copies a pass has gradients in 16 bits, which are then added to the float32 gradients.
+    gradients = size.trained * (trained_in + (size.itemsize if masters else 0))
+    parts = {"weights": size.parameters * size.itemsize, "optimizer": state}
+    if masters:
+        parts["float32 copies"] = size.trained * FLOAT32
+    return {**parts, "gradients": gradients}
 
-    ConfigError for adapters, whose parameters are not counted here.
+
+def make_plan(size: ModelSize, args: LatentGRPOConfig, device: str) -> Plan:
+    """Return the plan of a run with these options at its longest: every response runs to the limit.
+
+    Raises ConfigError for adapters, whose parameters are not counted here.
     """
     require(not args.use_peft, "use_peft", args.use_peft, "training of adapters is not planned; leave it out")
     prompt = args.max_prompt_length or DEFAULT_PROMPT_LENGTH
     steps, rows = args.max_completion_length, args.generation_batch_size
     micro = min(args.per_device_train_batch_size, rows)
     prompts, micro_prompts = rows // args.num_generations, -(-micro // args.num_generations)
-    weights = {"weights": size.parameters * size.itemsize}
+    resident = parameter_bytes(size, args)
+    gradients = resident.pop("gradients")
     if args.beta > 0:
-        weights["reference model"] = size.parameters * size.itemsize
-    masters = args.master_weights and size.itemsize < FLOAT32
-    trained_in = FLOAT32 if masters else size.itemsize
-    state = {"optimizer": 2 * size.trained * (1 if args.optim == "adamw_8bit" else trained_in)}
-    if masters:
-        state["float32 copies"] = size.trained * FLOAT32
-    # With copies a pass has gradients of its own, which are added to the float32 ones in the end.
-    gradients = size.trained * (trained_in + (size.itemsize if masters else 0))
-    record = rows * steps * (args.latent_top_k * RECORD_BYTES + 32)
-    step = (  # what comes and goes: the prompts' own cache, a layer's attention, the choice of the next element
+        resident["reference model"] = size.parameters * size.itemsize
+    resident["record of the rollout"] = rows * steps * (args.latent_top_k * RECORD_BYTES + 32)
+    # Temporaries of a step, of which only one is alive: the prompts' own cache, a layer's attention, the logits.
+    step = max(
         cache_bytes(size, prompts, prompt),
         attention_bytes(size, rows, prompt + steps),
         STEP_LOGITS[device] * rows * size.vocab * FLOAT32,
     )
+    activations = activation_bytes(size, micro_prompts, prompt, micro, steps, args.gradient_checkpointing)
+    cache = cache_bytes(size, rows, prompt + steps)
     return Plan(
-        rollout={
-            **weights, **state, "record of the rollout": record,
-            "key-value cache": cache_bytes(size, rows, prompt + steps), "one step": max(step),
-        },
+        rollout={**resident, "key-value cache": cache, "one step": step},
         update={
-            **weights, **state, "gradients": gradients, "record of the rollout": record,
-            "activations": activation_bytes(
-                size, micro_prompts, prompt, micro, steps, args.gradient_checkpointing
-            ),
+            **resident,
+            "gradients": gradients,
+            "activations": activations,
             "loss": loss_bytes(size, micro, steps, device),
         },
-    )  # fmt: skip
-
-
-GIB = 2**30
+    )
 
 
 def show_plan(path: str, args: LatentGRPOConfig) -> int:
-    """Print what training with these options takes of memory, by phase and part; 1 where it does not fit, else 0."""
+    """Print the memory that training takes, by phase and part. Return 1 if it does not fit the GPU, else 0."""
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     size = read_model_size(path, args)
     plan = make_plan(size, args, device)
@@ -196,7 +201,7 @@ def show_plan(path: str, args: LatentGRPOConfig) -> int:
     table.add_row("together", *(f"{sum(phase.values()) / GIB:.2f}" for phase in (plan.rollout, plan.update)))
     Console().print(table)
     print(
-        f"{args.generation_batch_size} responses a rollout, {args.per_device_train_batch_size} in a pass, prompts of "
+        f"{args.generation_batch_size} responses per rollout, {args.per_device_train_batch_size} per pass, prompts of "
         f"{args.max_prompt_length or DEFAULT_PROMPT_LENGTH} and responses of {args.max_completion_length} tokens"
     )
     if device == "cpu":

@@ -21,8 +21,14 @@ from latent_grpo.model import body, embedding_table, head_logits, lm_head
 from latent_grpo.rollout.slot_cache import SlotCache
 from latent_grpo.rollout.step_graphs import StepGraphs, bucket, captures
 from latent_grpo.rollout.text_sampler import sample_text
-from latent_grpo.rollout.trajectory import UNUSED, Rollout
-from latent_kernels import LatentStepOptions, latent_logprob_from_logits, latent_step_with_logits, philox_uniform
+from latent_grpo.rollout.trajectory import Rollout
+from latent_kernels import (
+    UNUSED_ID,
+    LatentStepOptions,
+    latent_logprob_from_logits,
+    latent_step_with_logits,
+    philox_uniform,
+)
 
 # The kind of a batch: all live rows in their latent run, all in text, or some of each.
 LATENT, TEXT, MIXED = "latent", "text", "mixed"
@@ -127,7 +133,7 @@ class Decoder:
         self.graphs = StepGraphs(device) if captures(device, sampling) else None
         # A captured step reads the seed from the device, so that another rollout can change it.
         self.seed = torch.tensor(sampling.seed, device=device) if self.graphs else sampling.seed
-        # Text needs two components: the token, and an UNUSED one that marks the step as text.
+        # Text needs two components: the token, and an UNUSED_ID that marks the step as text.
         components = sampling.latent_top_k if sampling.latent else 2
         eos = sampling.eos_token_id if sampling.eos_token_id is not None else model.generation_config.eos_token_id
         self.is_eos = torch.zeros(len(self.head), dtype=torch.bool, device=device)
@@ -336,5 +342,5 @@ def _span(tokens: int) -> int:
 
 
 def _text_components(token: Tensor, components: int) -> Tensor:
-    """Return the ids [B, K] of text steps with these tokens [B]: the token, then UNUSED."""
-    return F.pad(token.unsqueeze(-1), (0, components - 1), value=UNUSED)
+    """Return the ids [B, K] of text steps with these tokens [B]: the token, then UNUSED_ID."""
+    return F.pad(token.unsqueeze(-1), (0, components - 1), value=UNUSED_ID)

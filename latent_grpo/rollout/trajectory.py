@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNUSED = -100  # in the components of a text step, behind its token
-
 
 @dataclass
 class Rollout:

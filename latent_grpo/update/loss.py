@@ -1,4 +1,4 @@
-"""Replay of trajectories with gradients: log-probs and the policy loss of a rollout."""
+"""The policy loss of a rollout that is replayed with gradients, and what the loss needs of rewards and masks."""
 
 from __future__ import annotations
 
@@ -12,56 +12,83 @@ from latent_grpo.model import lm_head
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.activation_checkpointing import recomputed
 from latent_grpo.update.replay import replay
-from latent_kernels import PolicyStats, fused_policy_loss
+from latent_kernels import STD_EPSILON, PolicyStats, fused_policy_loss
 
+# How `fused_policy_loss` averages over the steps of a micro-batch, by `loss_type`. See `share_of_update`.
 AGGREGATIONS = {
-    "dapo": "token-mean", "bnpo": "token-mean", "cispo": "token-mean", "grpo": "seq-mean-token-mean",
-    "gspo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm",
-}  # fmt: skip
-CISPO_WEIGHT = 5.0  # the largest importance weight where none is given (ScaleRL, arXiv 2510.13786)
-STD_EPSILON = 1e-6
+    "dapo": "token-mean",
+    "bnpo": "token-mean",
+    "cispo": "token-mean",
+    "grpo": "seq-mean-token-mean",
+    "gspo": "seq-mean-token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+CISPO_WEIGHT = 5.0  # default of the largest importance weight (ScaleRL, arXiv 2510.13786)
 
 
 def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
-    """Options of `fused_policy_loss` by the names of the configuration."""
+    """Translate the options of the trainer into the options of `fused_policy_loss`."""
     cispo, high = args.loss_type == "cispo", args.epsilon_high
     if high is None:
         high = CISPO_WEIGHT if cispo else args.epsilon
     return dict(
-        temperature=args.temperature, margin_gradient=args.margin_gradient, dual_clip=args.delta,
-        aggregation=AGGREGATIONS[args.loss_type], objective="cispo" if cispo else "clip",
-        # CISPO's weight has no bound below.
-        clip_low=1.0 if cispo else args.epsilon, clip_high=high - 1.0 if cispo else high,
+        temperature=args.temperature,
+        margin_gradient=args.margin_gradient,
+        dual_clip=args.delta,
+        aggregation=AGGREGATIONS[args.loss_type],
+        objective="cispo" if cispo else "clip",
+        # The weight of CISPO has no lower bound. Its upper bound is the weight itself, not its distance from 1.
+        clip_low=1.0 if cispo else args.epsilon,
+        clip_high=high - 1.0 if cispo else high,
         ratio="sequence" if args.loss_type == "gspo" else args.importance_sampling_level,
-        kl_coef=args.beta, kl_estimator=args.kl_estimator, entropy_coef=args.entropy_coef,
-    )  # fmt: skip
+        kl_coef=args.beta,
+        kl_estimator=args.kl_estimator,
+        entropy_coef=args.entropy_coef,
+    )
 
 
 def update_loss(
-    model: Any, rollout: Rollout, old_logprob: Tensor, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
+    model: Any,
+    rollout: Rollout,
+    old_logprob: Tensor,  # [R, T]
+    advantages: Tensor,  # [R, T]
+    mask: Tensor,  # [R, T] bool
+    ref_logprob: Tensor | None,  # [R, T]
     args: LatentGRPOConfig,
-) -> tuple[Tensor, PolicyStats]:  # fmt: skip
-    """The policy loss of a rollout replayed with gradients; all but the rollout is [R, T]."""
+) -> tuple[Tensor, PolicyStats]:
+    """Replay a rollout with gradients. Return its policy loss (0-d; Eq. 22-23) and statistics of the masked steps."""
     with recomputed(model, args.gradient_checkpointing):
         hidden = replay(model, rollout)
     return fused_policy_loss(
-        hidden, lm_head(model), rollout.ids, rollout.scores, old_logprob, advantages, mask, ref_logprob=ref_logprob,
+        hidden,
+        lm_head(model),
+        rollout.ids,
+        rollout.scores,
+        old_logprob,
+        advantages,
+        mask,
+        ref_logprob=ref_logprob,
         **loss_options(args),
-    )  # fmt: skip
+    )
 
 
 def share_of_update(args: LatentGRPOConfig, mask: Tensor, total: Tensor, responses: float) -> Tensor | float:
-    """Factor on a micro-batch's loss, a mean over its mask [r, t], that makes their sum the loss of the update.
+    """Return the factor on the loss of a micro-batch that makes the factored losses add up to the loss of the update.
 
-    `total` steps of the update carry the loss, and `responses` is the micro-batch's share of its responses.
+    mask [r, t] bool: the steps of the micro-batch that carry the loss. total: number of such steps in the whole update
+    (0-d int64). responses: share of the update's responses that are in the micro-batch.
     """
-    if args.loss_type in ("dapo", "cispo"):
+    if args.loss_type in ("dapo", "cispo"):  # a mean over the tokens of the update
         return mask.sum() / total.clamp_min(1)
+    # dr_grpo divides token sums by the length limit. The aggregation divided by the t steps of the micro-batch.
     return responses * mask.shape[1] / args.max_completion_length if args.loss_type == "dr_grpo" else responses
 
 
 def batch_std(rewards: Tensor, counted: Tensor) -> Tensor:
-    """Standard deviation plus 1e-6 of the counted rewards [R] of a batch, 0-d; 1 where fewer than two count."""
+    """Return the standard deviation plus 1e-6 of the counted rewards of a batch; 1 if fewer than two are counted.
+
+    rewards [R] float32, counted [R] bool. The result is 0-d float32; the deviation has Bessel's correction.
+    """
     count = counted.sum()
     mean = (rewards * counted).sum() / count.clamp_min(1)
     variance = ((rewards - mean).square() * counted).sum() / (count - 1).clamp_min(1)
@@ -69,17 +96,17 @@ def batch_std(rewards: Tensor, counted: Tensor) -> Tensor:
 
 
 def response_mask(rollout: Rollout, loss_on: str) -> Tensor:
-    """Steps that carry the policy loss [R, T]: "all", "latent" or "text"."""
+    """Return the steps that carry the policy loss [R, T] bool: "all" steps, only "latent" or only "text" steps."""
     if loss_on == "latent":
         return rollout.mask & rollout.is_latent
     return rollout.mask & ~rollout.is_latent if loss_on == "text" else rollout.mask
 
 
 def step_advantages(advantages: Tensor, first_step: Tensor, steps: int) -> Tensor:
-    """Advantages of every response step [R, T] from those of the response and of its first step, both [R]."""
+    """Return the advantage of every response step [R, T]: `first_step` [R] at the first, then `advantages` [R]."""
     return torch.cat([first_step.unsqueeze(-1), advantages.unsqueeze(-1).expand(-1, steps - 1)], 1)
 
 
 def mean_logprob(logprob: Tensor, mask: Tensor) -> Tensor:
-    """Mean over a response's steps [R]; the selection criterion of the first step."""
+    """Return the mean log-prob [R] of the masked steps of [R, T], by which one correct response is selected."""
     return (mask * logprob).sum(-1) / mask.sum(-1).clamp_min(1)

@@ -21,7 +21,7 @@ from latent_kernels import reference
 from latent_kernels._loss_types import LogprobSpec, RowEntropies, RowScores
 from latent_kernels._triton.common import MAX_REGISTERS
 
-HARD = tl.constexpr(reference.HARD)
+UNUSED_ID = tl.constexpr(reference.UNUSED_ID)
 EXPONENT_MAX = tl.constexpr(reference.EXPONENT_MAX)
 MARGIN_MAX = tl.constexpr(reference.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
 FLOAT16_MAX = tl.constexpr(65504.0)
@@ -148,7 +148,7 @@ def logprob_kernel(
     row_ptr = logits_ptr + row * logits_stride
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
-    hard = tl.sum(((ids == HARD) & (k > 0)).to(tl.int32), 0) > 0
+    hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
     used = k < tl.where(hard, 1, K)
     ids = tl.maximum(ids, 0)
     temperature = tl.where(hard, inverse_temperature, 1.0)

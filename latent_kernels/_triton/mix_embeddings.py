@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels.reference import mixture_weights
+from latent_kernels import reference
 
-HARD = tl.constexpr(-100)
+UNUSED_ID = tl.constexpr(reference.UNUSED_ID)
 TILE = 4096  # gathered elements of one program, 32 a thread: more spills on sm_100
 NUM_WARPS = 4
 
@@ -23,7 +23,7 @@ def row_weights(ids_ptr, scores_ptr, tau_ptr, row, K: tl.constexpr, BLOCK_K: tl.
     """ids, weights and whether each component is used, [BLOCK_K], and whether the row is one text token."""
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
-    hard = tl.sum(((ids == HARD) & (k > 0)).to(tl.int32), 0) > 0
+    hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
     scores = tl.load(scores_ptr + row * K + k, mask=k < K, other=-float("inf")).to(tl.float32)
     tau = tl.load(tau_ptr + row).to(tl.float32) if TAU_PER_ROW else tl.load(tau_ptr).to(tl.float32)
     # Whatever a text row's scores hold, NaN included, is replaced before it is used.
@@ -115,7 +115,7 @@ def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, gra
 
     PyTorch's `index_add_` carries out the sum, and so follows `torch.use_deterministic_algorithms`.
     """
-    weights = mixture_weights(ids, scores.float(), tau.float())
+    weights = reference.mixture_weights(ids, scores.float(), tau.float())
     total = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
     for k in range(ids.shape[1]):
         total.index_add_(0, ids[:, k].clamp_min(0), weights[:, k : k + 1] * grad.float())

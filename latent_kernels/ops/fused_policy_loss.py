@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latent_kernels._chunks import chunk_buffer, row_chunks, slope_dtype
+from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager import latent_logprob as eager_rows
 from latent_kernels._linear import add_outer_, back_project, project
@@ -90,7 +90,7 @@ class _Fused(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
         head_grad = torch.zeros(lm_head.shape, dtype=dtype, device=hidden.device) if wants_head else None
-        stored = slope_dtype(hidden, lm_head, dtype) if wants_hidden or wants_head else None
+        stored = dlogits_dtype(hidden, lm_head, dtype) if wants_hidden or wants_head else None
         sums, crossed, entropy = unit.new_zeros(len(SUMS)), unit.new_zeros(()), unit.new_zeros(())
         chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latent_kernels._chunks import chunk_buffer, row_chunks, slope_dtype
+from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
 from latent_kernels._linear import add_outer_, back_project, project
@@ -76,7 +76,7 @@ class _FromHidden(torch.autograd.Function):
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
         for part in chunks:
             logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
-            found = rows(logits, spec.rows(part), slope_dtype(hidden, lm_head, dtype) if wants_hidden else None)
+            found = rows(logits, spec.rows(part), dlogits_dtype(hidden, lm_head, dtype) if wants_hidden else None)
             out[part] = found.logprob
             if gradient is not None and found.slope is not None:
                 gradient[part] = back_project(found.slope, lm_head)
@@ -93,7 +93,7 @@ class _FromHidden(torch.autograd.Function):
         if saved:
             hidden, lm_head = saved
             head_grad = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
-            stored = slope_dtype(hidden, lm_head, grad.dtype)
+            stored = dlogits_dtype(hidden, lm_head, grad.dtype)
             chunks = row_chunks(len(hidden), len(lm_head), grad.dtype, hidden.device)
             buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, hidden.device)
             for part in chunks:

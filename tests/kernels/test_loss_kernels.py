@@ -11,7 +11,7 @@ from torch import Tensor
 from latent_kernels import fused_policy_loss, group_advantages, latent_logprob, policy_loss
 from latent_kernels._chunks import chunk_buffer
 from latent_kernels._loss_types import LogprobSpec
-from latent_kernels.reference import HARD, is_hard, latent_logprob_from_logits_ref, text_entropy_ref
+from latent_kernels.reference import UNUSED_ID, is_hard, latent_logprob_from_logits_ref, text_entropy_ref
 
 NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 pytestmark = NEEDS_TRITON
@@ -29,7 +29,7 @@ def make_spec(rows: int, vocab: int, top_k: int = 5) -> LogprobSpec:
     """Rows of distinct components and of text, on the device of the kernels."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.stack([torch.randperm(vocab, generator=generator)[:top_k] for _ in range(rows)])
-    ids[::3, 1:] = HARD
+    ids[::3, 1:] = UNUSED_ID
     ids[1::3, 1] = ids[1::3, 0]
     scores, advantages = torch.randn(rows, top_k, generator=generator) - 4.0, torch.randn(rows, generator=generator)
     return LogprobSpec(ids.to(DEVICE), scores.to(DEVICE), advantages.to(DEVICE), 0.7, "aligned")
@@ -117,7 +117,7 @@ def make_batch(responses: int, steps: int, vocab: int, width: int, device: str) 
         return torch.randn(shape, generator=generator, device=device)
 
     ids = torch.randint(vocab, (responses, steps, 10), generator=generator, device=device)
-    ids[:, steps // 2 :, 1:] = HARD
+    ids[:, steps // 2 :, 1:] = UNUSED_ID
     advantages = normal(responses, steps)
     advantages[::10] = 0.0
     return dict(
