@@ -1,1 +1,1 @@
-"""`latent-grpo quickstart`: the whole job on a toy task that is made on the spot."""
+"""`latent-grpo quickstart`: the whole pipeline on a toy task that is made on the spot."""

@@ -1,18 +1,21 @@
-"""The embedded task of `latent-grpo quickstart`: word problems, a word-level tokenizer and a tiny Llama.
+"""The toy task of `latent-grpo quickstart`: word problems, a word-level tokenizer and a tiny Llama.
 
-A problem names a person who has some objects and gains and loses some a few times; the question is how many there are
+In a problem a person has some objects and gains and loses some of them a few times. The question is how many there are
 now:
 
     prompt   "Mia has 2 shells. wins 2, loses 1. How many now?"
     chain    "4 3"             the running totals, in the order of the story
     answer   "3"
 
-Two chain tokens make one latent step, so a latent step stands for two consecutive totals. The examples of the warm
-start (`worked_examples`) are the work of a careless author: in a share of them the last change is forgotten, the chain
-repeats the total before it and the answer is that total. So the answer can be read only out of the latent steps, and
-the warm start's mixtures hold both totals, the wrong one usually the heavier: it knows its sums and is imprecise in its
-mixtures. Reinforcement, rewarded for true answers, can learn to weigh them right. Everything is made on the spot from
-seeds; nothing is downloaded.
+Two chain tokens make one latent step, so a latent step stands for two consecutive totals.
+
+The examples of the warm start (`worked_examples`) are the work of a careless author. In a share of them the last change
+is forgotten: the chain repeats the total before the change, and the answer is that total. The answer can therefore be
+read only from the latent steps, and the mixtures of the warm start hold both totals, usually with more weight on the
+wrong one. The warm start knows its sums, but its mixtures are imprecise. Reinforcement rewards true answers and can
+learn the right weights.
+
+Everything is made on the spot from seeds. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -40,17 +43,18 @@ END_OF_THINKING = "</think>"
 
 
 @dataclass(frozen=True)
-class World:
-    """What the problems look like. The defaults are the quickstart's."""
+class ToyTask:
+    """The range of the problems. The defaults are the quickstart's. Raises ValueError for an impossible range."""
 
     min_changes: int = 2
     max_changes: int = 4
-    max_operand: int = 2
+    max_operand: int = 2  # the first total and every change are 1 .. max_operand
     max_total: int = 6
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_changes <= self.max_changes:
             raise ValueError(f"need 1 <= min_changes <= max_changes, got {self.min_changes} and {self.max_changes}")
+        # A change above the total is always a gain, and 2 * max_operand leaves room for it.
         if not 1 <= 2 * self.max_operand <= self.max_total < NUMBERS:
             raise ValueError(
                 f"need 2 <= 2 * max_operand <= max_total < {NUMBERS}, got {self.max_operand} and {self.max_total}"
@@ -58,41 +62,42 @@ class World:
 
 
 def make_problems(
-    n: int, *, seed: int, exclude: Collection[str] = (), world: World | None = None
+    n: int, *, seed: int, exclude: Collection[str] = (), task: ToyTask | None = None
 ) -> list[dict[str, str]]:
-    """`n` problems with distinct prompts, the same for the same seed.
+    """Return `n` problems with distinct prompts, the same ones for the same seed.
 
-    `exclude` holds prompts that must not occur, such as those of a held-out set. Each row has `prompt`, `chain`
-    (whitespace-separated numbers) and `answer`. ValueError where the world seems to hold fewer than `n` more prompts.
+    Each row has `prompt`, `chain` (numbers separated by spaces) and `answer`.
+    exclude: prompts that must not occur, such as those of a held-out set.
+    Raises ValueError if the task seems to have fewer than `n` further prompts.
     """
-    world = world or World()
+    task = task or ToyTask()
     rng = random.Random(seed)
     seen = set(exclude)
     rows: list[dict[str, str]] = []
-    misses = 0
+    repeats = 0
     while len(rows) < n:
-        row = _problem(rng, world)
+        row = _problem(rng, task)
         if row["prompt"] in seen:
-            misses += 1
-            if misses > 1000 + 20 * n:
-                raise ValueError(f"found only {len(rows)} distinct problems of n = {n}; widen the world or lower n")
+            repeats += 1
+            if repeats > 1000 + 20 * n:
+                raise ValueError(f"found only {len(rows)} distinct problems of n = {n}; widen the task or lower n")
             continue
         seen.add(row["prompt"])
         rows.append(row)
     return rows
 
 
-def _problem(rng: random.Random, world: World) -> dict[str, str]:
-    total = rng.randint(1, world.max_operand)
+def _problem(rng: random.Random, task: ToyTask) -> dict[str, str]:
+    total = rng.randint(1, task.max_operand)
     story = f"{rng.choice(NAMES)} has {total} {rng.choice(OBJECTS)}."
     totals, clauses = [total], []
-    for _ in range(rng.randint(world.min_changes, world.max_changes)):
-        change = rng.randint(1, world.max_operand)
-        gain = total < change or (total + change <= world.max_total and rng.random() < 0.5)
+    for _ in range(rng.randint(task.min_changes, task.max_changes)):
+        change = rng.randint(1, task.max_operand)
+        gain = total < change or (total + change <= task.max_total and rng.random() < 0.5)
         total += change if gain else -change
         clauses.append(f"{rng.choice(GAIN_VERBS if gain else LOSS_VERBS)} {change}")
         totals.append(total)
-    # An even number of totals, so that every latent step is a pair: the first amount is left out where that is odd.
+    # Every latent step is a pair of totals, so their number must be even: an odd number loses the first amount.
     chain = totals[len(totals) % 2 :]
     prompt = f"{story} {', '.join(clauses)}. How many now?"
     return {"prompt": prompt, "chain": " ".join(map(str, chain)), "answer": str(total)}
@@ -101,9 +106,10 @@ def _problem(rng: random.Random, world: World) -> dict[str, str]:
 def worked_examples(
     problems: Sequence[dict[str, str]], *, seed: int, forgotten: float = FORGOTTEN
 ) -> list[dict[str, str]]:
-    """Rows for the warm start: a share `forgotten` of the problems is worked without the last change.
+    """Return rows for the warm start, in which a share `forgotten` of the problems is worked without the last change.
 
-    There the last total repeats the one before it, so its latent step is that total alone, and so is the answer.
+    In such a row the last total repeats the total before it. Its last latent step is then that one total, and so is its
+    answer.
     """
     rng = random.Random(seed)
     return [_forget_last_change(row) if rng.random() < forgotten else dict(row) for row in problems]
@@ -116,7 +122,7 @@ def _forget_last_change(row: dict[str, str]) -> dict[str, str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the world: one token a word, a number or a punctuation mark, `</think>` one token.
+    """Return the task's word-level tokenizer: one token per word, number or punctuation mark, `</think>` one token.
 
     There is no BOS token. `</think>` is not a special token: it survives `skip_special_tokens=True`, as it does with
     the tokenizers of released reasoning models.
@@ -125,23 +131,37 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words += [*NAMES, *OBJECTS, *GAIN_VERBS, *LOSS_VERBS, *FILLER_WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK_TOKEN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # An added token is cut out before the pre-tokenizer, which would split it at its punctuation.
     tokenizer.add_tokens([AddedToken(END_OF_THINKING, special=False, normalized=False)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD_TOKEN, unk_token=UNK_TOKEN, eos_token=EOS_TOKEN,
-        padding_side="left", model_max_length=128, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        unk_token=UNK_TOKEN,
+        eos_token=EOS_TOKEN,
+        padding_side="left",
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, tied: bool = True) -> LlamaForCausalLM:
-    """A randomly initialised float32 Llama of 0.66 million parameters, with tied embeddings unless told.
+    """Return a randomly initialised float32 Llama of 0.66 million parameters. `tied`: it shares its embeddings.
 
-    The global random state of torch is left as it was.
+    The global random state of torch stays as it was.
     """
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=tied,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).float()

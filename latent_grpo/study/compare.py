@@ -21,16 +21,20 @@ from typing import Any
 
 import torch
 
-from latent_grpo.config import CompareConfig, ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig, read_yaml
+from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.data.rows import load_rows
+from latent_grpo.errors import first_line
 from latent_grpo.evaluation import evaluate
-from latent_grpo.model import end_marker_ids, eos_ids, first_line, load_model, load_tokenizer
+from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer
 from latent_grpo.quickstart.run import grpo_config, sft_config
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
+from latent_grpo.recipes.read import read_yaml
+from latent_grpo.saving.atomic import require_writable, write_json
 from latent_grpo.sft import LatentSFTTrainer
+from latent_grpo.study.config import CompareConfig
 from latent_grpo.trainer import LatentGRPOTrainer
+from latent_grpo.watching.environment import environment
 from latent_grpo.watching.metrics import progress_bar
-from latent_grpo.watching.tables import environment, write_json
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ def claim_folder(plan: Plan) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / PLAN).is_file():
         raise ConfigError(f"output_dir {str(folder)!r} holds something else than a comparison; choose another")
     if not (folder / PLAN).is_file():
+        require_writable(folder / PLAN)
         write_json(folder / PLAN, wanted)
         return
     try:

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from latent_grpo.config import CompareConfig
+from latent_grpo.saving.atomic import write_json, write_whole
 from latent_grpo.study.compare import ARMS, FULL, LATENT, RESULT, Plan, Run, all_runs
+from latent_grpo.study.config import CompareConfig
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
-from latent_grpo.watching.tables import Cells, figure, write_json, write_text
+from latent_grpo.watching.tables import Cells, figure
 
 COLUMNS = {
     "pass_at_1": "Pass@1", "pass@1": "Pass@1 under noise", "reasoning_tokens": "reasoning tokens",
@@ -77,16 +78,16 @@ def cells(summary: dict[str, dict[str, Any]], ablations: bool, *, short: bool = 
     chosen = [name for name in summary if ARMS[name].ablation == ablations or (ablations and name == FULL)]
     columns = COLUMNS if not short else dict(list(SHORT.items())[: 2 if ablations else 3])
     over = ["difference" if short else "Pass@1 over Latent-GRPO"] * ablations
-    heads = ["ablation" if ablations else "method", *columns.values(), *over]
+    headings = ["ablation" if ablations else "method", *columns.values(), *over]
     rows = []
     for name in chosen:
         row = [summary[name]["label"], *(_cell(key, summary[name][key]) for key in columns)]
         rows.append([*row, _cell("difference", summary[name].get("difference"))] if ablations else row)
     if not short:
-        heads.insert(1, "seeds")
+        headings.insert(1, "seeds")
         for name, row in zip(chosen, rows, strict=True):
             row.insert(1, str(len(summary[name]["seeds"])))
-    return Cells(heads, rows)
+    return Cells(headings, rows)
 
 
 def _cell(name: str, spread: dict[str, Any] | None) -> str:
@@ -139,7 +140,7 @@ def write_report(plan: Plan, failures: dict[Run, str]) -> dict[str, dict[str, An
     }  # fmt: skip
     write_json(folder / f"{NAME}.json", document)
     draw(plan, records, folder / f"{NAME}.png")
-    write_text(folder / f"{NAME}.md", page(plan, records, summary, failed))
+    write_whole(folder / f"{NAME}.md", page(plan, records, summary, failed))
     return summary
 
 

@@ -16,7 +16,7 @@ from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, La
 from latent_grpo.config import ConfigError
 from latent_grpo.data.rows import DataError
 from latent_grpo.model import ModelError, check_compatible
-from latent_grpo.quickstart.toy_task import FORGOTTEN, World, make_model, make_problems, worked_examples
+from latent_grpo.quickstart.toy_task import FORGOTTEN, ToyTask, make_model, make_problems, worked_examples
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, gumbel_noise, input_mixtures, target_loss
 from latent_grpo.update.loss import batch_std
@@ -50,9 +50,9 @@ def test_careless_examples_forget_the_last_change_and_no_other():
     assert abs(forgotten / 2000 - FORGOTTEN) < 0.05  # four standard deviations of the share
 
 
-def test_a_world_that_cannot_be_is_refused():
+def test_a_toy_task_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="max_total"):
-        World(max_operand=9, max_total=10)
+        ToyTask(max_operand=9, max_total=10)
 
 
 def test_tokenizer_and_model_survive_saving(tokenizer, tmp_path):
@@ -286,7 +286,7 @@ def test_the_entropy_bonus_is_a_mean_over_text_tokens_as_the_loss_is(tokenizer, 
 @pytest.mark.parametrize("invalid", ["exclude", "zero", "keep"])
 def test_rewards_may_be_scaled_by_the_deviation_of_the_batch(tokenizer, warm, tmp_path, invalid):
     trainer = grpo(tmp_path, tokenizer, even, warm, scale_rewards="batch", invalid=invalid, first_token="all")
-    found = trainer.collector.sample(trainer.whole)
+    found = trainer.collector.sample(trainer.full_model)
     rollout, rewards = found.rollout, found.rewards
     rollout.finished[::3] = False
     batch, _ = trainer.prepare(rollout, rewards)
@@ -310,7 +310,7 @@ def test_the_deviation_of_a_batch_with_one_reward_or_equal_ones_is_no_obstacle()
 
 def test_long_responses_are_punished_softly(tokenizer, warm, tmp_path):
     trainer = grpo(tmp_path, tokenizer, ["soft_overlong"], warm, soft_punish_cache=4)
-    found = trainer.collector.sample(trainer.whole)
+    found = trainer.collector.sample(trainer.full_model)
     rollout, rewards = found.rollout, found.rewards
     assert rewards.unique().numel() > 1
     assert rewards.tolist() == [-max(0, length - 4) / 4 for length in rollout.lengths.tolist()]

@@ -17,11 +17,13 @@ import pytest
 from support import REPOSITORY
 
 from latent_grpo.commands.main import main
-from latent_grpo.config import CompareConfig, ConfigError, read_yaml
+from latent_grpo.config import ConfigError
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
+from latent_grpo.recipes.read import read_yaml
 from latent_grpo.study import compare, compare_report
 from latent_grpo.study.compare import ARMS, FULL, LATENT, TEXT, Run, all_runs, differences, make_plan
 from latent_grpo.study.compare_report import cells, page, summarise
+from latent_grpo.study.config import CompareConfig
 from latent_grpo.watching import figures
 
 ABLATIONS = {
@@ -289,7 +291,7 @@ def test_means_deviations_and_differences_seed_by_seed(records):
     assert [row[0] for row in ablations.rows] == ["Latent-GRPO", "no margin gradient", "loss on text steps only"]
     assert [row[-1] for row in ablations.rows] == ["", "-0.150 ± 0.071", "-0.300"]
     for table in (methods, ablations, cells(summary, True, short=True), cells(summary, False, short=True)):
-        assert {len(row) for row in table.rows} == {len(table.heads)}
+        assert {len(row) for row in table.rows} == {len(table.headings)}
 
 
 def test_the_figure_shows_every_arm_and_says_what_was_measured_where(records, tmp_path, monkeypatch):

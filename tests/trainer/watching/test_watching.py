@@ -188,7 +188,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(name, module, monkeypatch, 
 
 
 def test_an_unknown_tracker_is_refused():
-    with pytest.raises(ConfigError, match="report_to is 'mlflow': choose of tensorboard, wandb, trackio"):
+    with pytest.raises(ConfigError, match="report_to is 'mlflow': choose from tensorboard, wandb, trackio"):
         LatentSFTConfig(report_to=["mlflow"])
 
 
@@ -256,9 +256,14 @@ def test_nothing_is_logged_unasked_and_responses_are_printed_on_demand(tmp_path,
     assert not (tmp_path / "run" / "completions").exists()
     capsys.readouterr()
     trainer(tmp_path / "printed", max_steps=2, logging_steps=2, num_completions_to_print=3).train()
-    lines = [line for line in capsys.readouterr().err.splitlines() if "' -> '" in line]
-    assert len(lines) == 3
-    assert all(any(row["prompt"] in line for row in ROWS) for line in lines)
+    lines = capsys.readouterr().err.splitlines()
+    prompts = [line.removeprefix("step 2: ") for line in lines if line.startswith("step 2: ")]
+    assert len(prompts) == 3
+    assert set(prompts) <= {row["prompt"] for row in ROWS}
+    answers = [line for line in lines if line.startswith("  answer: ")]
+    assert len(answers) == 3
+    assert all(fact in line for line in answers for fact in ("reward ", "advantage ", "true answer "))
+    assert any(line.startswith("  latent 1: ") for line in lines)
 
 
 def test_rewards_of_one_name_get_a_number():
@@ -349,7 +354,7 @@ def test_inspect_works_on_what_a_killed_run_left(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())  # a long path breaks the line
     assert "train step 14" in shown
     assert "rewards agree within every group" in shown
-    assert "no responses were logged" in shown
+    assert "No responses were logged" in shown
 
 
 @pytest.mark.parametrize(
