@@ -1,8 +1,8 @@
-"""The key-value cache of a rollout: one slot a row, written at the row's own length.
+"""The key-value cache of a rollout. Each row has a slot and writes at its own length.
 
-Rows of one batch may be of different prompts and ages, so a finished row's slot can be given to another row at any
-step. Keys of a prompt are computed once and copied to the slots of its rollouts. The additive masks of the slots are
-kept and not made anew: a step uncovers one token a row.
+The rows of a batch may have different prompts and ages, so the slot of a finished row can be given to another row at
+any step. The keys and values of a prompt are computed once and copied to the slots of its responses. The additive masks
+of the slots are kept between steps, because a step uncovers only one token per row.
 """
 
 from __future__ import annotations
@@ -15,77 +15,83 @@ from transformers import Cache, DynamicCache, DynamicLayer
 
 from latent_grpo.model import ModelError
 
-ALIGNMENT = 8  # elements
+ALIGNMENT = 8  # elements; attention loads the rows of a mask fast if they start at multiples of this
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def attention_kinds(config: Any) -> set[str]:
-    """Kinds of attention layers of a text configuration; ModelError for one that slots cannot serve."""
+    """Return the kinds of attention layers of a text configuration.
+
+    Raises:
+        ModelError: a layer keeps no key-value cache per token, as slots need it.
+    """
+    # Configurations without `layer_types` have layers of one kind only.
     default = SLIDING if getattr(config, "sliding_window", None) and not hasattr(config, "layer_types") else FULL
     kinds = set(getattr(config, "layer_types", None) or [default])
     if unknown := sorted(kinds - {FULL, SLIDING}):
         raise ModelError(
-            f"layers of kind {unknown[0]!r} keep no key-value cache a token; use a Llama- or Qwen-like model"
+            f"layers of kind {unknown[0]!r} keep no key-value cache per token; use a Llama- or Qwen-like model"
         )
     return kinds
 
 
 class Window:
-    """What a step sees of the cache: the slots of the batch, where each writes, and how far all read."""
+    """The part of the cache that a step works on. All layers share one window."""
 
-    rows: Tensor | slice  # [B] 0, 1, ...
-    place: Tensor | int  # [B], or one for all
-    count: int
-    span: int
+    slots: Tensor | slice  # [B] 0, 1, ...
+    cache_position: Tensor | int  # [B] where each slot writes, or one position for all
+    count: int  # slots of the batch, B
+    span: int  # tokens that every slot reads
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values [slots, heads, capacity, head size] of one layer."""
+    """Keys and values [slots, heads, capacity, head size] of one layer, in the type and shape of given ones."""
 
     def __init__(self, window: Window, keys: Tensor, values: Tensor, slots: int, capacity: int) -> None:
         super().__init__()
         self.window, self.dtype, self.device, self.is_initialized = window, keys.dtype, keys.device, True
-        # Zeros, because a masked value still meets its weight of 0 in a product.
+        # Zeros, because a masked value is still multiplied by its weight of 0, and 0 * NaN is NaN.
         self.keys, self.values = (x.new_zeros(slots, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row [B, heads, 1, head size]; the tokens in view [B, heads, span, head size]."""
+        """Write one token per row [B, heads, 1, head size], and return the window's [B, heads, span, head size]."""
         window = self.window
-        self.keys[window.rows, :, window.place] = key_states[:, :, 0]
-        self.values[window.rows, :, window.place] = value_states[:, :, 0]
+        self.keys[window.slots, :, window.cache_position] = key_states[:, :, 0]
+        self.values[window.slots, :, window.cache_position] = value_states[:, :, 0]
         return self.keys[: window.count, :, : window.span], self.values[: window.count, :, : window.span]
 
 
 class SlotCache:
-    """Caches and masks of all layers; the caches are made for prompts like the first that is filled in."""
+    """The caches of all layers and their masks. The caches are made when the first prompts are filled in."""
 
     def __init__(self, config: Any, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots, self.capacity, self.window = slots, capacity, Window()
         self.sliding_window = int(getattr(config, "sliding_window", None) or 0)
         self.layers: list[SlotLayer] = []
         self.cache: Cache | None = None
-        # The columns behind the last take writes that are meant for none; rows stay where attention loads them fast.
+        # `view` sends mask writes that are meant for no token to the column behind the last token. There are ALIGNMENT
+        # more columns, not one, so that every row of the mask stays aligned.
         empty = torch.full((slots, capacity + ALIGNMENT), -torch.inf, dtype=dtype, device=device)
-        empty[:, 0] = 0.0  # a slot that was never filled may be in the batch, and a softmax over nothing is NaN
+        empty[:, 0] = 0.0  # a batch may contain a slot that was never filled, and a softmax over nothing is NaN
         self.masks = {kind: empty.clone() for kind in attention_kinds(config)}
 
     def fill(self, prompts: DynamicCache, mask: Tensor, index: Tensor, first: int) -> None:
-        """Copy row index[i] of a prompt cache, and of its mask [P, Lp], to slot first + i."""
+        """Copy row index[i] of a prompt cache, and of its mask [P, Lp], to the slot first + i."""
         if self.cache is None:
             self.layers = [
                 SlotLayer(self.window, layer.keys, layer.values, self.slots, self.capacity) for layer in prompts.layers
             ]
             self.cache = Cache(layers=list(self.layers))
         slots, width = slice(first, first + len(index)), mask.shape[1]
-        for mine, layer in zip(self.layers, prompts.layers, strict=True):
-            mine.keys[slots, :, :width] = layer.keys[index]
-            mine.values[slots, :, :width] = layer.values[index]
-        for kind, ours in self.masks.items():
-            seen = mask.bool()[index]
+        for layer, prompt_layer in zip(self.layers, prompts.layers, strict=True):
+            layer.keys[slots, :, :width] = prompt_layer.keys[index]
+            layer.values[slots, :, :width] = prompt_layer.values[index]
+        for kind, slot_mask in self.masks.items():
+            visible = mask.bool()[index]
             if kind == SLIDING:
-                seen[:, : max(0, width - self.sliding_window)] = False
-            ours[slots] = -torch.inf
-            ours[slots, :width].masked_fill_(seen, 0.0)
+                visible[:, : max(0, width - self.sliding_window)] = False
+            slot_mask[slots] = -torch.inf  # also what the slot's last row uncovered
+            slot_mask[slots, :width].masked_fill_(visible, 0.0)
 
     def move(self, target: Tensor, source: Tensor, span: int) -> None:
         """Copy the first `span` tokens of the slots `source` to the slots `target`."""
@@ -95,39 +101,51 @@ class SlotCache:
         for mask in self.masks.values():
             mask[target] = mask[source]
 
-    def view(self, count: int, place: Tensor | int, span: int) -> tuple[Any, Cache]:
-        """Mask and cache of the first `count` slots, each writing its next token at `place` ([count], or one for all)
-        and reading the first `span`. The mask is [count, 1, 1, span], or a mapping where layers differ in kind."""
+    def view(self, count: int, cache_position: Tensor | int, span: int) -> tuple[Any, Cache]:
+        """Return the mask and the cache for a step of the first `count` slots.
+
+        Each slot writes one token at `cache_position` [count], or all at one position, and reads the first `span`. The
+        mask is [count, 1, 1, span], or a mapping from the kind of layer to such a mask if the layers differ in kind.
+        """
         assert self.cache is not None
         window = self.window
-        window.place, window.count, window.span = place, count, span
-        window.rows = slice(0, count) if isinstance(place, int) else torch.arange(count, device=place.device)
+        window.cache_position, window.count, window.span = cache_position, count, span
+        if isinstance(cache_position, int):
+            window.slots = slice(0, count)
+        else:
+            window.slots = torch.arange(count, device=cache_position.device)
         for kind, mask in self.masks.items():
-            set_column(mask[:count], place, 0.0)
+            set_column(mask[:count], cache_position, 0.0)
             if kind == SLIDING:
-                left = place - self.sliding_window  # behind the window; the column for nothing where none is
+                # Hide the token that has just left the window. If there is none, hide the column that stands for none.
+                left = cache_position - self.sliding_window
                 left = torch.where(left < 0, self.capacity, left) if isinstance(left, Tensor) else max(left, -1)
                 set_column(mask[:count], left, -torch.inf)
         views = {kind: mask[:count, None, None, :span] for kind, mask in self.masks.items()}
         return views if len(views) > 1 else next(iter(views.values())), self.cache
 
 
-def set_column(values: Tensor, place: Tensor | int, value: float) -> None:
-    """Sets one column of every row of `values` [B, C]: place [B], or one for all."""
-    if isinstance(place, int):
-        values[:, place] = value
+def set_column(values: Tensor, column: Tensor | int, value: float) -> None:
+    """Set one column of every row of `values` [B, C]. `column` is [B], or one for all rows."""
+    if isinstance(column, int):
+        values[:, column] = value
     else:
-        values.scatter_(1, place.unsqueeze(-1), value)
+        values.scatter_(1, column.unsqueeze(-1), value)
 
 
 def rows_within(memory: float, config: Any, dtype: torch.dtype, tokens: int) -> int:
-    """Rows of `tokens` tokens whose keys and values take at most `memory` GiB; ModelError where not even one fits."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Return how many rows of `tokens` tokens have a cache, keys and values, of at most `memory` GiB.
+
+    Raises:
+        ModelError: not even one row fits.
+    """
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head * dtype.itemsize * tokens
-    rows = int(memory * 2**30 // row)
+    row_bytes = 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize * tokens
+    rows = int(memory * 2**30 // row_bytes)
     if rows < 1:
         raise ModelError(
-            f"a response of {tokens} tokens takes {row / 2**30:.2g} GiB of cache, over {memory:g}: give more"
+            f"a response of {tokens} tokens takes {row_bytes / 2**30:.2g} GiB of cache, but rollout_memory is "
+            f"{memory:g} GiB; raise rollout_memory or shorten the responses"
         )
     return rows

@@ -1,4 +1,4 @@
-"""Text tokens by temperature, top-k and top-p, one uniform draw a row."""
+"""Text tokens by temperature, top-k and top-p, from one uniform draw per row."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from torch import Tensor
 
 from latent_grpo.config import LatentSampling
 
-FIRST_CANDIDATES, GROWTH = 64, 8  # of a nucleus without top_k, on a CPU
+# Without top_k, a CPU first looks for the nucleus in this many best tokens, then in GROWTH times as many, and so on.
+FIRST_CANDIDATES, GROWTH = 64, 8
 
 
 def sample_text(logits: Tensor, sampling: LatentSampling, draw: Tensor) -> Tensor:
-    """One token a row [B] from float32 logits [B, V]: temperature, then top-k, then top-p; greedy at temperature 0.
+    """Return one token per row, int64 [B]: temperature, then top-k, then top-p; greedy at temperature 0.
 
-    By inverting the distribution function, tokens in the order of their logits, at draw [B], float64 in (0, 1).
+    The token is where the cumulative distribution over the tokens, sorted by logit, passes the draw. So a row's token
+    depends on nothing but its logits and its draw.
+
+    Args:
+        logits: [B, V] float32 or float64.
+        sampling: `temperature`, `top_k` (0: no limit) and `top_p`.
+        draw: [B] float64 in (0, 1); not read at temperature 0.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -22,22 +29,24 @@ def sample_text(logits: Tensor, sampling: LatentSampling, draw: Tensor) -> Tenso
     mass = probs.cumsum(-1)
     probs = probs.masked_fill(mass - probs >= sampling.top_p, 0.0)
     mass = probs.cumsum(-1)
-    place = torch.searchsorted(mass, draw.unsqueeze(-1) * mass[:, -1:], right=True)
-    # A draw that rounds onto the last candidate's mass must not fall on one that the nucleus removed.
-    place = torch.minimum(place, (probs > 0).sum(-1, keepdim=True) - 1)
-    return ids.gather(-1, place).squeeze(-1)
+    index = torch.searchsorted(mass, draw.unsqueeze(-1) * mass[:, -1:], right=True)
+    # A draw that rounds up to the whole mass must not select a token that the nucleus has removed.
+    index = torch.minimum(index, (probs > 0).sum(-1, keepdim=True) - 1)
+    return ids.gather(-1, index).squeeze(-1)
 
 
 def _candidates(logits: Tensor, sampling: LatentSampling) -> tuple[Tensor, Tensor, Tensor]:
-    """The highest logits [B, C] downwards, their ids, and the log-sum-exp [B, 1] of those that top-k leaves, float64.
+    """Return the C best logits [B, C] in descending order, their ids, and the float64 log-sum-exp [B, 1].
 
-    Without top_k they are as many as the nucleus needs, which only a CPU can ask for without a wait: a GPU gets all.
+    The log-sum-exp is over the tokens that top-k leaves. C is top_k, or without top_k a number of tokens that holds the
+    nucleus.
     """
     vocab = logits.shape[-1]
     if sampling.top_k:
         best, ids = logits.topk(min(sampling.top_k, vocab), dim=-1)
         return best, ids, best.double().logsumexp(-1, keepdim=True)
     log_z = logits.double().logsumexp(-1, keepdim=True)
+    # The size of the nucleus is a question to the device, for which a GPU would have to wait: it sorts all tokens.
     count = vocab if logits.is_cuda else FIRST_CANDIDATES
     while True:
         best, ids = logits.topk(min(count, vocab), dim=-1)

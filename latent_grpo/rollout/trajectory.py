@@ -1,4 +1,4 @@
-"""The record of sampled responses that rewards, metrics and training read."""
+"""The record of sampled responses, which rewards, metrics and training read."""
 
 from __future__ import annotations
 
@@ -12,54 +12,59 @@ from torch import Tensor
 
 @dataclass
 class Rollout:
-    """Responses of R rows to P prompts, T steps at most, K components a step. All on one device."""
+    """R responses to P prompts, of at most T steps with K components each. All tensors are on one device.
 
-    prompt_ids: Tensor  # [P, Lp] left-padded
-    prompt_mask: Tensor  # [P, Lp]
-    prompt_index: Tensor  # [R] the row's prompt
-    token: Tensor  # [R, T] emitted id; on a latent step the highest raw logit's
-    ids: Tensor  # [R, T, K]; a text step holds its token and -100
-    scores: Tensor  # [R, T, K] float32
+    A latent step is the mixture of the embeddings of `ids` with the weights softmax(scores / tau) (Eq. 1).
+    """
+
+    prompt_ids: Tensor  # [P, Lp] int64, left-padded
+    prompt_mask: Tensor  # [P, Lp], 0 on padding
+    prompt_index: Tensor  # [R] int64, the prompt of each row
+    token: Tensor  # [R, T] int64; the emitted token, or the token of the highest raw logit for a latent step
+    ids: Tensor  # [R, T, K] int64; a text step has its token, then -100
+    scores: Tensor  # [R, T, K] float32; 0 for text steps
     is_latent: Tensor  # [R, T] bool
     mask: Tensor  # [R, T] bool, steps of the response, EOS included
-    logprob: Tensor  # [R, T] float32 when sampled
-    finished: Tensor  # [R] bool, EOS before the limit
+    logprob: Tensor  # [R, T] float32, at sampling time
+    finished: Tensor  # [R] bool, True if EOS came before the limit
     tau: float  # temperature of the mixture weights
 
     def select(self, rows: Tensor) -> Rollout:
-        """A part of the rows, with only their prompts, padding trimmed."""
+        """Return the rows with these indices [r], with only their prompts and without padding that all share."""
         prompts, index = self.prompt_index[rows].unique(return_inverse=True)
         prompt_mask = self.prompt_mask[prompts]
         left = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
-        # Two steps at least, where there are: ranks replay in step, and one step alone needs no second forward pass.
+        # Keep two steps, if the batch has two, although these responses may have one. The replay of a single step takes
+        # one forward pass, but ranks with longer rows would wait in the collectives of a second pass.
         steps = min(self.mask.shape[1], max(2, int(self.mask[rows].sum(-1).max())))
-        part = {
-            name: getattr(self, name)[rows, :steps]
-            for name in ("token", "ids", "scores", "is_latent", "mask", "logprob")
-        }
+        names = ("token", "ids", "scores", "is_latent", "mask", "logprob")
         return Rollout(
-            prompt_ids=self.prompt_ids[prompts, left:], prompt_mask=prompt_mask[:, left:], prompt_index=index,
-            finished=self.finished[rows], tau=self.tau, **part,
-        )  # fmt: skip
+            prompt_ids=self.prompt_ids[prompts, left:],
+            prompt_mask=prompt_mask[:, left:],
+            prompt_index=index,
+            finished=self.finished[rows],
+            tau=self.tau,
+            **{name: getattr(self, name)[rows, :steps] for name in names},
+        )
 
     def to(self, device: torch.device | str) -> Rollout:
-        """The same on `device`."""
+        """Return a copy on `device`."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "tau"}
         return Rollout(**moved, tau=self.tau)
 
     @property
     def latent_steps(self) -> Tensor:
-        """Latent steps of every response [R]."""
+        """The number of latent steps of each response [R]."""
         return self.is_latent.sum(-1)
 
     @property
     def lengths(self) -> Tensor:
-        """Steps of every response [R]."""
+        """The number of steps of each response [R]."""
         return self.mask.sum(-1)
 
 
 def concatenate(rollouts: list[Rollout]) -> Rollout:
-    """One rollout of several, prompts left-padded and responses right-padded to the longest."""
+    """Join rollouts with one tau. Prompts are left-padded and responses right-padded to the longest."""
     prompt_width = max(r.prompt_ids.shape[1] for r in rollouts)
     steps = max(r.mask.shape[1] for r in rollouts)
 
@@ -86,7 +91,7 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
 
 
 def visible_text(tokenizer: Any, rollout: Rollout, end_marker: str) -> list[str]:
-    """The text of every response: its text tokens, and in latent mode only what follows the end marker."""
+    """Return the visible text of each response: its text tokens, after the end marker if it has latent steps."""
     texts = []
     for token, latent, mask in zip(
         rollout.token.tolist(), rollout.is_latent.tolist(), rollout.mask.tolist(), strict=True
@@ -102,7 +107,7 @@ def visible_text(tokenizer: Any, rollout: Rollout, end_marker: str) -> list[str]
 
 
 def mixture_entropy(rollout: Rollout) -> Tensor:
-    """Entropy of every step's mixture weights [R, T] in nats; 0 on text steps."""
+    """Return the entropy of each step's mixture weights [R, T] in nats; 0 for text steps."""
     weights = (rollout.scores / rollout.tau).softmax(-1)
     entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)
     return torch.where(rollout.is_latent, entropy, 0.0)
