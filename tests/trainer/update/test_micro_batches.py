@@ -126,5 +126,5 @@ def test_a_memory_budget_bounds_the_rows_in_flight(tokenizer, warm, tmp_path, mo
     found = small.collector.sample(small.model).rollout
     assert seen == [5]
     assert torch.equal(found.ids, wanted.ids)
-    with pytest.raises(ModelError, match="give more"):
+    with pytest.raises(ModelError, match="raise rollout_memory"):
         rows_within(0.5 * token * tokens / 2**30, config, torch.float32, tokens)
