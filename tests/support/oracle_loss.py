@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -145,12 +144,12 @@ def step_weights(mask: Tensor, aggregation: str) -> Tensor:
     rows, steps = mask.shape
     weights = torch.zeros(rows, steps, dtype=torch.float64)
     lengths = [int(row.sum()) for row in mask]
-    for i, t in itertools.product(range(rows), range(steps)):
-        if mask[i, t]:
-            weights[i, t] = {
+    for i, length in enumerate(lengths):
+        if length:
+            weights[i, mask[i]] = {
                 "token-mean": 1.0 / sum(lengths),
                 "seq-mean-token-sum": 1.0 / rows,
-                "seq-mean-token-mean": 1.0 / rows / lengths[i],
+                "seq-mean-token-mean": 1.0 / rows / length,
                 "seq-mean-token-sum-norm": 1.0 / rows / steps,
             }[aggregation]
     return weights
@@ -177,10 +176,11 @@ def policy_loss(
     policy, old, gain = (x.double().tolist() for x in (logprob, old_logprob, advantages))
     reference = None if ref_logprob is None else ref_logprob.tolist()
     of_response = response_ratios(policy, old, mask.tolist()) if ratio == "sequence" else None
-    weights, gradient = step_weights(mask, aggregation), torch.zeros(mask.shape, dtype=torch.float64)
+    weights, gradient = step_weights(mask, aggregation).tolist(), torch.zeros(mask.shape, dtype=torch.float64)
     means = ("clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio")
     stats, total = dict.fromkeys((*means, "kl"), 0.0), 0.0
-    for i, t in mask.nonzero().tolist():
+    active = mask.nonzero().tolist()
+    for i, t in active:
         sample = Sample(
             policy[i][t],
             old[i][t],
@@ -191,7 +191,7 @@ def policy_loss(
         loss, pull, clipped, dual_clipped = step_loss(
             sample, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, objective=objective
         )
-        weight = float(weights[i, t])
+        weight = weights[i][t]
         if reference is not None:
             penalty, penalty_pull = kl(sample, kl_estimator)
             loss, pull = loss + kl_coef * penalty, pull + kl_coef * penalty_pull
@@ -200,7 +200,7 @@ def policy_loss(
         gradient[i, t] = weight * pull
         gap = clamp(sample.logprob - sample.old_logprob, -LOG_RATIO_MAX, LOG_RATIO_MAX)
         for name, term in zip(means, (clipped, dual_clipped, -gap, abs(gap)), strict=True):
-            stats[name] += term / int(mask.sum())
+            stats[name] += term / len(active)
     return PolicyLoss(total, gradient, stats)
 
 
