@@ -1,1 +1,1 @@
-"""What a person sees of a run: metrics, trackers, alarms, responses, tables, curves."""
+"""What a person sees of a run: metrics, trackers, alarms, responses, tables and curves."""

@@ -1,4 +1,4 @@
-"""Alarms for a collapsing run, from the metrics of its steps."""
+"""Alarms that warn of a collapsing run, from the metrics of its steps."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-WINDOW = 10  # logged steps that are averaged, now and at the start
-EPSILON = 1e-6  # a standard deviation of float32 rewards that all agree
+WINDOW = 10  # logged steps that are averaged, at the start of the run and now
+EPSILON = 1e-6  # rewards that agree have a standard deviation below this: their float32 mean is rounded
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Fires once, when `alarming(start, now)` holds of a metric's mean over WINDOW steps."""
+    """Fires once per run, when `alarming(start, now)` is true.
+
+    start and now are means of the metric over WINDOW logged steps: the first steps of the run and the latest.
+    """
 
     metric: str
     alarming: Callable[[float, float], bool]
-    message: str  # a format of {start} and {now}
+    message: str  # a format string with {start} and {now}: what happened, what it means, what to do
 
 
 ALARMS = (
@@ -37,19 +40,19 @@ ALARMS = (
         "reward_std",
         lambda start, now: now < EPSILON,
         "rewards agree within every group: there is nothing to learn from; take harder or easier prompts, "
-        "raise num_generations or noise_scale",
+        "or raise num_generations or noise_scale",
     ),
     Alarm(
         "truncated",
         lambda start, now: now > start + 0.25,
         "responses cut off by the limit rose from {start:.0%} to {now:.0%}: the end marker is being lost; "
-        "lower learning_rate, raise beta or max_completion_length",
+        "lower learning_rate, or raise beta or max_completion_length",
     ),
 )
 
 
 class Alarms:
-    """Feed `update` the metrics of every logged step, in order."""
+    """The alarms of one run. Feed `update` the metrics of every logged step, in order."""
 
     def __init__(self) -> None:
         self.start: dict[str, list[float]] = {alarm.metric: [] for alarm in ALARMS}
@@ -57,11 +60,11 @@ class Alarms:
         self.fired: set[str] = set()
 
     def update(self, values: dict[str, Any]) -> list[str]:
-        """A line for every alarm that these values set off; each alarm fires once a run."""
+        """Return a line for each alarm that these values set off. Each alarm fires once per run."""
         lines = []
         for alarm in ALARMS:
             name, value = alarm.metric, values.get(alarm.metric)
-            if value is None or values.get("phase") != "train":
+            if value is None or values.get("phase") != "train":  # alarms are about reinforcement only
                 continue
             start, recent = self.start[name], self.recent[name]
             if len(start) < WINDOW:
@@ -69,8 +72,8 @@ class Alarms:
             recent.append(value)
             if len(recent) < WINDOW or name in self.fired:
                 continue
-            was, now = sum(start) / WINDOW, sum(recent) / WINDOW
-            if alarm.alarming(was, now):
+            start_mean, now = sum(start) / WINDOW, sum(recent) / WINDOW
+            if alarm.alarming(start_mean, now):
                 self.fired.add(name)
-                lines.append(f"step {values['step']}: {alarm.message.format(start=was, now=now)}")
+                lines.append(f"step {values['step']}: {alarm.message.format(start=start_mean, now=now)}")
         return lines

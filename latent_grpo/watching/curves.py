@@ -1,4 +1,4 @@
-"""Curves of a run from its metrics.jsonl."""
+"""The curves of a run, drawn from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from typing import Any
 from latent_grpo.watching.figures import drawn_figure
 from latent_grpo.watching.metrics import read_metrics
 
+# Title, phase, the label of each metric, unit of the vertical axis.
 PANELS = (
-    ("Latent-SFT loss", "sft", {"loss": "loss"}, "KL and cross-entropy an element (nats)"),
+    ("Latent-SFT loss", "sft", {"loss": "loss"}, "KL and cross-entropy per element (nats)"),
     (
         "Accuracy",
         "train",
         {"reward": "reward while sampling, with noise", "eval_pass_at_1": "Pass@1, noise-free"},
         "share",
     ),
-    ("Response length", "train", {"response_length": "all steps", "latent_length": "latent steps"}, "steps a response"),
-    ("Latent mixtures", "train", {"mixture_entropy": "entropy"}, "nats a latent step"),
+    (
+        "Response length",
+        "train",
+        {"response_length": "all steps", "latent_length": "latent steps"},
+        "steps per response",
+    ),
+    ("Latent mixtures", "train", {"mixture_entropy": "entropy"}, "nats per latent step"),
     ("Updates", "train", {"clip_fraction": "clipped", "margin_crossed": "margins crossed"}, "share"),
     ("Gradient norm", "train", {"grad_norm": "before clipping"}, "norm"),
 )
 
 
 def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:
-    """The panels that `metrics` (JSONL) has figures for, over its steps, as a PNG."""
+    """Draw the panels for which `metrics` (a JSONL file) has figures, over the steps, as a PNG."""
     rows = read_metrics(metrics)
     panels = [p for p in PANELS if any(row["phase"] == p[1] and not p[2].keys().isdisjoint(row) for row in rows)]
     columns = min(3, len(panels))
@@ -41,6 +47,6 @@ def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:
 
 
 def plot_series(axis: Any, points: list[tuple[int, float]], label: str) -> None:
-    """A line; markers where the points are few."""
+    """Plot (step, value) points as a line, with markers if there are few points."""
     steps, values = [step for step, _ in points], [value for _, value in points]
     axis.plot(steps, values, label=label, marker="o" if len(points) <= 20 else None, linewidth=1.4)

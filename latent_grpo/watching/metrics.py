@@ -1,4 +1,4 @@
-"""What a run shows and keeps of its figures: a line and a progress bar on the terminal, a JSONL file, trackers."""
+"""Where the metrics of a run go: a table and a progress bar on the terminal, a JSONL file, trackers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.watching.alarms import Alarms
 from latent_grpo.watching.trackers import open_trackers
 
-# One console for lines and bar, so that lines stand above the bar. Errors' stream: standard output is for results.
+# Lines and bar share one console, so that the lines are printed above the bar. They go to standard error, because
+# standard output is for results.
 CONSOLE = Console(stderr=True, highlight=False)
 
-# Metric, its heading in the table, its format. Widths are fixed, so that the lines of a log file stand in columns.
+# Metric, its heading in the table, its format. Fixed widths keep the columns of a log file aligned.
 TABLE = (
     ("step", "step", "6d"),
     ("loss", "loss", "9.4f"),
@@ -39,15 +40,16 @@ TABLE = (
     ("tokens_per_second", "tok/s", "7.0f"),
     ("eval_pass_at_1", "Pass@1", "7.3f"),
 )
-LINES_A_HEADING = 20
+LINES_PER_HEADING = 20
 
 
 class Metrics:
-    """Writes the figures of every logged step to `output_dir/metrics.jsonl`, the terminal and the trackers; rank 0
-    alone.
+    """Writes the metrics of every logged step to `output_dir/metrics.jsonl`, the terminal and the trackers.
 
-    history: the lines of a resumed run up to its checkpoint, which replace what the file holds; None starts a new run.
-    Raises ConfigError where a new run would write into a folder that holds a run or a model.
+    Collective: every rank makes one and calls its methods, but only rank 0 writes.
+    history: the lines of a resumed run up to its checkpoint. They replace the content of the file, which may hold later
+    steps. None starts a new run.
+    Raises ConfigError if a new run would write into a folder that already holds a run or a model.
     """
 
     def __init__(self, args: RunOptions, history: list[dict[str, Any]] | None = None) -> None:
@@ -60,10 +62,10 @@ class Metrics:
         on_rank_zero(lambda: self.open(args, resumed=history is not None))
 
     def open(self, args: RunOptions, resumed: bool) -> None:
-        """Open the sinks."""
+        """Open the file and the trackers. Raise ConfigError if the folder is taken or cannot be written."""
         folder, path = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
-        begun = path.is_file() and path.stat().st_size > 0
-        if not resumed and (begun or checkpoints_in(folder)):
+        has_metrics = path.is_file() and path.stat().st_size > 0
+        if not resumed and (has_metrics or checkpoints_in(folder)):
             raise ConfigError(f"output_dir {str(folder)!r} already holds a run; resume it or choose another folder")
         if not resumed and any(folder.glob("*.safetensors")):
             raise ConfigError(f"output_dir {str(folder)!r} already holds a model; choose another folder")
@@ -74,17 +76,19 @@ class Metrics:
                 write_whole(path, "".join(map(json_line, self.history)))
             self.file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"cannot write to output_dir {str(folder)!r}: {error.strerror}") from error
+            raise ConfigError(
+                f"cannot write to output_dir {str(folder)!r}: {error.strerror}; choose another folder"
+            ) from error
 
     def write(self, values: dict[str, Any]) -> None:
-        """The figures of a step: a JSON line, flushed, so that a killed run keeps it; a line of the table; trackers."""
+        """Write the metrics of one step: a line of JSON, a line of the table, any alarms, and the trackers' numbers."""
         self.history.append(values)
         if rank():
             return
         self.file.write(json_line(values))
-        self.file.flush()
+        self.file.flush()  # so that a killed run keeps the line
         if self.show:
-            if self.lines % LINES_A_HEADING == 0:
+            if self.lines % LINES_PER_HEADING == 0:
                 CONSOLE.print(heading(values), style="bold", soft_wrap=True, markup=False)
             CONSOLE.print(table_line(values), soft_wrap=True, markup=False)
             self.lines += 1
@@ -99,7 +103,7 @@ class Metrics:
             tracker.log(numbers, values["step"])
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Close the file and the trackers."""
         if rank():
             return
         self.file.close()
@@ -108,34 +112,39 @@ class Metrics:
 
 
 def json_line(values: dict[str, Any]) -> str:
-    """A line of the JSONL file."""
+    """Return the line of metrics.jsonl for the metrics of one step."""
     return json.dumps(values) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a killed run left half written is dropped."""
+    """Return the lines of a metrics.jsonl, without a last line that a killed run left half written."""
+    # A complete line ends with a line break, so the last item is either empty or half a line.
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
 def last_step(history: list[dict[str, Any]]) -> int:
-    """Step of the last line, 0 where there is none."""
+    """Return the step of the last line, 0 without lines."""
     return int(history[-1]["step"]) if history else 0
 
 
 def heading(values: dict[str, Any]) -> str:
-    """Names of the table's columns that `values` has. Evaluation's is last and always there: few lines have it."""
+    """Return the headings of the table's columns that `values` has.
+
+    The column of the evaluation is always there in training, because only few lines have its figure. It is the last
+    column, so that the other lines can leave it out.
+    """
     names = {*values, "eval_pass_at_1"} if values["phase"] == "train" else {*values}
     return "".join(f"{label:>{width(form)}}" for name, label, form in TABLE if name in names)
 
 
 def table_line(values: dict[str, Any]) -> str:
-    """The figures of `values` under `heading`."""
+    """Return the figures of `values` as a line below `heading`."""
     return "".join(f"{values[name]:{form}}" for name, _, form in TABLE if name in values)
 
 
 def width(form: str) -> int:
-    """Width of a format such as 7.3f."""
+    """Return the width of a format such as 7.3f."""
     return int(form.rstrip("def").split(".")[0])
 
 
@@ -147,16 +156,14 @@ class Bar:
         self.task = progress.add_task("", total=total, completed=done, figures="")
 
     def advance(self, figures: str = "") -> None:
-        """One step further."""
+        """Move the bar by one step and show `figures` at its end."""
         self.progress.update(self.task, advance=1, figures=figures)
 
 
 @contextmanager
 def progress_bar(label: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
-    """A bar on the terminal's error stream, or one that draws nothing."""
-    columns = (
-        TextColumn(label), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )  # fmt: skip
+    """Yield a progress bar on standard error. It draws nothing unless `shown` and on rank 0."""
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(24), MofNCompleteColumn(), *times, TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=CONSOLE, disable=not shown or rank() > 0) as progress:
         yield Bar(progress, total, done)

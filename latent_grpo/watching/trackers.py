@@ -1,4 +1,4 @@
-"""Where metrics can be reported to besides metrics.jsonl. Each library is an extra, imported when it is asked for."""
+"""Services that metrics are reported to, besides metrics.jsonl. Each library is an extra, imported only on demand."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from latent_grpo.config import ConfigError, RunOptions
 
 
 class Tracker(Protocol):
-    """A sink of numbers by step."""
+    """A service that takes numbers by step."""
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Report the numbers of one step, named `phase/metric`."""
+        """Report the numbers of one step, each named `phase/metric`."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the rest."""
 
 
 class TensorBoard:
-    """Event files in `output_dir/tensorboard`; a resumed run hides what its lost part wrote."""
+    """Event files in `output_dir/tensorboard`. A resumed run hides the steps after its checkpoint."""
 
     def __init__(self, args: RunOptions, resumed_step: int | None) -> None:
         library = import_extra("torch.utils.tensorboard", "tensorboard")
@@ -30,7 +30,7 @@ class TensorBoard:
         self.writer = library.SummaryWriter(str(Path(args.output_dir) / "tensorboard"), purge_step=purge)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """One scalar each."""
+        """Add one scalar per number."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
@@ -40,7 +40,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases. A resumed run goes on under its id; the service keeps the first of a step's equal values."""
+    """Weights & Biases. A resumed run continues under its id.
+
+    The steps after the checkpoint are reported twice, with equal values, and the service keeps the first report.
+    """
 
     def __init__(self, args: RunOptions, resumed_step: int | None) -> None:
         library = import_extra("wandb", "wandb")
@@ -48,35 +51,40 @@ class Wandb:
         if resumed_step is None or not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
         self.run = library.init(
-            project=args.project, name=run_name(args), dir=args.output_dir, config=asdict(args),
-            id=id_file.read_text(), resume="allow",
-        )  # fmt: skip
+            project=args.project,
+            name=run_name(args),
+            dir=args.output_dir,
+            config=asdict(args),
+            id=id_file.read_text(),
+            resume="allow",
+        )
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """All of a step at once."""
+        """Report all numbers of the step in one call."""
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        """Upload what is left."""
+        """Upload the rest."""
         self.run.finish()
 
 
 class Trackio:
-    """Trackio, local first. A resumed run goes on under its name; steps done twice appear twice, with equal values."""
+    """Trackio, which keeps its data on this computer. A resumed run continues under its name.
+
+    The steps after the checkpoint appear twice, with equal values.
+    """
 
     def __init__(self, args: RunOptions, resumed_step: int | None) -> None:
         self.library = import_extra("trackio", "trackio")
-        self.library.init(
-            project=args.project, name=run_name(args), config=asdict(args),
-            resume="never" if resumed_step is None else "allow",
-        )  # fmt: skip
+        resume = "never" if resumed_step is None else "allow"
+        self.library.init(project=args.project, name=run_name(args), config=asdict(args), resume=resume)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """All of a step at once."""
+        """Report all numbers of the step in one call."""
         self.library.log(values, step=step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the rest."""
         self.library.finish()
 
 
@@ -84,17 +92,20 @@ TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio
 
 
 def open_trackers(args: RunOptions, resumed_step: int | None) -> list[Tracker]:
-    """The sinks of `args.report_to`; ConfigError where a library is not installed."""
+    """Open the trackers of `args.report_to`. Raise ConfigError if a library is not installed.
+
+    resumed_step: the step of the checkpoint of a resumed run, None for a new run.
+    """
     return [TRACKERS[name](args, resumed_step) for name in args.report_to]
 
 
 def run_name(args: RunOptions) -> str:
-    """`args.run_name`, or the name of the output folder."""
+    """Return `args.run_name`, or the name of the output folder if that is not set."""
     return args.run_name or Path(args.output_dir).resolve().name
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """The module, or a ConfigError that names the extra."""
+    """Import and return a module. Raise ConfigError, which names the extra to install, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -18,7 +18,7 @@ from latent_grpo.rewards.scoring import reward_names
 from latent_grpo.rollout.trajectory import visible_text
 from latent_grpo.watching.alarms import ALARMS, WINDOW, Alarms
 from latent_grpo.watching.inspect_run import sparkline
-from latent_grpo.watching.metrics import LINES_A_HEADING, Metrics, read_metrics
+from latent_grpo.watching.metrics import LINES_PER_HEADING, Metrics, read_metrics
 from latent_grpo.watching.response_log import completion_steps, read_completions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,12 +64,12 @@ def values(step: int, phase: str = "train", **figures: float) -> dict[str, float
 
 def test_every_logged_step_is_a_line_of_the_table_under_its_heading(tmp_path, capsys):
     metrics = Metrics(LatentGRPOConfig(output_dir=str(tmp_path / "run")))
-    for step in range(1, LINES_A_HEADING + 2):
+    for step in range(1, LINES_PER_HEADING + 2):
         metrics.write(values(step, reward=step / 100, response_length=4.25, learning_rate=1e-6))
     metrics.close()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == LINES_A_HEADING + 3
-    assert lines[0] == lines[LINES_A_HEADING + 1] == "  step reward length     rate Pass@1"
+    assert len(lines) == LINES_PER_HEADING + 3
+    assert lines[0] == lines[LINES_PER_HEADING + 1] == "  step reward length     rate Pass@1"
     assert lines[2] == "     2  0.020    4.2  1.0e-06"
     assert lines[1][: len("  step reward")].endswith("0.010")
 
