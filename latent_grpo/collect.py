@@ -1,8 +1,8 @@
-"""What an update learns from: groups of responses with their rewards, sampled until enough groups disagree.
+"""What an update learns from: groups of responses with rewards, sampled until enough groups disagree.
 
-Every rank samples its share of a rollout's prompts and scores it; then all ranks have all of it, so that groups are
-dropped, and advantages taken, as one process would. Noise streams are numbered by a response's place in the whole
-rollout, so the responses do not depend on the number of ranks.
+Every rank samples and scores its share of a rollout's prompts. Then all ranks get the whole rollout, so that each drops
+groups and takes advantages as a single process would. The noise of a response depends on its number in the whole
+rollout, so responses do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,117 +19,150 @@ from torch import Tensor
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.model import encode_prompts
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
-from latent_grpo.parallel.work_split import snake_draft
+from latent_grpo.parallel.work_split import rows_of_groups, snake_draft
 from latent_grpo.rewards.scoring import reward_names, score
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.samples import Samples, concatenate_samples
 from latent_grpo.rollout.slot_cache import rows_within
 from latent_grpo.rollout.trajectory import Rollout, concatenate, mixture_entropy, visible_text
-from latent_grpo.update.micro_batches import rows_of
-
-WORD = 2**31
+from latent_grpo.seeds import derive_seed
 
 
 @dataclass
 class Groups:
-    """Responses, group by group, with their rewards and texts."""
+    """R responses, group after group, with their rewards and texts."""
 
     rollout: Rollout
     rewards: Tensor  # [R] float32
     samples: Samples
 
     def select(self, rows: Tensor) -> Groups:
-        """A part of the responses."""
+        """Return the responses `rows` [n] int64, in that order."""
         return Groups(self.rollout.select(rows), self.rewards[rows], self.samples.select(rows.tolist()))
 
     def to(self, device: torch.device | str) -> Groups:
-        """The same with its tensors on `device`."""
+        """Return the same groups with their tensors on `device`."""
         return replace(self, rollout=self.rollout.to(device), rewards=self.rewards.to(device))
 
 
-def concatenate_groups(parts: Sequence[Groups]) -> Groups:
-    """One of several."""
-    rollout, rewards = concatenate([part.rollout for part in parts]), torch.cat([part.rewards for part in parts])
-    return Groups(rollout, rewards, concatenate_samples([part.samples for part in parts]))
+def concatenate_groups(several: Sequence[Groups]) -> Groups:
+    """Concatenate the responses of several `Groups`."""
+    rollout = concatenate([groups.rollout for groups in several])
+    rewards = torch.cat([groups.rewards for groups in several])
+    return Groups(rollout, rewards, concatenate_samples([groups.samples for groups in several]))
 
 
 class Collector:
-    """Samples responses to the rows of a data set, in an order that is a function of (seed, epoch) alone."""
+    """Sample responses to the rows of a data set. Each epoch has its own order, a function of (seed, epoch).
+
+    Args:
+        args: the options of the run.
+        sampling: the options of a rollout, with the ids of the tokenizer.
+        rows: the data set; each row is a mapping with the key "prompt".
+        tokenizer: the tokenizer.
+        reward_funcs: functions with TRL's signature.
+
+    Attributes:
+        prompts_per_batch: prompts of one rollout, P. Each has `args.num_generations` responses.
+        prompts_seen, generations: prompts and rollouts sampled so far. A checkpoint keeps both.
+    """
 
     def __init__(
-        self, args: LatentGRPOConfig, sampling: LatentSampling, rows: Sequence[Any], tokenizer: Any,
+        self,
+        args: LatentGRPOConfig,
+        sampling: LatentSampling,
+        rows: Sequence[Any],
+        tokenizer: Any,
         reward_funcs: Sequence[Callable[..., Any]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.args, self.sampling, self.rows = args, sampling, rows
         self.tokenizer, self.reward_funcs = tokenizer, reward_funcs
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
         self.prompts_seen = self.generations = 0
 
     def collect(self, model: Any, step: int) -> tuple[Groups, dict[str, float]]:
-        """Groups for update `step`, and the metrics of their rollouts."""
+        """Return the groups for update number `step`, and the metrics of their rollouts.
+
+        Collective: every rank must call it; every rank gets all groups. Warns if `max_generation_batches` rollouts did
+        not give enough groups. Without a single group that disagrees, the last rollout is returned: an update of zero.
+        """
         args, started = self.args, time.perf_counter()
         kept: list[Groups] = []
-        seen: list[Tensor] = []
-        kept_groups = 0
+        all_rewards: list[Tensor] = []
+        kept_count = 0
         for _ in range(args.max_generation_batches):
-            found = self.sample(model)
-            seen.append(found.rewards)
-            keep = self.groups_to_keep(found.rewards, self.prompts_per_batch - kept_groups)
-            kept_groups += int(keep.sum())
+            groups = self.sample(model)
+            all_rewards.append(groups.rewards)
+            keep = self.groups_to_keep(groups.rewards, self.prompts_per_batch - kept_count)
+            kept_count += int(keep.sum())
             if keep.any():
-                kept.append(found.select(keep.repeat_interleave(args.num_generations).nonzero().squeeze(-1)))
-            if kept_groups >= self.prompts_per_batch or not args.group_filter:
+                rows = keep.repeat_interleave(args.num_generations).nonzero().squeeze(-1)
+                kept.append(groups.select(rows))
+            if kept_count >= self.prompts_per_batch or not args.group_filter:
                 break
         else:
             if args.max_generation_batches > 1:
                 warnings.warn(
-                    f"step {step}: {kept_groups} of {self.prompts_per_batch} groups after "
-                    f"{args.max_generation_batches} rollouts; training on what there is", stacklevel=2,
-                )  # fmt: skip
-        # Where every group agrees: an update of zero advantages.
-        groups = concatenate_groups(kept or [found])
+                    f"step {step}: {kept_count} of {self.prompts_per_batch} groups after "
+                    f"{args.max_generation_batches} rollouts; training on what there is",
+                    stacklevel=2,
+                )
+        batch = concatenate_groups(kept or [groups])
         seconds = time.perf_counter() - started
-        all_rewards = torch.cat(seen).view(-1, args.num_generations)
+        # Rewards are reported of all responses. Those of the kept groups alone would look alike from step to step.
+        by_group = torch.cat(all_rewards).view(-1, args.num_generations)
         values = {
-            "reward": float(all_rewards.mean()),
-            "reward_std": float(all_rewards.std(-1).mean()),
-            "groups_kept": kept_groups / len(all_rewards),
-            **rollout_metrics(groups.rollout),
+            "reward": float(by_group.mean()),
+            "reward_std": float(by_group.std(-1).mean()),
+            "groups_kept": kept_count / len(by_group),
+            **rollout_metrics(batch.rollout),
             "time_rollout": seconds,
-            "tokens_per_second": int(groups.rollout.mask.sum()) / max(seconds, 1e-9),
+            "tokens_per_second": int(batch.rollout.mask.sum()) / max(seconds, 1e-9),
         }
-        return groups, values
+        return batch, values
 
-    def groups_to_keep(self, rewards: Tensor, room: int) -> Tensor:
-        """The first `room` groups that can be learnt from, of rewards [R]; bool, one a group."""
+    def groups_to_keep(self, rewards: Tensor, limit: int) -> Tensor:
+        """Return which groups of rewards [R] to keep, one bool per group: the first `limit` groups that disagree.
+
+        A group of equal rewards has no advantages. Without `group_filter`, every group counts as one that disagrees.
+        """
         groups = rewards.view(-1, self.args.num_generations)
         keep = (groups != groups[:, :1]).any(-1) | (not self.args.group_filter)
-        return keep & (keep.cumsum(0) <= room)
+        return keep & (keep.cumsum(0) <= limit)
 
     def sample(self, model: Any) -> Groups:
-        """One rollout of the next prompts, the same on every rank."""
+        """Return scored responses to the next prompts. Collective: every rank must call it, and gets all responses."""
         rows = [self.rows[i] for i in self.next_prompts()]
         ids, mask = encode_prompts(
-            self.tokenizer, [r["prompt"] for r in rows], model.device, self.args.max_prompt_length
+            self.tokenizer, [row["prompt"] for row in rows], model.device, self.args.max_prompt_length
         )
-        sampling = replace(self.sampling, seed=self.args.seed * WORD + self.generations)
+        sampling = replace(self.sampling, seed=derive_seed(self.args.seed, self.generations))
         self.generations += 1
         if world_size() == 1:
             return self.respond(model, sampling, rows, ids, mask, range(len(rows)))
         shares = snake_draft(mask.sum(-1).tolist(), world_size())
-        mine = self.respond(model, sampling, rows, ids, mask, shares[rank()])
-        everything = concatenate_groups(all_gather([mine.to("cpu")])).to(model.device)
-        place = torch.tensor([number for share in shares for number in share]).argsort()
-        return everything.select(rows_of(place, self.args.num_generations).to(model.device))
+        own = self.respond(model, sampling, rows, ids, mask, shares[rank()])
+        gathered = concatenate_groups(all_gather([own.to("cpu")])).to(model.device)
+        # The gathered prompts stand rank after rank. Put them back into the order of the rollout.
+        order = torch.tensor([index for share in shares for index in share]).argsort()
+        return gathered.select(rows_of_groups(order, self.args.num_generations).to(model.device))
 
     def respond(
-        self, model: Any, sampling: LatentSampling, rows: Sequence[Any], ids: Tensor, mask: Tensor,
-        numbers: Sequence[int],
-    ) -> Groups:  # fmt: skip
-        """Scored responses to the prompts `numbers` of a rollout's rows."""
+        self,
+        model: Any,
+        sampling: LatentSampling,
+        rows: Sequence[Any],
+        ids: Tensor,
+        mask: Tensor,
+        indices: Sequence[int],
+    ) -> Groups:
+        """Return scored responses to some prompts of a rollout.
+
+        rows, ids [P, L], mask [P, L]: all prompts of the rollout. indices: those that this rank answers.
+        """
         args, width = self.args, self.args.num_generations
-        index = torch.tensor(list(numbers), device=ids.device)
-        streams = rows_of(index, width)
+        index = torch.tensor(list(indices), device=ids.device)
+        streams = rows_of_groups(index, width)  # numbers of the responses in the whole rollout
         max_rows = None
         if args.rollout_memory is not None:
             tokens = ids.shape[1] + args.max_completion_length
@@ -137,15 +170,21 @@ class Collector:
         rollout = generate_latent(
             model, ids[index], mask[index], sampling, num_generations=width, row_ids=streams, max_rows=max_rows
         )
-        rewards, samples = self.judge(rollout, [rows[i] for i in numbers for _ in range(width)])
+        rewards, samples = self.judge(rollout, [rows[i] for i in indices for _ in range(width)])
         return Groups(rollout, rewards, samples)
 
     def judge(self, rollout: Rollout, rows: list[Any]) -> tuple[Tensor, Samples]:
-        """Rewards [R] of responses to `rows` [R], and their texts."""
+        """Return the rewards [R] float32 and the texts of responses. rows [R]: the data row of each response.
+
+        Reward functions get what TRL gives them: prompts, completions (messages if the prompt is a list of messages),
+        `completion_ids`, and every other column of the rows. `soft_overlong` also needs two options.
+        """
         args = self.args
         texts = visible_text(self.tokenizer, rollout, args.end_marker)
-        columns: dict[str, Any] = {k: [row[k] for row in rows] for k in rows[0] if k != "prompt"}
-        columns["completion_ids"] = [t[m].tolist() for t, m in zip(rollout.token, rollout.mask, strict=True)]
+        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        columns["completion_ids"] = [
+            token[mask].tolist() for token, mask in zip(rollout.token, rollout.mask, strict=True)
+        ]
         columns |= {name: getattr(args, name) for name in ("max_completion_length", "soft_punish_cache")}
         completions: list[Any] = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
@@ -153,25 +192,26 @@ class Collector:
         ]
         prompts = [row["prompt"] for row in rows]
         scores = score(self.reward_funcs, args.reward_weights, prompts, completions, columns)
-        named = dict(zip(reward_names(self.reward_funcs), scores.per_function, strict=True))
-        samples = Samples(prompts, texts, [row.get("answer") for row in rows], named)
+        by_function = dict(zip(reward_names(self.reward_funcs), scores.per_function, strict=True))
+        samples = Samples(prompts, texts, [row.get("answer") for row in rows], by_function)
         return torch.tensor(scores.total, dtype=torch.float32, device=rollout.token.device), samples
 
     def next_prompts(self) -> list[int]:
-        """Indices of the next prompts: every epoch a new order."""
-        chosen: list[int] = []
+        """Return the indices of the next `prompts_per_batch` rows. Every epoch has a new order."""
+        indices: list[int] = []
+        # The order is drawn again from the epoch's number, so that a resumed run needs only `prompts_seen`.
         for position in range(self.prompts_seen, self.prompts_seen + self.prompts_per_batch):
             epoch, offset = divmod(position, len(self.rows))
-            if not chosen or offset == 0:
-                generator = torch.Generator().manual_seed(self.args.seed * WORD + epoch)
+            if not indices or offset == 0:
+                generator = torch.Generator().manual_seed(derive_seed(self.args.seed, epoch))
                 order = torch.randperm(len(self.rows), generator=generator).tolist()
-            chosen.append(order[offset])
+            indices.append(order[offset])
         self.prompts_seen += self.prompts_per_batch
-        return chosen
+        return indices
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Lengths, shares and entropy of a rollout."""
+    """Return means over the responses: steps, latent steps, their share, entropy of a latent step in nats, cut off."""
     lengths, latent = rollout.lengths.float(), rollout.latent_steps.float()
     return {
         "response_length": float(lengths.mean()),
