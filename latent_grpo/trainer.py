@@ -1,16 +1,19 @@
-"""Latent-GRPO: sample groups, reward, advantages, clipped updates (SPEC 7).
+"""Latent-GRPO (arXiv 2604.27998): sample groups of responses, reward them, take advantages, update with a clipped loss.
 
-What departs from the textbook: groups whose rewards are all equal are dropped and sampled again; responses cut off by
-the limit get no advantage; at the first response step one correct response a group keeps its advantage; noise is
-one-sided, so that a latent step's update points the way of the advantage. The model stays in evaluation mode: dropout
-would make the ratio compare unlike things.
+How it differs from textbook GRPO:
+- Groups whose rewards are all equal are dropped, and other prompts are sampled in their place.
+- A response that the length limit cut off gets no advantage.
+- At the first response step, only one correct response per group keeps its advantage.
+- The noise is one-sided, so the update of a latent step has the sign of its advantage (Eq. 15).
+- The model stays in evaluation mode: dropout would put noise on the ratio of new to old probabilities.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +22,21 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from latent_grpo.collect import WORD, Collector
-from latent_grpo.config import ConfigError, LatentGRPOConfig, require
+from latent_grpo.collect import Collector
+from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSampling, require
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
-from latent_grpo.parallel.fsdp import call_inside, copy_to_full, pad_to_count, shard
+from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
-from latent_grpo.parallel.work_split import share_of_rank
+from latent_grpo.parallel.work_split import pad_to_count, rows_of_groups, share_of_rank
+from latent_grpo.rewards.functions import RewardFunc
 from latent_grpo.rewards.scoring import resolve_reward
 from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout
-from latent_grpo.saving.checkpoint import Checkpoints, graceful_interrupt, save_model
+from latent_grpo.saving.checkpoint import Checkpoints
+from latent_grpo.saving.interrupt import graceful_interrupt
+from latent_grpo.saving.model_files import save_model
+from latent_grpo.seeds import derive_seed, rank_seed
 from latent_grpo.update.lora import add_adapters, without_adapters
 from latent_grpo.update.loss import (
     batch_std,
@@ -39,43 +46,58 @@ from latent_grpo.update.loss import (
     step_advantages,
     update_loss,
 )
-from latent_grpo.update.micro_batches import micro_batches, rows_of
+from latent_grpo.update.micro_batches import micro_batches
 from latent_grpo.update.optimizer import Updater
 from latent_grpo.update.replay import replay_logprob
 from latent_grpo.watching.metrics import Metrics, progress_bar
-from latent_grpo.watching.response_log import print_samples, write_completions
+from latent_grpo.watching.response_log import print_completions, write_completions
 from latent_kernels import PolicyStats, group_advantages
+
+RewardFuncs = str | RewardFunc | Sequence[str | RewardFunc]
 
 
 @dataclass
 class Batch:
-    """A rollout with everything that its update needs. R responses, T steps."""
+    """A rollout with everything that its update needs: R responses of up to T steps."""
 
     rollout: Rollout
-    group: Tensor  # [R] int64
+    group: Tensor  # [R] int64, the group of each response
     rewards: Tensor  # [R] float32
-    old_logprob: Tensor  # [R, T]
-    ref_logprob: Tensor | None  # [R, T]
-    advantages: Tensor  # [R, T]
+    old_logprob: Tensor  # [R, T] float32, under the policy before the update
+    ref_logprob: Tensor | None  # [R, T] float32, under the reference model; None without a KL penalty
+    advantages: Tensor  # [R, T] float32
     samples: Samples | None = None  # the texts, for the logs
 
 
 class LatentGRPOTrainer:
-    """Trains a causal LM with Latent-GRPO, or with text GRPO where `args.latent` is False.
+    """Train a causal LM with Latent-GRPO, or with text GRPO if `args.latent` is False.
+
+    With several processes, make the trainer and call its methods on every rank, within `latent_grpo.process_group()`.
 
     Args:
-        model: a Hugging Face causal LM, or its folder or Hub name.
-        reward_funcs: TRL reward functions (or names, see `resolve_reward`).
-        args: options.
-        train_dataset, eval_dataset: rows (dicts, or a `datasets.Dataset`) with `prompt`; other columns go to the
-        rewards. processing_class: the tokenizer; default: the model folder's.
-    Raises ConfigError, ModelError, DataError (one line each) for what cannot be used.
+        model: a Hugging Face causal LM, or its folder or Hub name. A given model is trained in place.
+        reward_funcs: one or several reward functions with TRL's signature, or their names (see `resolve_reward`).
+            Default: `args.reward_funcs`.
+        args: the options. Default: `LatentGRPOConfig()`.
+        train_dataset: rows (dicts, or a `datasets.Dataset`) with the column `prompt`. The reward functions get the
+            other columns.
+        eval_dataset: rows with `prompt` and `answer`. Needed if `args.eval_steps` is set.
+        processing_class: the tokenizer. Default: the tokenizer in the model's folder.
+
+    Attributes:
+        model: the trained model, sharded if there are several processes.
+        full_model: the model that samples, scores and is saved. With one process it is `model` itself.
+        reference: the model of the KL penalty, or None. With LoRA it is `full_model`, used with disabled adapters.
+        step: number of finished steps. One step is one rollout with all its updates.
+
+    Raises:
+        ConfigError, ModelError, DataError: an option, model or data set cannot be used; one line with the remedy.
     """
 
     def __init__(
         self,
         model: Any,
-        reward_funcs: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
+        reward_funcs: RewardFuncs | None = None,
         args: LatentGRPOConfig | None = None,
         train_dataset: Sequence[Any] | None = None,
         eval_dataset: Sequence[Any] | None = None,
@@ -83,56 +105,78 @@ class LatentGRPOTrainer:
     ) -> None:
         self.args = args = args or LatentGRPOConfig()
         self.output_dir = Path(args.output_dir)
-        set_seed(args.seed)
-        name = model if isinstance(model, str) else model.config._name_or_path
-        self.tokenizer = processing_class or load_tokenizer(name)
+        set_seed(args.seed)  # new adapters start from random values
+        source = model if isinstance(model, str) else model.config._name_or_path
+        self.tokenizer = processing_class or load_tokenizer(source)
         self.model = load_model(model, args.dtype, args.device) if isinstance(model, str) else model
         self.device = self.model.device
-        functions = reward_funcs if reward_funcs is not None else args.reward_funcs
-        chosen = [functions] if isinstance(functions, str) or callable(functions) else list(functions)
-        try:
-            self.reward_funcs = [resolve_reward(f) for f in chosen]
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        weights, count = args.reward_weights, len(self.reward_funcs)
-        fits = weights is None or len(weights) == count
-        require(fits, "reward_weights", weights, f"give one for each of the {count} rewards")
+        self.reward_funcs = _resolve_rewards(args, reward_funcs)
         require(not args.eval_steps or bool(eval_dataset), "eval_steps", args.eval_steps, "it needs an eval_dataset")
         if not train_dataset:
             raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
         self.rows, self.eval_rows = train_dataset, eval_dataset
-        self.sampling = replace(args.sampling(), eos_token_id=eos_ids(self.model, self.tokenizer))
-        if args.latent:
-            self.sampling.end_token_id = end_marker_ids(self.tokenizer, args.end_marker)[0]
-            vocab = len(lm_head(self.model))
-            require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
+        self.sampling = self._sampling_options()
         self.collector = Collector(args, self.sampling, self.rows, self.tokenizer, self.reward_funcs)
-        prompts = self.collector.prompts_per_batch
-        remedy = f"{world_size()} processes share its {prompts} prompts; give each one or more"
-        require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, remedy)
-        per_epoch = max(1, len(self.rows) // prompts)
-        self.total_steps = args.max_steps if args.max_steps > 0 else max(1, round(per_epoch * args.num_train_epochs))
         self.update_size = args.update_size(world_size())
-        updates = args.num_iterations * -(-args.generation_batch_size // self.update_size)
-        if args.use_peft:
-            add_adapters(self.model, args)
-        # Samples and scores; the model itself where there is one process.
-        self.whole = shard(self.model, sampling=True)
-        self.updater = Updater(self.model, args, self.total_steps * updates, args.freeze_embeddings)
-        self.reference = self.whole if args.use_peft and args.beta > 0 else None  # with its adapters disabled
-        if args.beta > 0 and not args.use_peft:
-            self.reference = (
-                load_model(name, args.dtype, str(self.device)) if isinstance(model, str) else _frozen_copy(self.whole)
-            )
+        self.total_steps = self._count_steps()
+        self._prepare_models(source if isinstance(model, str) else None)
         self.checkpoints = Checkpoints(
-            "train", args, self.model, self.whole, self.tokenizer, self.updater, self.rows, self.total_steps
+            "train", args, self.model, self.full_model, self.tokenizer, self.updater, self.rows, self.total_steps
         )
         self.step = 0
-        set_seed(args.seed + rank())  # rewards may draw
+        set_seed(rank_seed(args.seed, rank()))  # reward functions may draw
         self.metrics: Metrics
 
+    def _sampling_options(self) -> LatentSampling:
+        """Return the options of a rollout, with the token ids that end a latent run and a response."""
+        args = self.args
+        sampling = replace(args.sampling(), eos_token_id=eos_ids(self.model, self.tokenizer))
+        if args.latent:
+            sampling.end_token_id = end_marker_ids(self.tokenizer, args.end_marker)[0]
+            vocab = len(lm_head(self.model))
+            require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
+        return sampling
+
+    def _count_steps(self) -> int:
+        """Return the number of steps of the run."""
+        args, prompts = self.args, self.collector.prompts_per_batch
+        remedy = f"{world_size()} processes share its {prompts} prompts; give each one or more"
+        require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, remedy)
+        if args.max_steps > 0:
+            return args.max_steps
+        steps_per_epoch = max(1, len(self.rows) // prompts)
+        return max(1, round(steps_per_epoch * args.num_train_epochs))
+
+    def _prepare_models(self, path: str | None) -> None:
+        """Add adapters, shard the model, and make the optimizer and the reference model.
+
+        path: where the initial model can be loaded from again; None if it was given as an object.
+        """
+        args = self.args
+        updates_per_step = args.num_iterations * -(-args.generation_batch_size // self.update_size)
+        if args.use_peft:
+            add_adapters(self.model, args)
+        self.full_model = shard(self.model, sampling=True)
+        self.updater = Updater(self.model, args, self.total_steps * updates_per_step, args.freeze_embeddings)
+        self.reference = None
+        if args.beta > 0 and args.use_peft:
+            self.reference = self.full_model
+        elif args.beta > 0 and path is not None:
+            self.reference = load_model(path, args.dtype, str(self.device))
+        elif args.beta > 0:
+            self.reference = copy.deepcopy(self.full_model).requires_grad_(False).eval()
+
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
-        """Run to the last step and save; the last step's metrics. KeyboardInterrupt after a checkpoint on SIGINT."""
+        """Train to the last step, write the model to `output_dir`, and return the metrics of the last step.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder of this run, or True for the newest one in `output_dir`.
+                Default: `args.resume_from_checkpoint`.
+
+        Raises:
+            ConfigError: the checkpoint is missing, torn or of another run, or a new run would overwrite an old one.
+            KeyboardInterrupt: after SIGINT. The step at hand is finished and a checkpoint is written first.
+        """
         args = self.args
         choice = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         history = self.resume(choice) if choice else None
@@ -149,18 +193,19 @@ class LatentGRPOTrainer:
                     self.metrics.write({"phase": "train", "step": self.step, **values})
                     self.log_completions(batch)
                 bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
+                # All ranks stop if one was interrupted: a checkpoint needs all of them.
                 stop = bool(all_reduce_max(interrupt.requested))
                 if stop or (args.save_steps and self.step % args.save_steps == 0):
                     self.save()
                 if stop:
                     raise KeyboardInterrupt
         self.metrics.close()
-        save_model(self.output_dir, self.whole, self.tokenizer)
+        save_model(self.output_dir, self.full_model, self.tokenizer)
         return values
 
     def collect(self) -> tuple[Batch, dict[str, float]]:
-        """A batch to learn from, and the metrics of its rollout."""
-        groups, values = self.collector.collect(self.whole, self.step + 1)
+        """Return a batch to learn from, and the metrics of its rollout."""
+        groups, values = self.collector.collect(self.full_model, self.step + 1)
         started = time.perf_counter()
         batch, gap = self.prepare(groups.rollout, groups.rewards)
         batch.samples = groups.samples
@@ -168,45 +213,64 @@ class LatentGRPOTrainer:
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, rewards: Tensor) -> tuple[Batch, dict[str, float]]:
-        """Old (and reference) log-probs, advantages, and the gap between the sampler's and the trainer's log-probs."""
+        """Add old and reference log-probs and advantages to a rollout with rewards [R], group after group.
+
+        Return the batch, and {"logprob_gap": mean |log-prob of the trainer - log-prob of the sampler| in nats}, which
+        is empty with `old_logprobs` rollout.
+        """
         args, gap = self.args, {}
         old = rollout.logprob
         if args.old_logprobs == "recompute":
-            old = self.logprobs(self.whole, rollout)
+            old = self.logprobs(self.full_model, rollout)
             gap["logprob_gap"] = float(((old - rollout.logprob).abs() * rollout.mask).sum() / rollout.mask.sum())
             self.check_gap(gap["logprob_gap"])
         group = torch.arange(len(rewards), device=self.device) // args.num_generations
-        result = group_advantages(
-            rewards, group, invalid_mask=~rollout.finished, invalid=args.invalid,
-            normalize_std=args.scale_rewards == "group", mean_logprob=mean_logprob(old, rollout.mask),
-            first_token=args.first_token if args.latent else "all",
-        )  # fmt: skip
-        advantages = step_advantages(result.advantages, result.first_step, old.shape[1])
-        if args.scale_rewards == "batch":
-            counted = rollout.finished if args.invalid == "exclude" else torch.ones_like(rollout.finished)
-            advantages = advantages / batch_std(rewards, counted)
-        if args.importance_sampling_cap is not None:
-            weights = (old - rollout.logprob).exp().clamp_max(args.importance_sampling_cap)
-            advantages = advantages * torch.where(rollout.mask, weights, 1.0)
+        advantages = self._advantages(rollout, rewards, group, old)
         with without_adapters(self.reference):
             reference = None if self.reference is None else self.logprobs(self.reference, rollout)
         return Batch(rollout, group, rewards, old, reference, advantages), gap
 
+    def _advantages(self, rollout: Rollout, rewards: Tensor, group: Tensor, old_logprob: Tensor) -> Tensor:
+        """Return the advantage of every response step [R, T] from rewards [R], groups [R], old log-probs [R, T]."""
+        args = self.args
+        result = group_advantages(
+            rewards,
+            group,
+            invalid_mask=~rollout.finished,
+            invalid=args.invalid,
+            normalize_std=args.scale_rewards == "group",
+            mean_logprob=mean_logprob(old_logprob, rollout.mask),
+            # Several correct responses would pull the mixture of one latent step apart. Text steps have no mixture.
+            first_token=args.first_token if args.latent else "all",
+        )
+        advantages = step_advantages(result.advantages, result.first_step, old_logprob.shape[1])
+        if args.scale_rewards == "batch":
+            counted = rollout.finished if args.invalid == "exclude" else torch.ones_like(rollout.finished)
+            advantages = advantages / batch_std(rewards, counted)
+        if args.importance_sampling_cap is not None:
+            # Truncated importance sampling: the sampler's log-probs are not exactly those of the trainer.
+            weights = (old_logprob - rollout.logprob).exp().clamp_max(args.importance_sampling_cap)
+            advantages = advantages * torch.where(rollout.mask, weights, 1.0)
+        return advantages
+
     def logprobs(self, model: Any, rollout: Rollout) -> Tensor:
-        """Log-probs [R, T] under `model`, a micro-batch at a time, each rank its share of the rows."""
+        """Return the log-probs [R, T] float32 of a rollout under a full model, in micro-batches.
+
+        Collective: each rank computes its share of the rows, and every rank gets all of them.
+        """
         out = torch.zeros_like(rollout.logprob)
-        mine = share_of_rank(rollout, torch.arange(len(out), device=out.device), rank(), world_size())
-        for rows in self.micro_batches(rollout, mine):
-            part = replay_logprob(model, rollout.select(rows), self.args.temperature)
-            out[rows, : part.shape[1]] = part
-        return all_reduce_sum(out)
+        rows = share_of_rank(rollout, torch.arange(len(out), device=out.device), rank(), world_size())
+        for micro_batch in self.micro_batches(rollout, rows):
+            logprob = replay_logprob(model, rollout.select(micro_batch), self.args.temperature)
+            out[micro_batch, : logprob.shape[1]] = logprob
+        return all_reduce_sum(out)  # the rows of other ranks are 0 here
 
     def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
-        """Rows that are replayed together."""
+        """Divide `rows` [n] int64 into the micro-batches that are replayed together."""
         return micro_batches(rollout, rows, self.args.per_device_train_batch_size, self.args.micro_batch_tokens)
 
     def check_gap(self, gap: float) -> None:
-        """Say so where sampler and trainer disagree more than `max_logprob_gap`."""
+        """Warn if the log-probs of sampler and trainer differ by more than `max_logprob_gap` nats in the mean."""
         if gap > self.args.max_logprob_gap:
             warnings.warn(
                 f"step {self.step + 1}: sampled log-probs are off the trainer's by {gap:.3g} nats, over "
@@ -216,89 +280,115 @@ class LatentGRPOTrainer:
             )
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """PPO epochs over the batch in mini-batches of whole groups; metrics of the updates."""
+        """Train `num_iterations` epochs on a batch, in mini-batches of whole groups. Return the metrics of the updates.
+
+        The metrics are means over the updates. Only `learning_rate` and `skipped_updates` are the last values.
+        """
         args, started = self.args, time.perf_counter()
         sums: dict[str, float] = {}
+        gap: dict[str, float] = {}
         updates = 0
         for epoch in range(args.num_iterations):
-            generator = torch.Generator().manual_seed((args.seed * WORD + self.step) * args.num_iterations + epoch)
+            # On the CPU, so that every rank and every device draws the same order.
+            generator = torch.Generator().manual_seed(derive_seed(args.seed, self.step, epoch, args.num_iterations))
             groups = torch.randperm(len(batch.rewards) // args.num_generations, generator=generator)
-            for mini in rows_of(groups, args.num_generations).to(self.device).split(self.update_size):
-                stats = self.accumulate(batch, mini)
+            for rows in rows_of_groups(groups, args.num_generations).to(self.device).split(self.update_size):
+                stats = self.accumulate(batch, rows)
                 if updates == 0 and args.old_logprobs == "rollout":
-                    sums["logprob_gap"] = stats["abs_log_ratio"]
-                    self.check_gap(sums["logprob_gap"])
+                    # Before the first update the policy is the one that sampled: any log-ratio is a numerical gap.
+                    gap["logprob_gap"] = stats["abs_log_ratio"]
+                    self.check_gap(gap["logprob_gap"])
                 stats["grad_norm"] = self.updater.step()
                 updates += 1
                 for name, value in stats.items():
-                    sums[f"sum_{name}"] = sums.get(f"sum_{name}", 0.0) + value
-        copy_to_full(self.whole, self.model)
-        means = {name[4:]: value / updates for name, value in sums.items() if name.startswith("sum_")}
-        for unused in ("abs_log_ratio", *(() if args.entropy_coef else ("entropy",))):
-            means.pop(unused)
+                    sums[name] = sums.get(name, 0.0) + value
+        copy_to_full(self.full_model, self.model)
+        # The entropy is computed only if it has a coefficient.
+        unused = {"abs_log_ratio"} if args.entropy_coef else {"abs_log_ratio", "entropy"}
         return {
-            **means, **{k: v for k, v in sums.items() if not k.startswith("sum_")},
-            "learning_rate": self.updater.learning_rate, "skipped_updates": self.updater.skipped,
+            **{name: value / updates for name, value in sums.items() if name not in unused},
+            **gap,
+            "learning_rate": self.updater.learning_rate,
+            "skipped_updates": self.updater.skipped,
             "time_update": time.perf_counter() - started,
-        }  # fmt: skip
+        }
 
     def accumulate(self, batch: Batch, rows: Tensor) -> dict[str, float]:
-        """Gradients of one mini-batch, each rank's of its share of the rows, a micro-batch at a time; its
-        statistics."""
+        """Add up the gradients of one mini-batch, `rows` [n] int64, and return its loss and statistics.
+
+        Collective: each rank replays its share of the rows, in micro-batches. The statistics are those of all ranks.
+        """
         args = self.args
-        carried = response_mask(batch.rollout, args.loss_on)
-        total = carried[rows].sum()
+        loss_mask = response_mask(batch.rollout, args.loss_on)
+        total = loss_mask[rows].sum()
         sums = torch.zeros(1 + len(PolicyStats._fields), dtype=torch.float64)
-        parts = self.micro_batches(batch.rollout, share_of_rank(batch.rollout, rows, rank(), world_size()))
-        for part, real in pad_to_count(parts, rows[:1], all_reduce_max(len(parts))):
-            rollout = batch.rollout.select(part)
+        own = self.micro_batches(batch.rollout, share_of_rank(batch.rollout, rows, rank(), world_size()))
+        for micro_batch, counts in pad_to_count(own, rows[:1], all_reduce_max(len(own))):
+            rollout = batch.rollout.select(micro_batch)
             steps = rollout.mask.shape[1]
-            mask, responses = carried[part, :steps] & real, real * len(part) / len(rows)
+            # A filler has an empty mask: it takes part in the collectives and adds nothing.
+            mask = loss_mask[micro_batch, :steps] & counts
+            response_share = counts * len(micro_batch) / len(rows)
             loss, stats = call_inside(
-                self.model, update_loss, self.model, rollout, batch.old_logprob[part, :steps],
-                batch.advantages[part, :steps], mask,
-                None if batch.ref_logprob is None else batch.ref_logprob[part, :steps], args,
-            )  # fmt: skip
-            loss = loss * share_of_update(args, mask, total, responses)
+                self.model,
+                update_loss,
+                self.model,
+                rollout,
+                batch.old_logprob[micro_batch, :steps],
+                batch.advantages[micro_batch, :steps],
+                mask,
+                None if batch.ref_logprob is None else batch.ref_logprob[micro_batch, :steps],
+                args,
+            )
+            loss = loss * share_of_update(args, mask, total, response_share)
             self.updater.backward(loss)
             sums[0] += float(loss.detach())
-            tokens = float(mask.sum() / total.clamp_min(1))
-            sums[1:] += tokens * torch.nan_to_num(torch.stack(stats)).double().cpu()
+            # A statistic that was not computed is NaN: the entropy, if it has no coefficient.
+            token_share = float(mask.sum() / total.clamp_min(1))
+            sums[1:] += token_share * torch.nan_to_num(torch.stack(stats)).double().cpu()
         return dict(zip(("loss", *PolicyStats._fields), all_reduce_sum(sums).tolist(), strict=True))
 
     def evaluate(self) -> dict[str, float]:
-        """Pass@1 and lengths on the evaluation rows, noise-free."""
+        """Return Pass@1 and lengths on the evaluation rows, without noise, as `eval_NAME`; {} without rows."""
         if not self.eval_rows:
             return {}
-        result = evaluate(self.whole, self.tokenizer, self.eval_rows, self.sampling, end_marker=self.args.end_marker)
+        result = evaluate(
+            self.full_model, self.tokenizer, self.eval_rows, self.sampling, end_marker=self.args.end_marker
+        )
         return {f"eval_{name}": value for name, value in result.items() if isinstance(value, int | float)}
 
     def log_completions(self, batch: Batch) -> None:
-        """Print responses and write them to the Parquet log, as asked for; rank 0 alone."""
+        """Print responses and write them to the Parquet log, as the options ask. Only rank 0 does so."""
         if rank():
             return
-        assert batch.samples is not None
-        print_samples(batch.samples, batch.rewards, self.args.num_completions_to_print)
+        samples = batch.samples
+        assert samples is not None
+        sampled = (self.step, self.tokenizer, samples, batch.rollout, batch.rewards, batch.advantages)
+        print_completions(*sampled, count=self.args.num_completions_to_print)
         if self.args.log_completions:
-            write_completions(
-                self.output_dir, self.step, self.tokenizer, batch.samples, batch.rollout, batch.rewards,
-                batch.advantages,
-            )  # fmt: skip
+            write_completions(self.output_dir, *sampled)
 
     def save(self) -> Path:
-        """Write `checkpoint-STEP`."""
+        """Write `output_dir/checkpoint-STEP` and return its path. Collective: every rank must call it."""
         position = {"prompts_seen": self.collector.prompts_seen, "generations": self.collector.generations}
         return self.checkpoints.save(self.step, position, self.metrics.history)
 
     def resume(self, choice: str | bool) -> list[dict[str, Any]]:
-        """Go on from a checkpoint of this run; its metrics so far."""
+        """Restore a checkpoint of this run (`train` says which `choice` there is). Return its metrics so far."""
         self.step, position, history = self.checkpoints.resume(choice)
         self.collector.prompts_seen, self.collector.generations = position["prompts_seen"], position["generations"]
         return history
 
 
-def _frozen_copy(model: Any) -> Any:
-    """The initial model, kept for the KL penalty."""
-    import copy
-
-    return copy.deepcopy(model).requires_grad_(False).eval()
+def _resolve_rewards(args: LatentGRPOConfig, given: RewardFuncs | None) -> list[RewardFunc]:
+    """Return the reward functions, given or named by the options; ConfigError if one or its weight is missing."""
+    functions = given if given is not None else args.reward_funcs
+    chosen = [functions] if isinstance(functions, str) or callable(functions) else list(functions)
+    try:
+        resolved = [resolve_reward(function) for function in chosen]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    weights, count = args.reward_weights, len(resolved)
+    fits = weights is None or len(weights) == count
+    require(fits, "reward_weights", weights, f"give one for each of the {count} rewards")
+    return resolved

@@ -1,1 +1,1 @@
-"""Several processes: the process group, sharded models, and who computes what."""
+"""Several processes: the process group, the sharded model, and the division of work among the ranks."""

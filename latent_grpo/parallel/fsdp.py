@@ -1,8 +1,10 @@
-"""A model whose parameters are spread over the ranks (FSDP2), beside the same model whole.
+"""A sharded model (FSDP2), whose parameters are spread over the ranks, and a full model with the same values.
 
-Each decoder layer is gathered while it computes and its gradients are averaged over the ranks, so that a rank holds
-its part of the parameters, gradients, float32 copies and optimizer state. Sampling reads all weights at every step, and
-ranks take different numbers of steps: it, and all else without gradients, uses a whole copy on every rank.
+FSDP gathers each decoder layer while it computes and averages its gradients over the ranks. So a rank holds only its
+part of the parameters, gradients, float32 copies and optimizer state.
+
+The full model serves all work without gradients, such as sampling. Sampling reads all weights at every step, and ranks
+take different numbers of steps, so a sharded model could not sample: its collectives need every rank.
 """
 
 from __future__ import annotations
@@ -27,10 +29,16 @@ Result = TypeVar("Result")
 
 
 def shard(model: Any, *, sampling: bool) -> Any:
-    """Spread the parameters over the ranks, in place; the whole model, which `copy_to_full` keeps up to date.
+    """Spread the parameters of `model` over the ranks, in place. Return the full model, which `copy_to_full` updates.
 
-    That is the model itself where there is one process; else a copy, on every rank where `sampling`, and otherwise on
-    rank 0's CPU alone, for saving (None on the others). All ranks get rank 0's parameters.
+    Collective: every rank must call it. All ranks get the parameters of rank 0.
+
+    With one process, the full model is `model` itself. With several, it is a copy: on the device of every rank if
+    `sampling`, otherwise on the CPU of rank 0 only, for saving (None on the other ranks).
+
+    Raises:
+        ConfigError: torchrun started several processes, but there is no process group, or the model is on a GPU that
+            is not this process's own.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size() == 1:
@@ -38,20 +46,23 @@ def shard(model: Any, *, sampling: bool) -> Any:
         return model
     own = torch.device("cuda", torch.cuda.current_device()) if model.device.type == "cuda" else model.device
     require(model.device == own, "device", str(model.device), "leave it out: every process takes a GPU of its own")
+    # A model that every rank made by itself may differ between ranks.
     for parameter in model.parameters():
         dist.broadcast(parameter.data, 0)
-    whole = copy.deepcopy(model) if sampling or rank() == 0 else None
-    if whole is not None:
-        whole = whole.requires_grad_(False).to(model.device if sampling else "cpu")
+    # The copy comes before fully_shard, which replaces the parameters of the model by shards.
+    full_model = copy.deepcopy(model) if sampling or rank() == 0 else None
+    if full_model is not None:
+        full_model = full_model.requires_grad_(False).to(model.device if sampling else "cpu")
     mesh = init_device_mesh(model.device.type, (world_size(),))
-    # Parameters are computed with in their own precision; gradients of many ranks are added up in float32.
+    # Layers compute in the precision of their parameters. Gradients of many ranks are added up in float32.
     options: dict[str, Any] = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, **options)
     fully_shard(model, **options)
+    # The trainers call the body and the LM head, not the model's forward, which is all that FSDP hooks by itself.
     model.inside = _call
     register_fsdp_forward_method(model, "inside")
-    return whole
+    return full_model
 
 
 def _call(function: Callable[..., Result], *args: Any) -> Result:
@@ -59,42 +70,40 @@ def _call(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def call_inside(model: Any, function: Callable[..., Result], *args: Any) -> Result:
-    """`function(*args)`, in which a sharded model's embedding table, LM head and layers may be used.
+    """Return `function(*args)`, within which the embedding table, LM head and layers of a sharded model are usable.
 
-    As many calls, with a backward pass after each, are due on every rank.
+    Collective: every rank must make the same number of calls, with a backward pass after each.
     """
     result: Result = getattr(model, "inside", _call)(function, *args)
     return result
 
 
 @torch.no_grad()
-def copy_to_full(whole: Any, model: Any, *, frozen: bool = False) -> None:
-    """The trained parameters of a sharded model, or all, into its whole copy (None where this rank has none); all ranks
-    call."""
-    if whole is model:
+def copy_to_full(full_model: Any, model: Any, *, frozen: bool = False) -> None:
+    """Copy the trained parameters of a sharded model into its full model; with `frozen`, copy all parameters.
+
+    Collective: every rank must call it. `full_model` is None on ranks that keep no full copy.
+    """
+    if full_model is model:
         return
-    copies = dict(whole.named_parameters()) if whole is not None else {}
+    copies = dict(full_model.named_parameters()) if full_model is not None else {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or frozen:
-            full = full_tensor(parameter)
-            if whole is not None:
-                copies[name].copy_(full)
+            value = full_tensor(parameter)  # an all-gather, which ranks without a copy take part in too
+            if full_model is not None:
+                copies[name].copy_(value)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with the parts of all ranks; itself where it is not sharded."""
+    """Return a sharded tensor put together from all ranks (a collective); return any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def assign(parameter: Tensor, full: Tensor) -> None:
-    """Set a parameter, sharded or not, from its whole value."""
+    """Set a parameter, sharded or not, from its full value, which every rank must give."""
     if isinstance(parameter, DTensor):
         full = full.to(parameter.device, parameter.dtype)
+        # Every rank has the full value, so none needs to send it (src_data_rank=None).
         full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(full)
-
-
-def pad_to_count(parts: list[Any], filler: Any, most: int) -> list[tuple[Any, bool]]:
-    """`most` parts, and whether each is one of `parts` or the filler: every rank has as many."""
-    return [(part, True) for part in parts] + [(filler, False)] * (most - len(parts))

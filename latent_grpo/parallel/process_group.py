@@ -1,4 +1,7 @@
-"""Several processes under torchrun, and one process as the case of a single rank."""
+"""The process group that torchrun starts, and the collectives on it. One process is the case of a single rank.
+
+Without a process group every collective returns its argument, so the callers need no case of their own.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,24 @@ Result = TypeVar("Result")
 
 
 def rank() -> int:
-    """This process's number, 0 where there is one process."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The process group of torchrun's environment: nccl between GPUs, one a rank, and gloo between CPUs.
+    """Open the process group that torchrun's environment describes: nccl for GPUs (one per rank), gloo for CPUs.
 
-    Nothing outside torchrun, and where a group exists already. Rank 0 alone warns: the others would say the same.
-    Raises ConfigError where a node has more processes than GPUs.
+    Do nothing outside torchrun, and nothing if a group exists already. Within, only rank 0 shows warnings, because the
+    other ranks would show the same ones.
+
+    Raises:
+        ConfigError: a node has more processes than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
@@ -40,47 +46,57 @@ def process_group() -> Iterator[None]:
     gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
     if gpus:
         if local_rank >= gpus:
-            local = os.environ.get("LOCAL_WORLD_SIZE", "?")
-            raise ConfigError(f"torchrun started {local} processes on a node with {gpus} GPUs; give one a GPU")
+            local_processes = os.environ.get("LOCAL_WORLD_SIZE", "?")
+            raise ConfigError(
+                f"torchrun started {local_processes} processes on a node with {gpus} GPUs; give --nproc-per-node {gpus}"
+            )
         torch.cuda.set_device(local_rank)
+    # Objects and counters are exchanged as CPU tensors even when the model is on GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     if rank():
         warnings.simplefilter("ignore")
     yield
-    dist.destroy_process_group()  # not after an error: it would wait for the others, which torchrun is to end
+    # Not in a `finally`: after an error it would wait for the other ranks. torchrun ends them.
+    dist.destroy_process_group()
 
 
 def all_gather(values: list[Any]) -> list[Any]:
-    """The lists of all ranks one after another, on every rank. The entries must pickle; tensors in them belong on the
-    CPU."""
+    """Return the lists of all ranks, concatenated in the order of the ranks, on every rank.
+
+    Collective: every rank must call it. The entries are pickled, so move tensors in them to the CPU first.
+    """
     if world_size() == 1:
         return values
-    parts: list[list[Any]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+    lists: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(lists, values)
+    return [value for values in lists for value in values]
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over the ranks, in place."""
+    """Add a tensor up over the ranks, in place, and return it. Collective: every rank must call it."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest of the ranks' values."""
+    """Return the largest value of all ranks. Collective: every rank must call it."""
     if world_size() == 1:
         return value
-    found = torch.tensor(value)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def on_rank_zero(function: Callable[[], Result]) -> Result:
-    """What `function` returns on rank 0, which alone calls it; the others wait. Its ConfigError is everyone's."""
+    """Call `function` on rank 0 only, and return its result on every rank. Collective: every rank must call it.
+
+    The other ranks wait for rank 0. If `function` raises ConfigError, every rank raises it. Other errors stay on rank
+    0, where torchrun sees them and ends all processes.
+    """
     if world_size() == 1:
         return function()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, the message of a ConfigError
     if rank() == 0:
         try:
             outcome[0] = function()

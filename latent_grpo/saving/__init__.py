@@ -1,1 +1,1 @@
-"""Files that survive a kill: checkpoints, sharded tensors, atomic writes."""
+"""What a run leaves on the disk, whole even if it is killed: checkpoints, model folders, single files."""

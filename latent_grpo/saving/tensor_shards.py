@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that every rank writes its part of, in safetensors, and any number of ranks reads."""
+"""The large tensors of a checkpoint, in safetensors. Every rank writes its part; any number of ranks reads them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from torch import Tensor
 from latent_grpo.config import ConfigError
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank, world_size
 
-FILE_BYTES = 2**31  # of whole tensors in a rank's file, of which it holds its part
+FILE_BYTES = 2**31  # bytes of full tensors per file; the file of a rank holds its part of each
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors, sharded as they are, into a new folder. All ranks call, with the same names.
+    """Write tensors, sharded as they are, into a new folder.
 
-    ConfigError where the folder is not one that all ranks see: nothing else would tell before it is read.
+    Collective: every rank must call it, with the same names.
+
+    Raises:
+        ConfigError: the ranks do not see the same folder. Otherwise nobody would notice until the checkpoint is read.
     """
     on_rank_zero(folder.mkdir)
     if not tensors:
         return
-    # A file is put together in memory.
+    # The writer puts a file together in memory, so large states go to several files.
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
     files = {name: 1 + sum(sizes[:i]) // FILE_BYTES for i, name in enumerate(tensors)}
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-    with _one_process_is_no_surprise():
+    with _ignore_single_process_warning():
         dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
     written = all_gather([path.name for path in folder.glob(f"shard-{rank() + 1:05d}-*")])
     on_rank_zero(lambda: _check_seen(folder, written))
 
 
 def _check_seen(folder: Path, names: list[str]) -> None:
-    """ConfigError for the first file that another rank wrote and this one does not see."""
+    """Raise ConfigError for the first file that another rank wrote and this rank does not see."""
     for name in names:
         if not (folder / name).exists():
             where = f"{name} of {str(folder)!r} is not seen by rank 0"
@@ -45,24 +48,31 @@ def _check_seen(folder: Path, names: list[str]) -> None:
 
 
 def read_shards(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
-    """The tensors of `write_shards` by name; `empty` makes what each is read into, sharded as it is wanted here.
+    """Return the tensors that `write_shards` wrote, by name. Collective: every rank must call it.
 
-    ValueError where a part of one is missing; of the last part `empty` can tell by the shape.
+    empty: makes the tensor, sharded as this run needs it, into which a tensor of that name, size and dtype is read.
+
+    Raises:
+        ValueError: a part of a tensor is missing. If the part at the end is missing, the file says that the tensor is
+            smaller than it was; `empty` can notice it by the size.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    for name, part in known.items():
-        if sum(chunk.sizes.numel() for chunk in part.chunks) != part.size.numel():
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    for name, metadata in stored.items():
+        # The reader would leave a missing part at zero.
+        if sum(chunk.sizes.numel() for chunk in metadata.chunks) != metadata.size.numel():
             raise ValueError(f"a part of {name} is missing")
-    tensors = {name: empty(name, part.size, part.properties.dtype) for name, part in sorted(known.items())}
+    # In one order on every rank, because reading is a collective.
+    tensors = {name: empty(name, data.size, data.properties.dtype) for name, data in sorted(stored.items())}
     if tensors:
-        with _one_process_is_no_surprise():
+        with _ignore_single_process_warning():
             dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
     return tensors
 
 
 @contextmanager
-def _one_process_is_no_surprise() -> Iterator[None]:
+def _ignore_single_process_warning() -> Iterator[None]:
+    """Silence the warning of torch.distributed.checkpoint that there is one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

@@ -1,1 +1,1 @@
-"""From a recorded response to new weights: replay, loss, micro-batches, optimizer, and what saves memory."""
+"""From recorded responses to new weights: replay, loss, micro-batches, optimizer, and options that save memory."""

@@ -1,7 +1,8 @@
-"""Gradient checkpointing of decoder layers that read and extend a cache.
+"""Gradient checkpointing of decoder layers that read and extend a key-value cache.
 
-Transformers' own drops the cache, and works in training mode only. Here a layer's part of the cache is an input and an
-output of the recomputed function, so that a prompt's cache is shared, with gradients, as without checkpointing.
+The checkpointing of transformers drops the cache and works in training mode only. Here the layer's part of the cache is
+an input and an output of the recomputed function. So responses share the cache of their prompt, with gradients, as they
+do without checkpointing.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from latent_grpo.model import CACHE_ARGUMENTS
 
 @contextmanager
 def recomputed(model: Any, enabled: bool = True) -> Iterator[None]:
-    """Within, a forward pass with gradients keeps only the inputs of every decoder layer; the backward pass computes
-    the rest again. A backward pass may follow later, outside."""
+    """Within, let a forward pass keep only the inputs of each decoder layer; the backward pass computes the rest again.
+
+    The backward pass may run after the block. Nothing changes without gradients, or if `enabled` is False.
+    """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if enabled else []
     for layer in layers:
-        layer.forward = _checkpointed(layer)
+        layer.forward = _checkpointed(layer)  # hides the method of the class until it is deleted
     try:
         yield
     finally:
@@ -33,7 +36,7 @@ def recomputed(model: Any, enabled: bool = True) -> Iterator[None]:
 
 
 def _checkpointed(layer: Any) -> Callable[..., Any]:
-    """The layer's forward pass through `torch.utils.checkpoint`."""
+    """Return the forward pass of a layer through `torch.utils.checkpoint`."""
     original = layer.forward
     index = next((module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")), 0)
 
@@ -43,11 +46,13 @@ def _checkpointed(layer: Any) -> Callable[..., Any]:
             return checkpoint(original, *args, use_reentrant=False, **kwargs)
         extended = kwargs.pop(name)
         before = copy.copy(extended.layers[index])
-        # The recomputed function holds on to this layer's past alone, not to what later passes append for all.
+        # The recomputed function must keep only the past of this layer alive. `extended` itself would keep what later
+        # passes append to all layers.
         empty = copy.copy(extended)
         empty.layers = [None] * len(extended.layers)
 
         def run(*args: Any) -> tuple[Any, Any]:
+            # Fresh copies: the layer appends to its cache, and the backward pass calls `run` a second time.
             cache = copy.copy(empty)
             cache.layers = [*empty.layers]
             cache.layers[index] = copy.copy(before)

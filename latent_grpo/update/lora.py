@@ -1,10 +1,10 @@
-"""LoRA through PEFT: adapters inside the model's linear layers, which stays an ordinary model to everyone else.
+"""LoRA through PEFT: adapters inside the linear layers of a model, which other code uses like any model.
 
-Checkpoints hold only the adapters; the finished model is saved with the adapters merged, a plain Hugging Face folder.
-The reference of a KL penalty is the same model with its adapters disabled.
+A checkpoint holds only the adapters. The finished model is saved with its adapters merged, as a plain Hugging Face
+folder. The reference of a KL penalty is the same model with its adapters disabled.
 
-PEFT's own functions add, disable and name the adapters. The methods that transformers puts around them refuse versions
-of PEFT that work: transformers 5.24 asks for a PEFT newer than the newest release.
+PEFT's own functions add, disable and name the adapters. The methods that transformers puts around these functions
+refuse versions of PEFT that work: transformers 5.24 asks for a PEFT newer than the newest release.
 """
 
 from __future__ import annotations
@@ -18,44 +18,50 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latent_grpo.config import ConfigError, ModelOptions
+from latent_grpo.config import AdapterOptions, ConfigError
 from latent_grpo.errors import first_line
 from latent_grpo.parallel.fsdp import assign
 
-ADAPTER_FILE = "adapter_model.safetensors"
-NAME = "default"  # PEFT's name of the one adapter
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name of the file
+ADAPTER = "default"  # PEFT's name of the only adapter
 
 
-def add_adapters(model: Any, args: ModelOptions) -> None:
-    """Freeze the model and add trainable float32 adapters to `args.lora_target_modules`. ConfigError where PEFT is not
-    installed, a target is not there, or the LM head or the embedding would be adapted."""
+def add_adapters(model: Any, args: AdapterOptions) -> None:
+    """Freeze the model and add trainable float32 adapters to `args.lora_target_modules`.
+
+    Raises:
+        ConfigError: PEFT is not installed, a target does not exist, or the LM head or the embedding is a target.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("use_peft is True: pip install 'latent-grpo[peft]'") from error
     targets = args.lora_target_modules
+    # PEFT gives one word, such as "all-linear", a meaning of its own only if it is a string.
     chosen = targets[0] if targets is not None and len(targets) == 1 else targets
     try:
         config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=chosen)
-        inject_adapter_in_model(config, model, NAME)
+        inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise ConfigError(f"lora_target_modules is {targets!r}: {first_line(error)}") from error
+    # The operators read the weights of both tables directly, so an adapter on one would have no effect.
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         if hasattr(table, "base_layer"):
             raise ConfigError(f"lora_target_modules is {targets!r}: leave out the LM head and the embedding")
+    # Adapters take the dtype of their layer. They are small, and 16 bits would lose small updates.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether adapters are part of the model."""
+    """Tell whether a model has adapters."""
     return bool(getattr(model, "peft_config", None))
 
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Within, a model with adapters computes what it did before them."""
+    """Within, let a model with adapters compute what it did before they were added; do nothing to other models."""
     if not has_adapters(model):
         yield
         return
@@ -72,16 +78,20 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 
 def write_adapters(folder: Path, model: Any) -> None:
-    """Write the model's adapters into `folder` as PEFT does, so that `PeftModel.from_pretrained` reads them."""
+    """Write the adapters into `folder` in PEFT's layout, which `PeftModel.from_pretrained` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {saved_name(name): p.detach().contiguous() for name, p in adapter_parameters(model)}
     save_file(parameters, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    model.peft_config[NAME].save_pretrained(str(folder))
+    model.peft_config[ADAPTER].save_pretrained(str(folder))
 
 
 @torch.no_grad()
 def read_adapters(folder: Path, model: Any) -> None:
-    """Read what `write_adapters` wrote into the model's own adapters. ConfigError where `folder` holds others."""
+    """Read adapters that `write_adapters` wrote into the adapters of `model`, sharded or not.
+
+    Raises:
+        ConfigError: `folder` has adapters that `model` does not have.
+    """
     saved = load_file(folder / ADAPTER_FILE)
     for name, parameter in adapter_parameters(model):
         assign(parameter, saved.pop(saved_name(name)))
@@ -90,27 +100,28 @@ def read_adapters(folder: Path, model: Any) -> None:
 
 
 def adapter_parameters(model: Any) -> list[tuple[str, Tensor]]:
-    """Name and value of every parameter of the model's adapters."""
-    return [(name, p) for name, p in model.named_parameters() if f".{NAME}." in name]
+    """Return (name, parameter) of every parameter of the adapters."""
+    return [(name, p) for name, p in model.named_parameters() if f".{ADAPTER}." in name]
 
 
 def saved_name(name: str) -> str:
-    """Name in PEFT's files of a parameter of an adapter."""
-    return f"base_model.model.{name.replace(f'.{NAME}.', '.')}"
+    """Return the name that an adapter's parameter has in PEFT's files."""
+    return f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"
 
 
 @torch.no_grad()
 def merged_model(model: Any) -> Any:
-    """A model without adapters that computes the same; it shares the tensors that no adapter changes."""
+    """Return a model without adapters that computes the same. It shares the tensors that no adapter changes."""
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        if f".{NAME}." in name:
+        if f".{ADAPTER}." in name:
             continue
-        layer_name, has_base, part = name.partition(".base_layer.")
-        if has_base and part == "weight":
+        layer_name, has_base, tensor_name = name.partition(".base_layer.")
+        if has_base and tensor_name == "weight":
             layer = model.get_submodule(layer_name)
-            value = (value.float() + layer.get_delta_weight(NAME).float()).to(value.dtype)
-        state[f"{layer_name}.{part}" if has_base else name] = value
+            value = (value.float() + layer.get_delta_weight(ADAPTER).float()).to(value.dtype)
+        state[f"{layer_name}.{tensor_name}" if has_base else name] = value
+    # On the meta device the new model has no memory of its own; it takes over the tensors of `state`.
     with torch.device("meta"):
         plain = type(model)(model.config)
     plain.load_state_dict(state, assign=True)

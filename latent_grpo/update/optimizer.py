@@ -1,6 +1,6 @@
-"""One optimizer step as both trainers take it: clipping, skipping of non-finite gradients, the schedule.
+"""The optimizer step of both trainers: clipping, skipping of gradients that are not finite, the learning rate.
 
-Of a sharded model a rank updates its part; clipping goes by the norm of the whole gradient.
+With a sharded model, each rank updates its part of the parameters. Clipping uses the norm of the full gradient.
 """
 
 from __future__ import annotations
@@ -23,13 +23,23 @@ MASTER = "master"  # prefix of the float32 copies in a checkpoint
 
 
 class Updater:
-    """AdamW over the trainable parameters of a model, its schedule, and a count of skipped updates.
+    """AdamW over the trainable parameters of a model, with its schedule and a count of skipped updates.
 
-    With `args.master_weights`, 16-bit parameters have float32 copies: gradients add up and updates happen there.
+    With `args.master_weights`, 16-bit parameters have float32 copies ("master weights"). Gradients are added up and
+    updates are made in the copies, since an update is often smaller than the precision of the parameter.
+
+    Args:
+        model: the model to train. Sets `requires_grad` of its parameters, except if it has adapters.
+        args: the options of optimizer and schedule.
+        total_steps: number of optimizer steps that the schedule covers.
+        freeze_embeddings: keep the embedding table, and an LM head that is tied to it.
+
+    Raises:
+        ConfigError: nothing is trainable, the schedule is unknown, or the optimizer's library is not installed.
     """
 
     def __init__(self, model: Any, args: RunOptions, total_steps: int, freeze_embeddings: bool) -> None:
-        if not has_adapters(model):  # which alone are trained where there are any
+        if not has_adapters(model):  # of a model with adapters, only the adapters are trained
             model.requires_grad_(True)
             if freeze_embeddings:
                 embedding_table(model).requires_grad_(False)
@@ -43,7 +53,7 @@ class Updater:
             self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, total_steps)
         except ValueError as error:
             raise ConfigError(f"lr_scheduler_type is {args.lr_scheduler_type!r}: {error}") from error
-        self.max_grad_norm = args.max_grad_norm or math.inf
+        self.max_grad_norm = args.max_grad_norm or math.inf  # 0 stands for no clipping; the norm is logged all the same
         self.skipped = 0
 
     @property
@@ -52,8 +62,8 @@ class Updater:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` to those of the micro-batches before it; over ranks, of the sum of theirs."""
-        # A sharded model averages the ranks' gradients.
+        """Add the gradients of `loss` (0-d) to those of earlier micro-batches; losses of the ranks are added up."""
+        # A sharded model averages the gradients over the ranks, so the factor makes the average a sum.
         (loss * world_size()).backward()
         for parameter, copy in self.copies():
             if parameter.grad is not None:
@@ -62,8 +72,10 @@ class Updater:
                 parameter.grad = None
 
     def step(self) -> float:
-        """Clip, update and clear the gradients; their norm before clipping. Not finite: no update, a warning, a
-        count."""
+        """Clip the gradients, update and clear them. Return their norm before clipping.
+
+        If the norm is not finite, skip the update, warn and count it. The learning rate moves on in any case.
+        """
         norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -76,37 +88,38 @@ class Updater:
         return norm
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, its float32 copy) of all that have one."""
+        """Return (parameter, its float32 copy) of the parameters that have a copy."""
         return [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """The float32 copies into their parameters."""
+        """Round the float32 copies into their parameters."""
         for parameter, copy in self.copies():
             parameter.copy_(copy)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Float32 copies and the optimizer's tensors as `master.NAME`, `exp_avg.NAME`, ...: for a checkpoint, a rank's
-        part of each."""
-        found = {f"{MASTER}.{name}": m.detach() for name, m, p in self.trained() if m is not p}
+        """Return the large tensors for a checkpoint, by names like `exp_avg.NAME`. Each rank has its part of them."""
+        large = {f"{MASTER}.{name}": m.detach() for name, m, p in self.trained() if m is not p}
         for name, copy, _ in self.trained():
             state = self.optimizer.state.get(copy, {})
-            found |= {f"{key}.{name}": value for key, value in state.items() if _is_large(value, copy)}
-        return found
+            large |= {f"{key}.{name}": value for key, value in state.items() if _is_large(value, copy)}
+        return large
 
     def state_dict(self) -> dict[str, Any]:
-        """The rest of the state: small, and the same on every rank."""
+        """Return the rest of the state, which is small and the same on every rank."""
         small = {
             name: {k: v for k, v in self.optimizer.state.get(copy, {}).items() if not _is_large(v, copy)}
             for name, copy, _ in self.trained()
         }
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {
-            "state": small, "groups": groups, "scheduler": self.scheduler.state_dict(), "skipped": self.skipped,
-        }  # fmt: skip
+        return {"state": small, "groups": groups, "scheduler": self.scheduler.state_dict(), "skipped": self.skipped}
 
     def empty(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """What a tensor of `tensors` is read into: sharded as its parameter is, whose shape it must have."""
+        """Return a tensor to read a tensor of `tensors` into, sharded like its parameter.
+
+        Raises:
+            ValueError: the parameter does not have that size.
+        """
         parameter = self.masters[self.names.index(name.partition(".")[2])]
         if parameter.shape != size:
             raise ValueError(f"{name} is {list(size)} there and {list(parameter.shape)} here")
@@ -114,15 +127,15 @@ class Updater:
 
     @torch.no_grad()
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict` and `tensors`."""
+        """Restore what `state_dict` and `tensors` returned."""
         values = {name: dict(state["state"][name]) for name in self.names}
-        for full, value in tensors.items():
-            key, _, name = full.partition(".")
+        for full_name, value in tensors.items():
+            key, _, name = full_name.partition(".")
             values[name][key] = value
         for name, copy, parameter in self.trained():
             if copy is not parameter:
                 copy.copy_(values[name].pop(MASTER))
-            if values[name]:
+            if values[name]:  # empty before the first update
                 self.optimizer.state[copy] = values[name]
         for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
             group.update(saved)
@@ -131,24 +144,28 @@ class Updater:
         self.write_back()
 
     def trained(self) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, what the optimizer updates, parameter)."""
+        """Return (name, float32 copy or the parameter itself, parameter) of the trained parameters."""
         return list(zip(self.names, self.masters, self.parameters, strict=True))
 
 
 def _is_large(value: Any, parameter: Tensor) -> bool:
-    """Whether a rank holds its part of it alone; tables that 8-bit optimizers share, and counts, are small."""
+    """Tell whether a rank holds only its part of a value. Counts, and tables of 8-bit optimizers, are small."""
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def master(parameter: Tensor) -> Tensor:
-    """A float32 copy of a 16-bit parameter; a float32 parameter itself."""
+    """Return a float32 copy of a 16-bit parameter; return a float32 parameter itself."""
     if parameter.dtype == torch.float32:
         return parameter
     return torch.nn.Parameter(parameter.detach().float())
 
 
 def make_optimizer(parameters: list[Tensor], args: RunOptions) -> Any:
-    """The optimizer that `args.optim` names; ConfigError where its library is not installed."""
+    """Make the optimizer that `args.optim` names.
+
+    Raises:
+        ConfigError: its library is not installed, or it cannot be sharded and there are several processes.
+    """
     options: dict[str, Any] = dict(
         lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay
     )

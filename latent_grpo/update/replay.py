@@ -1,4 +1,4 @@
-"""Replay: the hidden states and log-probs of a recorded response, with gradients."""
+"""Replay: the hidden states and log-probs of a recorded response, computed again with gradients."""
 
 from __future__ import annotations
 
@@ -15,35 +15,44 @@ from latent_kernels import latent_logprob, mix_embeddings
 
 
 def replay(model: Any, rollout: Rollout) -> Tensor:
-    """Hidden states [R, T, D] that predict every response step, by teacher forcing.
+    """Return the hidden states [R, T, D] that predict every response step, by teacher forcing.
 
-    A prompt is computed once and its cache shared, with gradients, by the responses to it, so that cost follows
-    P * Lp + R * T tokens and not R * (Lp + T).
+    The input of a latent step is the mixture of its recorded ids and scores. No gradient flows through these inputs.
+
+    A prompt is computed once. All responses to it share its cache, with gradients, so the cost is P * Lp + R * T tokens
+    instead of R * (Lp + T). P prompts of Lp tokens, R responses of T steps, hidden size D.
     """
-    table, mask = embedding_table(model), rollout.prompt_mask
-    where = positions(mask)
+    table, prompt_mask = embedding_table(model), rollout.prompt_mask
+    prompt_positions = positions(prompt_mask)
     cache = DynamicCache(config=model.config)
-    prompt = body(model, F.embedding(rollout.prompt_ids, table), mask, where, cache)[:, -1]
-    first = prompt[rollout.prompt_index].unsqueeze(1)
+    prompt_embeds = F.embedding(rollout.prompt_ids, table)
+    # The last token of a prompt predicts the first step of every response to it.
+    prompt_hidden = body(model, prompt_embeds, prompt_mask, prompt_positions, cache)[:, -1]
+    first_hidden = prompt_hidden[rollout.prompt_index].unsqueeze(1)
     rows, steps, components = rollout.ids.shape
     if steps == 1:
-        return first
+        return first_hidden
     cache.batch_select_indices(rollout.prompt_index)
-    fed = slice(0, steps - 1)
+    # The last step predicts nothing, so it is not an input.
+    inputs = slice(0, steps - 1)
     embeds = mix_embeddings(
-        rollout.ids[:, fed].reshape(-1, components),
-        rollout.scores[:, fed].reshape(-1, components),
+        rollout.ids[:, inputs].reshape(-1, components),
+        rollout.scores[:, inputs].reshape(-1, components),
         table.detach(),
         tau=rollout.tau,
     ).view(rows, steps - 1, -1)
-    full_mask = torch.cat([mask[rollout.prompt_index], rollout.mask[:, fed].to(mask.dtype)], 1)
-    last = where[:, -1:][rollout.prompt_index]
-    following = last + 1 + torch.arange(steps - 1, device=last.device)
-    return torch.cat([first, body(model, embeds, full_mask, following, cache)], 1)
+    mask = torch.cat([prompt_mask[rollout.prompt_index], rollout.mask[:, inputs].to(prompt_mask.dtype)], 1)
+    # Prompts are padded on the left, so their last token has their last position.
+    last_position = prompt_positions[:, -1:][rollout.prompt_index]
+    response_positions = last_position + 1 + torch.arange(steps - 1, device=last_position.device)
+    return torch.cat([first_hidden, body(model, embeds, mask, response_positions, cache)], 1)
 
 
 def replay_logprob(model: Any, rollout: Rollout, temperature: float) -> Tensor:
-    """Log-probs [R, T] of a rollout under `model`; 0 where masked."""
+    """Return the log-probs [R, T] float32 of the steps of a rollout under `model`; 0 on masked steps.
+
+    temperature: the sampling temperature, which divides the logits of text steps only. Differentiable in the model.
+    """
     hidden = replay(model, rollout)
     active = rollout.mask
     logprob = latent_logprob(

@@ -19,15 +19,9 @@ from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, La
 from latent_grpo.config import ConfigError
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.saving import checkpoint as checkpoint_module
-from latent_grpo.saving.checkpoint import (
-    STATE_FILE,
-    TENSOR_FILE,
-    checkpoints_in,
-    fingerprint,
-    random_state,
-    read_state,
-    set_random_state,
-)
+from latent_grpo.saving.checkpoint import STATE_FILE, TENSOR_FILE, checkpoints_in, read_state
+from latent_grpo.saving.random_streams import random_state, set_random_state
+from latent_grpo.saving.run_identity import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KILLED = {"signal": int(signal.SIGKILL)}
@@ -190,7 +184,7 @@ def test_a_checkpoint_of_other_options_is_refused(options, match, run):
 def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
     run = tmp_path / "run"
     grpo(run, lr_scheduler_type="linear").train()
-    refused(grpo(run, lr_scheduler_type="linear", max_steps=4), run, "its linear schedule went over 2 steps")
+    refused(grpo(run, lr_scheduler_type="linear", max_steps=4), run, "has a linear schedule over 2 steps, this run has one over 4")
 
 
 def test_a_checkpoint_of_another_model_is_refused(run):

@@ -1,0 +1,61 @@
+"""Model folders in the Hugging Face layout: a model with its tokenizer, or only its LoRA adapters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from latent_grpo.model import load_model
+from latent_grpo.parallel.fsdp import assign
+from latent_grpo.parallel.process_group import on_rank_zero
+from latent_grpo.saving.atomic import flush
+from latent_grpo.update.lora import has_adapters, merged_model, read_adapters, write_adapters
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write model and tokenizer into a folder that `from_pretrained` reads; of a model with adapters, only these."""
+    transformers_logging.disable_progress_bar()  # it would break into the progress bar of the run
+    if has_adapters(model):
+        write_adapters(folder, model)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_model(folder: Path, model: Any) -> None:
+    """Read the parameters that `write_model` wrote into `model`, sharded or not, which has all of them.
+
+    With several processes, every rank must call it, because setting a sharded parameter is a collective.
+    """
+    if has_adapters(model):
+        read_adapters(folder, model)
+        return
+    dtype = str(model.dtype).removeprefix("torch.")
+    saved = dict(load_model(str(folder), dtype, str(model.device)).named_parameters())
+    for name, parameter in model.named_parameters():
+        assign(parameter, saved[name])
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write the finished model, with its adapters merged, into a folder that may hold other files.
+
+    Collective: every rank must call it; rank 0 writes. Each file appears whole. The weights appear last, so a folder
+    with weights is complete.
+    """
+    on_rank_zero(lambda: _save_model(folder, model, tokenizer))
+
+
+def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    model = merged_model(model) if has_adapters(model) else model
+    partial = folder / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left one
+    write_model(partial, model, tokenizer)
+    for path in sorted(partial.iterdir(), key=lambda path: "safetensors" in path.name):
+        flush(path)
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+    flush(folder)
