@@ -1,1 +1,1 @@
-"""`latent-grpo compare`: methods and ablations over several seeds."""
+"""`latent-grpo compare`: methods and ablations on one task, over several seeds."""

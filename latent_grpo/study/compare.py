@@ -1,8 +1,10 @@
 """`latent-grpo compare`: the methods and the ablations of the paper on one task, over several seeds.
 
-Every seed has a latent and a text warm start; the arms of that seed start from them, so that arms differ in one thing
-and their differences can be taken seed by seed. A run is one arm of one seed. Runs go to worker processes, each on its
-own CPU threads, keep their results in `seed-N/ARM/result.json`, and are skipped when the command is given again.
+An arm is a method or an ablation. A run is one arm of one seed. Each seed has a latent and a text warm start, and every
+arm of the seed starts from one of them. So arms differ in one thing only, and differences can be taken seed by seed.
+
+Runs go to worker processes, each on its own CPU threads. A run keeps its result in `seed-N/ARM/result.json`. When the
+command is given again, it skips the runs that have a result.
 """
 
 from __future__ import annotations
@@ -39,20 +41,20 @@ from latent_grpo.watching.metrics import progress_bar
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the comparison: a warm start alone, or reinforced with some options changed."""
+    """One line of the comparison: a warm start, or a reinforced model with some options of the full method changed."""
 
     label: str
-    start: str  # the warm start that it is or begins with
-    changes: dict[str, Any] = field(default_factory=dict)  # options of LatentGRPOConfig ...
-    recipe: str = ""  # ... and those of a named recipe
+    start: str  # name of the warm start that the arm is, or starts from
+    changes: dict[str, Any] = field(default_factory=dict)  # changed options of LatentGRPOConfig
+    recipe: str = ""  # name of a recipe with further changed options
 
     @property
     def ablation(self) -> bool:
-        """Whether it is the full method with one option changed."""
+        """Whether the arm is the full method with one option changed."""
         return bool(self.changes)
 
     def options(self) -> dict[str, Any]:
-        """Options that it changes in the full method's."""
+        """Return the options of LatentGRPOConfig in which the arm differs from the full method."""
         return {**(read_yaml(self.recipe, LatentGRPOConfig) if self.recipe else {}), **self.changes}
 
 
@@ -83,11 +85,11 @@ class Run:
 
     @property
     def start(self) -> Run:
-        """The warm start that this run needs, itself for a warm start."""
+        """The warm start that this run starts from. A warm start is its own."""
         return Run(self.seed, ARMS[self.arm].start)
 
     def folder(self, args: CompareConfig) -> Path:
-        """Where its model, metrics, log and result are."""
+        """Return the folder of the run's model, metrics, log and result."""
         return Path(args.output_dir) / f"seed-{self.seed}" / self.arm
 
     def __str__(self) -> str:
@@ -96,7 +98,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run's result depends on, and a worker process needs."""
+    """Everything that the result of a run depends on. Worker processes get a copy."""
 
     args: CompareConfig
     sft: LatentSFTConfig
@@ -104,77 +106,80 @@ class Plan:
 
     @property
     def embedded(self) -> bool:
-        """Whether the task is the quickstart's world, made on the spot."""
+        """Whether the task is the quickstart's toy task, made on the spot."""
         return not self.sft.model_name_or_path
 
     def sft_options(self, run: Run) -> LatentSFTConfig:
-        """Options of a warm start."""
+        """Return the options of a warm start."""
         folder = str(run.folder(self.args))
         return replace(self.sft, output_dir=folder, seed=run.seed, latent=run.arm == LATENT)
 
     def grpo_options(self, run: Run) -> LatentGRPOConfig:
-        """Options of a reinforced run, and how the warm starts are sampled."""
+        """Return the options of a reinforced run. For a warm start, they say how its responses are sampled."""
         changes: dict[str, Any] = {"latent": run.start.arm == LATENT, **ARMS[run.arm].options()}
         return replace(self.grpo, output_dir=str(run.folder(self.args)), seed=run.seed, **changes)
 
     def identity(self) -> dict[str, Any]:
-        """The options that must stay the same for finished runs to be kept."""
+        """Return the options that must stay the same for finished runs to be kept."""
         args = asdict(self.args)
         shared = {name: args[name] for name in ("train_problems", "held_out_problems", "num_samples", "threads")}
         return {**shared, "sft": asdict(self.sft), "grpo": asdict(self.grpo)}
 
 
-def make_plan(
-    args: CompareConfig, sft: LatentSFTConfig | None = None, grpo: LatentGRPOConfig | None = None
-) -> Plan:  # fmt: skip
-    """The quickstart's world and options where none are given. ConfigError for what does not fit together.
+def make_plan(args: CompareConfig, sft: LatentSFTConfig | None = None, grpo: LatentGRPOConfig | None = None) -> Plan:
+    """Return the plan of a comparison. Without `sft` and `grpo`, it is of the quickstart's toy task and options.
 
-    There the full method is the paper's, with first-token selection, which the quickstart leaves out.
+    Raises ConfigError if only one of `sft` and `grpo` is given, or if they name no data.
     """
     if (sft is None) != (grpo is None):
-        raise ConfigError("sft_config and grpo_config belong together; give both, or none for the quickstart's world")
+        raise ConfigError(
+            "sft_config and grpo_config belong together; give both, or none for the quickstart's toy task"
+        )
     sft = sft or sft_config(Path(), 0)
+    # The full method is the paper's, with first-token selection, which the quickstart leaves out.
     grpo = grpo or replace(grpo_config(Path(), 0, "all"), first_token="best_of_correct")
+    # Folder and seed are a run's own. Zeros keep them out of what `claim_folder` compares.
     sft = replace(sft, output_dir="", seed=0, max_steps=args.sft_steps or sft.max_steps)
     grpo = replace(grpo, output_dir="", seed=0, save_steps=0, max_steps=args.grpo_steps or grpo.max_steps)
     plan = Plan(args, sft, grpo)
     if not plan.embedded and not (sft.dataset and grpo.dataset and grpo.eval_dataset):
-        raise ConfigError("a comparison needs dataset in sft_config, dataset and eval_dataset in grpo_config")
+        raise ConfigError("a comparison needs data: set dataset in sft_config, dataset and eval_dataset in grpo_config")
     return plan
 
 
 def all_runs(args: CompareConfig) -> list[Run]:
-    """Every run, warm starts first; ConfigError for an arm that does not exist."""
+    """Return every run, warm starts first. Raise ConfigError for an arm that does not exist."""
     chosen = args.arms or list(ARMS)
     for name in chosen:
         if name not in ARMS:
             raise ConfigError(f"arms holds {name!r}: choose from {', '.join(ARMS)}")
     starts = [name for name in (LATENT, TEXT) if any(ARMS[arm].start == name for arm in chosen)]
     rest = [name for name in ARMS if name in chosen and name not in starts]
-    return [Run(seed, arm) for part in (starts, rest) for seed in args.seeds for arm in part]
+    return [Run(seed, arm) for names in (starts, rest) for seed in args.seeds for arm in names]
 
 
 def claim_folder(plan: Plan) -> None:
-    """Make the output folder, or find that its runs are of the same options; ConfigError otherwise."""
-    folder, wanted = Path(plan.args.output_dir), json.loads(json.dumps(plan.identity()))
+    """Make the output folder, or check that it holds a comparison with the same options. Raise ConfigError if not."""
+    folder = Path(plan.args.output_dir)
+    identity = json.loads(json.dumps(plan.identity()))  # through JSON, as the saved one: tuples become lists
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / PLAN).is_file():
-        raise ConfigError(f"output_dir {str(folder)!r} holds something else than a comparison; choose another")
+        raise ConfigError(f"output_dir {str(folder)!r} holds something else than a comparison; choose another folder")
     if not (folder / PLAN).is_file():
         require_writable(folder / PLAN)
-        write_json(folder / PLAN, wanted)
+        write_json(folder / PLAN, identity)
         return
     try:
-        kept = json.loads((folder / PLAN).read_text())
+        saved = json.loads((folder / PLAN).read_text())
     except ValueError as error:
         raise ConfigError(f"{str(folder / PLAN)!r} is not valid JSON; choose another output_dir") from error
-    for name, old, new in differences(kept, wanted):
+    for name, old, new in differences(saved, identity):
         raise ConfigError(
-            f"output_dir {str(folder)!r} holds runs with {name} {old!r}, now {new!r}; choose another output_dir"
+            f"output_dir {str(folder)!r} holds runs made with {name} {old!r}, now {new!r}; choose another output_dir"
         )
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(option, old value, new value) of nested options that are not the same."""
+    """Yield (dotted name, old value, new value) of each nested option whose values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
             yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
@@ -183,39 +188,42 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 
 def run_all(plan: Plan) -> dict[Run, str]:
-    """Do every run that has no result yet; one line for each that failed. KeyboardInterrupt keeps what is finished."""
+    """Do every run that has no result yet. Return the reason, in one line, for each run that failed.
+
+    KeyboardInterrupt stops the workers. It keeps the results of the finished runs; the next command repeats the others.
+    """
     args = plan.args
     runs = all_runs(args)
-    ready = [run for run in runs if not finished(plan, run)]
-    failures: dict[Run, str] = {}
+    pending = [run for run in runs if not finished(plan, run)]
     running: dict[Future[float], Run] = {}
-    broken, others = False, multiprocessing.active_children()
-    pool = _pool(args)
-    with progress_bar("Runs", len(runs), len(runs) - len(ready)) as bar:
+    failures: dict[Run, str] = {}
+    other_children = multiprocessing.active_children()
+    pool, pool_broken = _pool(args), False
+    with progress_bar("Runs", len(runs), len(runs) - len(pending)) as bar:
         try:
-            while ready or running:
-                if broken and not running:
+            while pending or running:
+                # A worker that dies breaks its whole pool. Give it no more runs, and replace it when none is left.
+                if pool_broken and not running:
                     pool.shutdown()
-                    pool, broken = _pool(args), False
-                startable = [run for run in ready if run == run.start or finished(plan, run.start)]
-                for run in startable[: 0 if broken else args.workers - len(running)]:
-                    ready.remove(run)
+                    pool, pool_broken = _pool(args), False
+                startable = [run for run in pending if run == run.start or finished(plan, run.start)]
+                for run in startable[: 0 if pool_broken else args.workers - len(running)]:
+                    pending.remove(run)
                     running[pool.submit(execute, plan, run)] = run
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run, error = running.pop(future), future.exception()
-                    broken |= isinstance(error, BrokenProcessPool)
-                    if isinstance(error, KeyboardInterrupt):
+                    pool_broken |= isinstance(error, BrokenProcessPool)
+                    if isinstance(error, KeyboardInterrupt):  # Ctrl-C reaches the workers too
                         raise error
                     if error is not None:
                         failures[run] = _reason(error, run.folder(args) / LOG)
-                        waiting = [later for later in ready if later.start == run]
-                        failures |= {later: "its warm start failed" for later in waiting}
-                        ready = [later for later in ready if later not in failures]
+                        failures |= {arm: "its warm start failed" for arm in pending if arm.start == run}
+                        pending = [arm for arm in pending if arm not in failures]
                     bar.advance(f"{run}: {'failed' if error else f'Pass@1 {future.result():.3f}'}")
-        except KeyboardInterrupt:  # a run that is cut off here is done again by the next command
-            for worker in multiprocessing.active_children():
-                if worker not in others:
-                    worker.terminate()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                if child not in other_children:
+                    child.terminate()
             raise
         finally:
             pool.shutdown()
@@ -223,28 +231,28 @@ def run_all(plan: Plan) -> dict[Run, str]:
 
 
 def _reason(error: BaseException, log: Path) -> str:
-    """Why a run failed, in one line."""
+    """Return why a run failed, in one line."""
     if isinstance(error, BrokenProcessPool):
-        return f"its process died, of too little memory perhaps (see {log})"
+        return f"its process died, perhaps for lack of memory (see {log})"
     return f"{type(error).__name__}: {first_line(error)} (see {log})"
 
 
 def _pool(args: CompareConfig) -> ProcessPoolExecutor:
-    """Fresh processes: a forked one would inherit the state of torch's threads."""
+    """Return a pool of fresh processes. A forked process would inherit the state of torch's threads."""
     return ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def finished(plan: Plan, run: Run) -> bool:
-    """Whether a run has its result."""
+    """Return whether a run has a result."""
     return (run.folder(plan.args) / RESULT).is_file()
 
 
 def execute(plan: Plan, run: Run) -> float:
-    """One run, in a worker process: train, evaluate, keep the result. Its Pass@1."""
+    """Do one run in a worker process: train, evaluate, write the result. Return its Pass@1."""
     started = time.perf_counter()
     torch.set_num_threads(plan.args.threads)
     folder = run.folder(plan.args)
-    shutil.rmtree(folder, ignore_errors=True)  # what a run without a result left
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt without a result
     folder.mkdir(parents=True)
     with (folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         train, held_out = problems(plan, run.seed)
@@ -253,41 +261,46 @@ def execute(plan: Plan, run: Run) -> float:
         options = plan.grpo_options(run)
         trained = time.perf_counter()
         result = evaluate(
-            model, tokenizer, held_out, sampling(options, model, tokenizer), num_samples=plan.args.num_samples,
-            batch_size=options.per_device_train_batch_size, end_marker=options.end_marker,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            held_out,
+            sampling(options, model, tokenizer),
+            num_samples=plan.args.num_samples,
+            batch_size=options.per_device_train_batch_size,
+            end_marker=options.end_marker,
+        )
     samples = result.pop("samples")
+    # For a warm start, this is where the Pass@1 curves of its arms begin: they evaluate the same problems in training.
     watched = samples[: plan.args.watched_problems]
     record = {
-        "arm": run.arm, "seed": run.seed, "result": result,
+        "arm": run.arm,
+        "seed": run.seed,
+        "result": result,
         "watched_pass_at_1": sum(sample["correct"] for sample in watched) / len(watched),
         "seconds": {"train": trained - started, "evaluate": time.perf_counter() - trained},
         "environment": environment(model.device),
-    }  # fmt: skip
+    }
     write_json(folder / RESULT, record)
     return float(result["pass_at_1"])
 
 
 def problems(plan: Plan, seed: int) -> tuple[list[Any], list[Any]]:
-    """Rows to train on and held-out rows: of the world made from the seed, or of the configured data."""
+    """Return rows to train on and held-out rows: of the toy task, made from the seed, or of the configured data."""
     args, grpo = plan.args, plan.grpo
     if plan.embedded:
         rows = make_problems(args.train_problems + args.held_out_problems, seed=seed)
         return rows[args.held_out_problems :], rows[: args.held_out_problems]
-    return _rows(grpo, grpo.dataset, grpo.dataset_split, grpo.limit), _rows(
-        grpo, str(grpo.eval_dataset), "test", grpo.eval_limit
-    )
+    train = _rows(grpo, grpo.dataset, grpo.dataset_split, grpo.limit)
+    return train, _rows(grpo, str(grpo.eval_dataset), "test", grpo.eval_limit)
 
 
 def _rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    return load_rows(
-        source, split=split, limit=limit, prompt_column=args.prompt_column, answer_column=args.answer_column,
-        chain_column=args.chain_column,
-    )  # fmt: skip
+    columns = {name: getattr(args, name) for name in ("prompt_column", "answer_column", "chain_column")}
+    return load_rows(source, split=split, limit=limit, **columns)
 
 
 def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tuple[Any, Any]:
-    """Latent-SFT, or text SFT on the same chains."""
+    """Train a model with Latent-SFT, or with text SFT on the same chains. Return model and tokenizer."""
     options = plan.sft_options(run)
     if plan.embedded:
         tokenizer = make_tokenizer()
@@ -302,7 +315,7 @@ def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> t
 
 
 def reinforce(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tuple[Any, Any]:
-    """GRPO from the warm start of the seed."""
+    """Train the seed's warm start with the arm's GRPO. Return model and tokenizer."""
     start, watched = str(run.start.folder(plan.args)), held_out[: plan.args.watched_problems]
     trainer = LatentGRPOTrainer(start, None, plan.grpo_options(run), train, watched)
     trainer.train()
@@ -310,6 +323,6 @@ def reinforce(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tu
 
 
 def sampling(options: LatentGRPOConfig, model: Any, tokenizer: Any) -> LatentSampling:
-    """How a run's responses are sampled under noise: as in its training."""
+    """Return how responses are sampled under noise in the evaluation: as in the run's training."""
     end = end_marker_ids(tokenizer, options.end_marker)[0] if options.latent else None
     return replace(options.sampling(), end_token_id=end, eos_token_id=eos_ids(model, tokenizer))

@@ -1,4 +1,4 @@
-"""What `latent-grpo compare` writes of its runs: one table (Markdown and JSON) and one figure."""
+"""The report of `latent-grpo compare`: its results as tables (Markdown and JSON) and one figure."""
 
 from __future__ import annotations
 
@@ -15,47 +15,52 @@ from latent_grpo.study.config import CompareConfig
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 from latent_grpo.watching.tables import Cells, figure
 
+# Figures of a result and their headings: on the page, and on the console.
 COLUMNS = {
-    "pass_at_1": "Pass@1", "pass@1": "Pass@1 under noise", "reasoning_tokens": "reasoning tokens",
-    "response_length": "response length", "truncation_rate": "cut off",
-}  # fmt: skip
+    "pass_at_1": "Pass@1",
+    "pass@1": "Pass@1 under noise",
+    "reasoning_tokens": "reasoning tokens",
+    "response_length": "response length",
+    "truncation_rate": "cut off",
+}
 SHORT = {"pass_at_1": "Pass@1", "pass@1": "under noise", "reasoning_tokens": "reasoning tokens"}
 CURVES = ("reward", "eval_pass_at_1", "latent_length", "response_length")
 NAME = "comparison"
-LINES = ("-", "--", "-.")
-WINDOWS = 15  # points of a curve of lengths, which are noisy by the step
+LINE_STYLES = ("-", "--", "-.")
+WINDOWS = 15  # points of a curve of lengths; lengths of single steps are noisy
 
 
 def read_records(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """Results by arm, a record a seed, each with the curves of its run."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Return the records of every arm, one per seed that has a result, each with the curves of its run."""
+    records: dict[str, list[dict[str, Any]]] = {}
     for name in ARMS:
         for run in (run for run in all_runs(plan.args) if run.arm == name):
             path = run.folder(plan.args) / RESULT
             if path.is_file():
                 record = json.loads(path.read_text())
-                found.setdefault(name, []).append({**record, "curves": read_curves(plan, run)})
-    return found
+                records.setdefault(name, []).append({**record, "curves": read_curves(plan, run)})
+    return records
 
 
 def read_curves(plan: Plan, run: Run) -> dict[str, dict[str, list[float]]]:
-    """Steps and values of a reinforced run's metrics by name; none of a warm start."""
+    """Return, for each metric of CURVES, the steps and values of a run. A warm start has none."""
     metrics = run.folder(plan.args) / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [row for row in rows if row.get("phase") == "train"]
     curves = {}
     for key in CURVES:
-        held = [row for row in rows if key in row]
-        if held:
-            values = [round(float(row[key]), 4) for row in held]
-            curves[key] = {"steps": [row["step"] for row in held], "values": values}
+        measured = [row for row in rows if key in row]  # eval_pass_at_1 is in few rows
+        if measured:
+            values = [round(float(row[key]), 4) for row in measured]
+            curves[key] = {"steps": [row["step"] for row in measured], "values": values}
     return curves
 
 
 def summarise(records: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """By arm: seeds, and of every figure the values by seed, their mean and standard deviation (null for one seed).
+    """Return label, seeds and figures of every arm.
 
-    `difference` is Pass@1 over that of the full method at the same seed.
+    A figure has its values by seed, their mean and their standard deviation, which is None for one seed.
+    `difference` is the Pass@1 of the arm minus the Pass@1 of the full method with the same seed.
     """
     full = {record["seed"]: record["result"]["pass_at_1"] for record in records.get(FULL, [])}
     summary = {}
@@ -74,11 +79,14 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def cells(summary: dict[str, dict[str, Any]], ablations: bool, *, short: bool = False) -> Cells:
-    """The methods, or the full method and its ablations with their differences to it; `short` for a console."""
+    """Return the table of the methods, or of the full method and its ablations with their differences to it.
+
+    short: leave out columns, for the console.
+    """
     chosen = [name for name in summary if ARMS[name].ablation == ablations or (ablations and name == FULL)]
     columns = COLUMNS if not short else dict(list(SHORT.items())[: 2 if ablations else 3])
-    over = ["difference" if short else "Pass@1 over Latent-GRPO"] * ablations
-    headings = ["ablation" if ablations else "method", *columns.values(), *over]
+    difference = ["difference" if short else "Pass@1 minus Latent-GRPO's"] if ablations else []
+    headings = ["ablation" if ablations else "method", *columns.values(), *difference]
     rows = []
     for name in chosen:
         row = [summary[name]["label"], *(_cell(key, summary[name][key]) for key in columns)]
@@ -99,21 +107,20 @@ def _cell(name: str, spread: dict[str, Any] | None) -> str:
 
 
 def task_line(plan: Plan, records: dict[str, list[dict[str, Any]]]) -> str:
-    """What was measured, on what and where, for captions."""
+    """Return what was measured, on which task and machine, for captions."""
     one = next(iter(records.values()))[0]
-    where, problems = one["environment"], one["result"]["problems"]
+    place, problems = one["environment"], one["result"]["problems"]
     threads = f"{plan.args.threads} thread{'s' * (plan.args.threads > 1)}"
-    task = "the quickstart's world" if plan.embedded else f"{plan.grpo.eval_dataset}"
+    task = "the quickstart's toy task" if plan.embedded else f"{plan.grpo.eval_dataset}"
     return (
         f"{problems} held-out problems of {task}, seeds {', '.join(map(str, plan.args.seeds))}: warm starts of "
         f"{plan.sft.max_steps} steps shared by the arms of a seed, then {plan.grpo.max_steps} steps of "
-        f"{plan.grpo.generation_batch_size} responses; {where['device']}, {threads} a run, "
-        f"torch {where['torch']}"
+        f"{plan.grpo.generation_batch_size} responses; {place['device']}, {threads} per run, torch {place['torch']}"
     )
 
 
 def made_by(plan: Plan, records: dict[str, list[dict[str, Any]]]) -> str:
-    """The command, and what its runs took."""
+    """Return the command, the number of its runs and the time that they took."""
     flags = []
     for option in fields(plan.args):
         value, default = getattr(plan.args, option.name), getattr(CompareConfig(), option.name)
@@ -127,17 +134,23 @@ def made_by(plan: Plan, records: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def write_report(plan: Plan, failures: dict[Run, str]) -> dict[str, dict[str, Any]]:
-    """comparison.json, comparison.md and comparison.png in the output folder; the summary. Nothing without a run."""
+    """Write comparison.json, .md and .png into the output folder, and return the summary.
+
+    They cover all results in the folder, including those of earlier commands. Without a result nothing is written.
+    """
     records = read_records(plan)
     summary = summarise(records)
-    folder, failed = Path(plan.args.output_dir), {str(run): reason for run, reason in failures.items()}
     if not records:
         return summary
+    folder, failed = Path(plan.args.output_dir), {str(run): reason for run, reason in failures.items()}
     runs = [record for arm in records.values() for record in arm]
     document = {
-        "options": plan.identity(), "environment": runs[0]["environment"], "failed": failed, "arms": summary,
+        "options": plan.identity(),
+        "environment": runs[0]["environment"],
+        "failed": failed,
+        "arms": summary,
         "runs": runs,
-    }  # fmt: skip
+    }
     write_json(folder / f"{NAME}.json", document)
     draw(plan, records, folder / f"{NAME}.png")
     write_whole(folder / f"{NAME}.md", page(plan, records, summary, failed))
@@ -147,18 +160,18 @@ def write_report(plan: Plan, failures: dict[Run, str]) -> dict[str, dict[str, An
 def page(
     plan: Plan, records: dict[str, list[dict[str, Any]]], summary: dict[str, dict[str, Any]], failed: dict[str, str]
 ) -> str:
-    """The Markdown page."""
-    noise = (
-        f"Pass@1, reasoning tokens and lengths: one noise-free, greedy response a problem. Under noise: "
-        f"{plan.args.num_samples} samples a problem with the noise (of text: the temperature "
-        f"{plan.grpo.temperature:g}) that the arm is trained with. Mean ± standard deviation over seeds; differences "
-        "are taken seed by seed. Reasoning tokens are latent steps, or text tokens before the end marker."
+    """Return the Markdown page."""
+    explanation = (
+        f"Pass@1, reasoning tokens and lengths: one noise-free, greedy response per problem. Under noise: "
+        f"{plan.args.num_samples} samples per problem, with the noise that the arm is trained with (for text: "
+        f"temperature {plan.grpo.temperature:g}). Mean ± standard deviation over seeds; differences are taken seed by "
+        "seed. Reasoning tokens are latent steps, or text tokens before the end marker."
     )
     parts = [
         "# Comparison",
         f"Measured on {task_line(plan, records)}.",
         made_by(plan, records),
-        noise,
+        explanation,
         cells(summary, False).markdown(),
     ]
     if any(ARMS[name].ablation for name in summary):
@@ -170,15 +183,15 @@ def page(
 
 
 def draw(plan: Plan, records: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Accuracy against reasoning tokens, training curves of methods and of ablations, latent length in training."""
+    """Draw accuracy against reasoning tokens, training curves of methods and of ablations, and latent lengths."""
     methods = [name for name in records if not ARMS[name].ablation]
     ablations = [name for name in records if ARMS[name].ablation or name == FULL]
     watched = min(plan.args.watched_problems, plan.args.held_out_problems)
     caption = (
-        f"Measured on {task_line(plan, records)}. Points and lines: means over seeds; bars and bands: standard "
-        f"deviations, in the lower panels of Latent-GRPO alone. Curves: noise-free Pass@1 on {watched} of the "
-        "held-out problems, from the warm start at step 0; latent steps of sampled responses, in "
-        f"{WINDOWS} windows of steps."
+        f"Measured on {task_line(plan, records)}. Points and lines are means over seeds. Bars and bands are standard "
+        "deviations; the lower panels show only that of Latent-GRPO. Curves of Pass@1 are noise-free, on "
+        f"{watched} of the held-out problems, and begin with the warm start at step 0. Latent steps are of sampled "
+        f"responses, averaged over {WINDOWS} windows of steps."
     )
     with drawn_figure(picture, 2, 2, (11, 9), caption=caption) as axes:
         draw_trade(axes[0, 0], records, methods)
@@ -188,21 +201,21 @@ def draw(plan: Plan, records: dict[str, list[dict[str, Any]]], picture: Path) ->
 
 
 def colour(names: Sequence[str], name: str) -> str:
-    """The full method and the latent warm start look the same everywhere."""
+    """Return the colour of an arm. The full method and the latent warm start have the same colour in every panel."""
     others = [other for other in names if other not in (FULL, LATENT)]
     return COLOURS[0] if name == FULL else INK if name == LATENT else COLOURS[1 + others.index(name)]
 
 
 def draw_trade(axis: Any, records: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> None:
-    """Pass@1 against reasoning tokens, a dashed line from each warm start to what it became."""
+    """Draw Pass@1 against reasoning tokens, with a dashed line from each warm start to the arms that start from it."""
     points = {}
     for name in names:
         spreads = [_spread([run["result"][key] for run in records[name]]) for key in ("reasoning_tokens", "pass_at_1")]
         points[name] = [spread["mean"] for spread in spreads]
-        axis.errorbar(
-            *([value] for value in points[name]), xerr=spreads[0]["std"], yerr=spreads[1]["std"], fmt="o",
-            markersize=8, capsize=3, color=colour(names, name), label=ARMS[name].label,
-        )  # fmt: skip
+        x, y = points[name]
+        errors = {"xerr": spreads[0]["std"], "yerr": spreads[1]["std"], "capsize": 3}
+        look = {"fmt": "o", "markersize": 8, "color": colour(names, name), "label": ARMS[name].label}
+        axis.errorbar(x, y, **errors, **look)
     for name in names:
         start = ARMS[name].start
         if start in points and start != name:
@@ -214,7 +227,7 @@ def draw_trade(axis: Any, records: dict[str, list[dict[str, Any]]], names: Seque
 
 
 def draw_accuracy(axis: Any, records: dict[str, list[dict[str, Any]]], names: Sequence[str], title: str) -> None:
-    """Noise-free Pass@1 by training step."""
+    """Draw noise-free Pass@1 by training step, from the Pass@1 of the warm start at step 0."""
     starts = {(run["arm"], run["seed"]): run["watched_pass_at_1"] for runs in records.values() for run in runs}
     for name in names:
         curves = []
@@ -226,7 +239,7 @@ def draw_accuracy(axis: Any, records: dict[str, list[dict[str, Any]]], names: Se
 
 
 def draw_lengths(axis: Any, records: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> None:
-    """Latent steps of sampled responses by training step, each a mean over a window of steps."""
+    """Draw the latent steps of sampled responses by training step. Each point is a mean over a window of steps."""
     for name in names:
         curves = []
         for points in (_points(run, "latent_length") for run in records[name]):
@@ -243,14 +256,15 @@ def _points(run: dict[str, Any], key: str) -> dict[int, float]:
 
 
 def _draw_mean(axis: Any, curves: list[dict[int, float]], line: str, name: str) -> None:
-    """Mean over seeds at the steps that all of them have, its standard deviation as a band."""
+    """Draw the mean over seeds at the steps that all seeds have. A method has its standard deviation as a band."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     if not steps:
         return
     values = [[curve[step] for curve in curves] for step in steps]
     means, spread = [mean(at) for at in values], [stdev(at) if len(at) > 1 else 0.0 for at in values]
-    # Ablations lie on each other where what they leave out never acts: the full method is wide and behind them.
-    style = {"linewidth": 3.5, "zorder": 1} if name == FULL else {"linestyle": LINES[list(ARMS).index(name) % 3]}
+    # An ablation lies exactly on the full method if what it leaves out never acts. So the full method is drawn wide and
+    # behind the others, and the others have different dashes.
+    style = {"linewidth": 3.5, "zorder": 1} if name == FULL else {"linestyle": LINE_STYLES[list(ARMS).index(name) % 3]}
     axis.plot(steps, means, label=ARMS[name].label, color=line, **style)
     if not ARMS[name].ablation:
         low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))

@@ -270,7 +270,7 @@ def test_results_as_json_and_markdown(folder, capsys):
     assert len(table) == 5
     assert len({line.count(" | ") for line in table}) == 1
     assert re.search(r"\| svamp \| 6 \| 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", page)
-    assert "3 samples a problem" in page
+    assert "3 samples per problem" in page
 
 
 def test_the_mean_row_is_the_unweighted_mean():
