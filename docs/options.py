@@ -14,7 +14,8 @@ from latent_grpo.commands.evaluate import eval_parser
 from latent_grpo.commands.generate import generate_parser
 from latent_grpo.commands.inspect import inspect_parser
 from latent_grpo.commands.quickstart import quickstart_parser
-from latent_grpo.config import CompareConfig, LatentGRPOConfig, LatentSampling, LatentSFTConfig
+from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig, Range
+from latent_grpo.study.config import CompareConfig
 
 COMMAND = "python docs/options.py docs/options.md"
 CONFIGS = (LatentGRPOConfig, LatentSFTConfig, LatentSampling, CompareConfig)
@@ -28,15 +29,15 @@ Written by `{COMMAND}` from `latent_grpo/config.py` and `latent_grpo/commands`;
 do not edit.
 
 `latent-grpo train`, `sft` and `compare` take each option as a flag (`--learning_rate 1e-5`) and as a key of the YAML
-file of `--config`, where flags win. In Python they are the fields of `LatentGRPOConfig` (train), `LatentSFTConfig`
-(sft), `CompareConfig` (compare) and `LatentSampling` (`generate_latent`), which share the groups below. Names are TRL's
-where TRL has one. The other commands have [flags alone](#flags-of-the-other-commands).
+file of `--config`; flags win. In Python the options are the fields of `LatentGRPOConfig` (train), `LatentSFTConfig`
+(sft), `CompareConfig` (compare) and `LatentSampling` (`generate_latent`). These configurations share the groups below.
+Names are TRL's where TRL has one. The other commands have [only flags](#flags-of-the-other-commands).
 """
 
 
 def groups() -> dict[type, list[tuple[Field[Any], str]]]:
-    """Every dataclass that a configuration is made of: the options that it brings or gives a new default, with their
-    annotations."""
+    """Return every dataclass that a configuration is made of, with the options that it introduces or gives a new
+    default, and their annotations."""
     found: dict[type, list[tuple[Field[Any], str]]] = {}
     for config in CONFIGS:
         for part in reversed(config.__mro__[:-1]):
@@ -46,47 +47,49 @@ def groups() -> dict[type, list[tuple[Field[Any], str]]]:
 
 
 def escaped(text: str) -> str:
-    """Text for a cell of a table."""
+    """Return text for a cell of a table."""
     return text.replace("|", "\\|")
 
 
-def values_of(annotation: str) -> str:
-    """What an option takes, as its annotation says: the choices of a Literal, else the type."""
+def values_of(annotation: str, allowed: Range | None) -> str:
+    """Return what an option takes: the choices of a Literal, else the type and the range."""
     choices = re.fullmatch(r"Literal\[(.*)\]", annotation)
     if choices:
         return ", ".join(f"`{choice.strip()}`" for choice in choices[1].replace('"', "").replace("'", "").split(","))
-    return escaped(f"`{annotation}`")
+    return escaped(f"`{annotation}`") + (f", {allowed}" if allowed is not None else "")
 
 
 def default_of(option: Field[Any]) -> str:
-    """The default as one writes it in Python."""
+    """Return the default as Python code."""
     value = option.default_factory() if option.default_factory is not MISSING else option.default
     return f"`{value!r}`"
 
 
 def taken_by(flag: argparse.Action) -> str:
-    """What a flag takes: its choices, else the type; nothing for a switch."""
+    """Return what a flag takes: its choices, else the type, or nothing for a switch."""
     if flag.nargs == 0:
         return "nothing"
-    kind = flag.type.__name__ if isinstance(flag.type, type) else "str"
+    kind = getattr(flag.type, "__name__", "str")
     taken = ", ".join(f"`{choice}`" for choice in flag.choices or (kind,))
     return f"{taken}, one or more" if flag.nargs == "+" else taken
 
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
-    """A row of the table for every flag but --help."""
+    """Return a row of the table for every flag except --help."""
     rows = []
     for flag in parser._actions:
         if flag.dest == "help":
             continue
         names = ", ".join(f"`{name}`" for name in flag.option_strings or [flag.dest])
         default = "required" if flag.required else f"`{flag.default!r}`"
-        rows.append(f"| {names} | {taken_by(flag)} | {default} | {escaped(str(flag.help))} |")
+        # The default has a column of its own.
+        meaning = re.sub(r" \[[^\]]*\]$", "", str(flag.help)).replace("%%", "%")
+        rows.append(f"| {names} | {taken_by(flag)} | {default} | {escaped(meaning)} |")
     return rows
 
 
 def commands() -> list[str]:
-    """The lines of the commands whose flags are no fields of a configuration."""
+    """Return the lines of the commands that have flags of their own."""
     lines = ["## Flags of the other commands", ""]
     for command, make in PARSERS.items():
         parser = make(f"latent-grpo {command}")
@@ -96,7 +99,7 @@ def commands() -> list[str]:
 
 
 def page() -> str:
-    """The page in Markdown."""
+    """Return the page in Markdown."""
     lines = [INTRODUCTION]
     users = {part: [config.__name__ for config in CONFIGS if issubclass(config, part)] for part in groups()}
     for part, options in groups().items():
@@ -105,7 +108,8 @@ def page() -> str:
         lines += ["| option | takes | default | |", "| --- | --- | --- | --- |"]
         for option, annotation in options:
             meaning = escaped(str(option.metadata["help"]))
-            lines.append(f"| `{option.name}` | {values_of(annotation)} | {default_of(option)} | {meaning} |")
+            taken = values_of(annotation, option.metadata["range"])
+            lines.append(f"| `{option.name}` | {taken} | {default_of(option)} | {meaning} |")
         lines.append("")
     return "\n".join([*lines, *commands()]).rstrip() + "\n"
 

@@ -23,8 +23,8 @@ KERNEL_ROOMS = (
 )  # fmt: skip
 NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:9])  # torch and NumPy; the rest may need Triton
 TRAINER_ROOMS = (
-    "config", "seeds", "recipes", "model", "rewards", "data", "rollout", "parallel", "update", "collect", "saving",
-    "watching", "evaluation", "sft", "trainer", "quickstart", "study", "commands", "__init__", "__main__",
+    "errors", "config", "seeds", "recipes", "model", "rewards", "data", "rollout", "parallel", "update", "collect",
+    "saving", "watching", "evaluation", "sft", "trainer", "quickstart", "study", "commands", "__init__", "__main__",
 )  # fmt: skip
 LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 400, 60
 STANDARD = sys.stdlib_module_names | {"__future__"}

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from latent_grpo.commands.options import FAILURE, parse_config
+from latent_grpo.config import LatentGRPOConfig, LatentSFTConfig
+from latent_grpo.study.config import CompareConfig
 
 
-def command_compare(prog: str, argv: Sequence[str]) -> int:
-    """Methods and ablations over several seeds: one table, one figure."""
-    from latent_grpo.config import CompareConfig, LatentGRPOConfig, LatentSFTConfig
-
+def run(prog: str, argv: Sequence[str]) -> int:
+    """Compare methods and ablations over several seeds."""
     about = (
         "Latent-SFT, Latent-GRPO, SofT-GRPO, text SFT, text GRPO and the paper's ablations over several seeds, by "
-        "default on the quickstart's world. Given again, it does only the runs that have no result yet."
+        "default on the quickstart's toy task. Given again, it does only the runs that have no result yet."
     )
     args = parse_config(prog, CompareConfig, about, argv)
     given = {"sft_config": LatentSFTConfig, "grpo_config": LatentGRPOConfig}
@@ -24,6 +24,7 @@ def command_compare(prog: str, argv: Sequence[str]) -> int:
         parse_config(prog, config, "", ["--config", path]) if (path := getattr(args, name)) else None
         for name, config in given.items()
     )
+    # Below the parser, because these imports take seconds.
     from latent_grpo.study.compare import claim_folder, make_plan, run_all
     from latent_grpo.study.compare_report import cells, write_report
 
@@ -37,6 +38,6 @@ def command_compare(prog: str, argv: Sequence[str]) -> int:
         console.print(cells(summary, ablations=False, short=True).rich("Methods", caption))
         console.print(cells(summary, ablations=True, short=True).rich("Ablations of Latent-GRPO", caption))
         print(f"comparison.md, comparison.json and comparison.png are in {args.output_dir}/")
-    for run, reason in failures.items():
-        print(f"failed: {run}: {reason}", file=sys.stderr)
+    for failed, reason in failures.items():
+        print(f"failed: {failed}: {reason}", file=sys.stderr)
     return FAILURE if failures else 0

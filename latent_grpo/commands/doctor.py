@@ -1,10 +1,7 @@
-"""`latent-grpo doctor`: what this machine and a model can do, checked and not assumed."""
+"""`latent-grpo doctor`: what this machine and a model can do, checked rather than assumed."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +9,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.commands.memory_plan import GIB
-from latent_grpo.commands.options import Parser, parse_config, require_given
-from latent_grpo.config import LatentSampling
+from latent_grpo.commands.memory_plan import GIB, parameter_bytes, read_model_size, show_plan
+from latent_grpo.commands.options import Parser, add_flags_named, parse_config, require_given
+from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.model import (
+    ModelError,
     embedding_table,
     encode_prompts,
     end_marker_ids,
@@ -26,13 +24,14 @@ from latent_grpo.model import (
 )
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.update.replay import replay_logprob
+from latent_grpo.watching.environment import environment, package_version
 
 PARITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 
 
 def doctor(model_path: str | None, end_marker: str, dtype: str) -> int:
-    """Print a table of checks; 0 if all passed, 1 if one failed."""
-    checks = environment()
+    """Print a table of checks. Return 0 if all passed, 1 if one failed."""
+    checks = environment_checks()
     if model_path:
         checks += model_checks(model_path, end_marker, dtype)
     table = Table(title="latent-grpo doctor")
@@ -44,20 +43,19 @@ def doctor(model_path: str | None, end_marker: str, dtype: str) -> int:
     return 0 if all(passed for *_, passed in checks) else 1
 
 
-def environment() -> list[tuple[str, str, bool]]:
-    """Versions and devices."""
-    rows = [("Python", platform.python_version(), True)]
+def environment_checks() -> list[tuple[str, str, bool]]:
+    """Return versions and devices, a row each."""
+    on_gpu = torch.cuda.is_available()
+    here = environment("cuda" if on_gpu else "cpu")
+    rows = [("Python", here["python"], True)]
     for package in ("torch", "transformers", "datasets", "triton"):
-        try:
-            rows.append((package, importlib.metadata.version(package), True))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((package, "not installed", package == "triton"))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none; {torch.get_num_threads()} CPU threads"
-    return [*rows, ("GPU", gpu, True)]
+        version = package_version(package)
+        rows.append((package, version or "not installed", version is not None or package == "triton"))
+    return [*rows, ("GPU", here["device"] if on_gpu else f"none; {here['threads']} CPU threads", True)]
 
 
 def model_checks(path: str, end_marker: str, dtype: str) -> list[tuple[str, str, bool]]:
-    """Compatibility (checked while loading), end marker, parity of a sampled trajectory with its replay, memory."""
+    """Check compatibility (while loading), end marker, and parity of a sampled trajectory with its replay."""
     tokenizer = load_tokenizer(path)
     ids = end_marker_ids(tokenizer, end_marker)
     model = load_model(path, dtype)
@@ -74,12 +72,12 @@ def model_checks(path: str, end_marker: str, dtype: str) -> list[tuple[str, str,
         ),
         ("end marker", f"{end_marker!r} = {spelled}; a latent run ends at id {ids[0]}", True),
         ("rollout/replay gap", f"{gap:.1e} (bound {PARITY_BOUND[dtype]:g})", gap <= PARITY_BOUND[dtype]),
-        ("training memory", f"{training_bytes(model) / GIB:.2f} GiB of parameters, gradients and AdamW state", True),
+        ("training memory", training_memory(path, dtype), True),
     ]
 
 
 def parity(model: Any, tokenizer: Any, end_id: int) -> float:
-    """Largest |log-prob sampled - log-prob replayed| over a few short responses."""
+    """Return the largest |log-prob sampled - log-prob replayed| over a few short responses."""
     prompts = encode_prompts(tokenizer, ["What is 12 + 30?", "A longer question: what is 7 times 6?"], model.device)
     sampling = LatentSampling(
         latent_top_k=min(10, len(lm_head(model))),
@@ -92,43 +90,39 @@ def parity(model: Any, tokenizer: Any, end_id: int) -> float:
         return float((replay_logprob(model, rollout, sampling.temperature) - rollout.logprob).abs().max())
 
 
-def training_bytes(model: Any) -> int:
-    """Parameters, and gradient and two AdamW moments of all but the frozen embedding table."""
-    table = embedding_table(model)
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = total - table.numel() * table.element_size()
-    return total + 3 * trained
+def training_memory(path: str, dtype: str) -> str:
+    """Return the bytes of parameters, gradients and optimizer state while training, in words."""
+    args = LatentGRPOConfig(dtype=dtype)  # type: ignore[arg-type]
+    try:
+        parts = parameter_bytes(read_model_size(path, args), args)
+    except ModelError as error:
+        return str(error)
+    return f"{sum(parts.values()) / GIB:.2f} GiB of {', '.join(parts)}"
 
 
 def doctor_parser(prog: str, plan: bool = False) -> Parser:
-    """Flags of `doctor`; with `plan` without those that are then of train."""
+    """Return the parser of `doctor`. With `plan` it leaves out the flags that `train` has too."""
     about = (
-        "Check the environment and, with --model, a model. With --plan: what training it takes of memory; further "
-        "flags are then those of train (--config F, --generation_batch_size N, ...), and no weights are read."
+        "Check the environment and, with --model, a model. With --plan: predict the memory of training. Further flags "
+        "are then those of train (--config F, --generation_batch_size N, ...), and no weights are read."
     )
-    parser = Parser(prog=prog, description=about, allow_abbrev=False)
-    parser.add_argument("--model", default=None, help="model folder or Hub name to check")
-    parser.add_argument("--plan", action="store_true", help="predict the memory of training instead of checking")
+    parser = Parser(prog=prog, description=about)
+    parser.add_argument("--model", metavar="STR", help="Model folder or Hub name to check.")
+    parser.add_argument("--plan", action="store_true", help="Predict the memory of training instead of checking.")
     if not plan:
-        parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
-        parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
+        add_flags_named(parser, ("end_marker", "dtype"))
     return parser
 
 
-def command_doctor(prog: str, argv: Sequence[str]) -> int:
-    """Environment, Triton and GPU, end marker, train/rollout parity, memory estimate."""
+def run(prog: str, argv: Sequence[str]) -> int:
+    """Check the environment and a model, or predict the memory of training."""
     plan = "--plan" in argv
     parser = doctor_parser(prog, plan)
-    if plan:
-        args, rest = parser.parse_known_args(argv)
-        from latent_grpo.commands.memory_plan import show_plan
-        from latent_grpo.config import LatentGRPOConfig
-
-        config = parse_config(prog, LatentGRPOConfig, parser.description or "", rest)
-        path = args.model or config.model_name_or_path
-        require_given(prog, model=path)
-        return show_plan(path, config)
-    args = parser.parse_args(argv)
-    from latent_grpo.commands.doctor import doctor
-
-    return doctor(args.model, args.end_marker, args.dtype)
+    if not plan:
+        args = parser.parse_args(argv)
+        return doctor(args.model, args.end_marker, args.dtype)
+    args, rest = parser.parse_known_args(argv)
+    config = parse_config(prog, LatentGRPOConfig, parser.description or "", rest)
+    path = args.model or config.model_name_or_path
+    require_given(model=path)
+    return show_plan(path, config)

@@ -7,75 +7,70 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from latent_grpo.commands.compare import command_compare
-from latent_grpo.commands.doctor import command_doctor
-from latent_grpo.commands.evaluate import command_eval
-from latent_grpo.commands.generate import command_generate
-from latent_grpo.commands.inspect import command_inspect
-from latent_grpo.commands.options import (
-    FAILURE,
-    INPUT_ERROR,
-    INTERRUPTED,
-    Parser,
-    PrintVersion,
-)
-from latent_grpo.commands.quickstart import command_quickstart
-from latent_grpo.commands.train import command_sft, command_train
+from latent_grpo.commands.options import FAILURE, INPUT_ERROR, INTERRUPTED, Parser, PrintVersion
 
-COMMANDS: dict[str, Callable[[str, Sequence[str]], int]] = {
-    "quickstart": command_quickstart,
-    "sft": command_sft,
-    "train": command_train,
-    "eval": command_eval,
-    "generate": command_generate,
-    "inspect": command_inspect,
-    "compare": command_compare,
-    "doctor": command_doctor,
+# Command, its module in this folder, what it does. A module is imported when its command runs, because most of them
+# import PyTorch, and `--help` and typing mistakes should answer at once.
+COMMANDS = {
+    "quickstart": ("quickstart", "Run the whole job on a toy task: minutes on a CPU."),
+    "sft": ("sft", "Warm a model up with Latent-SFT."),
+    "train": ("train", "Train with Latent-GRPO, or with text GRPO (--latent False)."),
+    "eval": ("evaluate", "Measure Pass@1, pass@k and reasoning tokens on benchmarks, files or Hub data."),
+    "generate": ("generate", "Answer one prompt and show every latent step as its mixture."),
+    "inspect": ("inspect", "Show curves, alarms and responses of a run."),
+    "compare": ("compare", "Compare methods and ablations over several seeds: one table, one figure."),
+    "doctor": ("doctor", "Check the environment and a model, or predict the memory of training (--plan)."),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    listing = "\n".join(f"  {name:<11} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items())
-    parser = Parser(
-        prog="latent-grpo", description="Latent reasoning with reinforcement learning (arXiv 2604.27998).",
-        epilog=f"commands:\n{listing}\n\n`latent-grpo COMMAND --help` documents every flag.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
-    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
-    command = parser.parse_args(argv[:1]).command
+    command = main_parser().parse_args(argv[:1]).command
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
-        parser.error(f"unknown command {command!r}; {remedy}")
+        main_parser().error(f"unknown command {command!r}; {remedy}")
+    prog = f"latent-grpo {command}"
     try:
-        return COMMANDS[command](f"latent-grpo {command}", argv[1:])
+        module = importlib.import_module(f"latent_grpo.commands.{COMMANDS[command][0]}")
+        return int(module.run(prog, argv[1:]))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError) as error:
-        if not is_input_error(error):
-            raise
-        print(f"latent-grpo {command}: {error}", file=sys.stderr)
-        return INPUT_ERROR
     except Exception as error:
-        from latent_grpo.rewards.scoring import RewardError
-
-        if not isinstance(error, RewardError):
+        code = exit_code(error)
+        if code is None:
             raise
-        print(f"latent-grpo {command}: {error}", file=sys.stderr)
-        return FAILURE
+        print(f"{prog}: {error}", file=sys.stderr)
+        return code
 
 
-def is_input_error(error: Exception) -> bool:
-    """Whether an error is about what the user gave, and so worth one line instead of a traceback."""
+def main_parser() -> Parser:
+    """Return the parser of the command's name."""
+    listing = "\n".join(f"  {name:<11} {summary}" for name, (_, summary) in COMMANDS.items())
+    parser = Parser(
+        prog="latent-grpo",
+        description="Latent reasoning with reinforcement learning (arXiv 2604.27998).",
+        epilog=f"commands:\n{listing}\n\n`latent-grpo COMMAND --help` documents every flag.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=PrintVersion, nargs=0, help="Print the version and exit.")
+    parser.add_argument("command", metavar="COMMAND", help="One of the commands below.")
+    return parser
+
+
+def exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error that one line explains. None for an error that needs its traceback."""
     from latent_grpo.config import ConfigError
     from latent_grpo.data.rows import DataError
     from latent_grpo.model import ModelError
+    from latent_grpo.rewards.scoring import RewardError
 
-    return isinstance(error, ConfigError | DataError | ModelError)
+    if isinstance(error, ConfigError | DataError | ModelError):
+        return INPUT_ERROR
+    return FAILURE if isinstance(error, RewardError) else None

@@ -1,34 +1,50 @@
-"""Parsers and flags that commands share."""
+"""Parsers and flags that commands share. Flags are made from the configurations' fields, so that each is said once."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, fields
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from latent_grpo.config import (
+    ConfigError,
+    LatentGRPOConfig,
+    LatentSampling,
+    check_options,
+    groups_of,
+    require,
+    unknown_key,
+)
 
 INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-
-
-SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work split over the ranks."
+SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work is split over the ranks."
+# Options of `train` that commands which sample from a finished model take too.
+STEP_FLAGS = ("latent_top_k", "latent_top_p", "tau", "noise_scale", "temperature", "top_p", "top_k", "seed")
+LIMIT_FLAG = "max_completion_length"
+MODEL_FLAGS = ("end_marker", "dtype", "device")
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that suggest the nearest flag."""
+    """argparse with one-line errors that suggest the nearest flag, and without abbreviations."""
 
-    def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
+    def __init__(self, **options: Any) -> None:
+        # An abbreviation that works today means another flag once a longer one is added.
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         unknown = [word for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized arguments") and unknown:
-            from latent_grpo.config import unknown_key
-
             known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
             message = unknown_key(unknown[0].split("=")[0].lstrip("-"), known)
         self.exit(INPUT_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 class PrintVersion(argparse.Action):
-    """Print the version; argparse's own action would import PyTorch for it at every start."""
+    """Print the version. argparse's own action would import PyTorch for it at every start."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from latent_kernels import __version__
@@ -37,96 +53,136 @@ class PrintVersion(argparse.Action):
         parser.exit(0)
 
 
-def config_parser(prog: str, config_class: type, description: str) -> Any:
-    """A parser with a flag for every field of a configuration dataclass, and --config."""
-    from transformers import HfArgumentParser
+def boolean(text: str) -> bool:
+    """Return the truth value that a text stands for."""
+    if text.lower() in TRUE + FALSE:
+        return text.lower() in TRUE
+    raise argparse.ArgumentTypeError(f"give true or false, not {text!r}")
 
-    class ConfigParser(HfArgumentParser):
-        """transformers' dataclass parser with our one-line errors."""
 
-        error = Parser.error
+def or_null(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a converter that also takes `null`, for options that may be None."""
 
-    parser = ConfigParser(
-        config_class, prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    def convert(text: str) -> Any:
+        return None if text == "null" else kind(text)
+
+    convert.__name__ = getattr(kind, "__name__", "value")  # argparse names the type in its message
+    return convert
+
+
+def flag_settings(kind: Any) -> dict[str, Any]:
+    """Return the settings of `add_argument` for an option annotated with `kind`."""
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if kind is bool:
+        return {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    if NoneType in get_args(kind):
+        (inner,) = (flag_settings(part) for part in get_args(kind) if part is not NoneType)
+        return {**inner, "type": or_null(inner["type"])}
+    if get_origin(kind) is list:
+        return {**flag_settings(get_args(kind)[0]), "nargs": "+"}
+    return {"type": kind, "metavar": kind.__name__.upper()}
+
+
+def default_of(item: Field[Any]) -> Any:
+    """Return the default of a dataclass field."""
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def help_of(item: Field[Any]) -> str:
+    """Return the meaning of an option with its range and default."""
+    allowed, default = item.metadata["range"], default_of(item)
+    facts = [str(allowed)] if allowed is not None else []
+    facts += [f"default: {default}"] if default not in (None, "", []) else []
+    text = item.metadata["help"] + (f" [{'; '.join(facts)}]" if facts else "")
+    return text.replace("%", "%%")  # argparse formats help texts
+
+
+def add_flags(target: Any, config_class: type, items: Iterable[Field[Any]]) -> None:
+    """Add a flag per option to a parser or a group of it. An option that is on by default gets a `--no_` flag too."""
+    kinds = get_type_hints(config_class)
+    for item in items:
+        name, default = item.name, default_of(item)
+        target.add_argument(f"--{name}", default=default, help=help_of(item), **flag_settings(kinds[name]))
+        if kinds[name] is bool and default:
+            off = f"Same as --{name} false."
+            target.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=off)
+
+
+def add_flags_named(target: Any, names: Sequence[str]) -> None:
+    """Add the flags of some of `train`'s options."""
+    known = {item.name: item for item in fields(LatentGRPOConfig)}
+    add_flags(target, LatentGRPOConfig, [known[name] for name in names])
+
+
+def config_parser(prog: str, config_class: type, description: str) -> Parser:
+    """Return a parser with a flag per option of a configuration, in the configuration's groups, and --config."""
+    # argparse's own usage line would name 80 flags before the first word of help.
+    parser = Parser(prog=prog, usage=f"{prog} [--config FILE ...] [--OPTION VALUE ...]", description=description)
     parser.add_argument(
-        "--config", action="append",
-        help="YAML file of options, or the name of a recipe; given twice, the later wins; flags override both.",
-    )  # fmt: skip
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="YAML file of options, or the name of a recipe. Given twice, the later wins. Flags override both.",
+    )
+    for part, items in groups_of(config_class):
+        title, _, _ = (part.__doc__ or "").strip().partition(".")
+        add_flags(parser.add_argument_group(title), config_class, items)
     return parser
 
 
 def parse_config(prog: str, config_class: type, description: str, argv: Sequence[str]) -> Any:
-    """A configuration from --config and flags."""
-    from latent_grpo.config import read_yaml
+    """Return the configuration that --config files and flags describe."""
+    from latent_grpo.recipes.read import read_yaml
 
     parser = config_parser(prog, config_class, description)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     for path in first.parse_known_args(argv)[0].config:
-        # Strings go through the flag's own conversion, since YAML reads 1e-6 as one.
+        # Numbers go through the flag's own conversion as text, because YAML reads 1e-6 as text.
         values = read_yaml(path, config_class)
         numbers = {k: str(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         parser.set_defaults(**{**values, **numbers})
     namespace = parser.parse_args(argv)
-    return config_class(**{f.name: getattr(namespace, f.name) for f in fields(config_class)})
+    return config_class(**{item.name: getattr(namespace, item.name) for item in fields(config_class)})
 
 
 def load_dataset_rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    """Rows of `source` with the columns that `args` names."""
+    """Return the rows of `source` with the columns that `args` names."""
     from latent_grpo.data.rows import load_rows
 
-    return load_rows(
-        source, split=split, prompt_column=args.prompt_column, answer_column=args.answer_column,
-        chain_column=args.chain_column, limit=limit,
-    )  # fmt: skip
+    columns = {f"{name}_column": getattr(args, f"{name}_column") for name in ("prompt", "answer", "chain")}
+    return load_rows(source, split=split, limit=limit, **columns)
 
 
-def require_given(prog: str, **values: Any) -> None:
-    """ConfigError naming the first option that was left empty."""
-    from latent_grpo.config import ConfigError
-
+def require_given(**values: Any) -> None:
+    """Raise ConfigError that names the first option that was left empty."""
     for name, value in values.items():
         if not value:
             raise ConfigError(f"{name} is not given; set --{name} or put it into the --config file")
 
 
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of commands that sample from a finished model."""
-    parser.add_argument("--model", required=True, help="model folder or Hub name")
-    parser.add_argument("--mode", choices=("latent", "text"), default="latent", help="reason in latent or text steps")
-    parser.add_argument("--latent_top_k", type=int, default=10, help="mixture size K")
-    parser.add_argument("--latent_top_p", type=float, default=0.95, help="nucleus mass of latent candidates")
-    parser.add_argument("--tau", type=float, default=1.0, help="Gumbel-softmax temperature")
-    parser.add_argument("--noise_scale", type=float, default=1.0, help="factor on the noise")
-    parser.add_argument("--temperature", type=float, default=0.6, help="temperature of text tokens where sampled")
-    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus mass of text tokens where sampled")
-    parser.add_argument("--top_k", type=int, default=30, help="candidates of text tokens where sampled; 0 is all")
-    parser.add_argument("--max_completion_length", type=int, default=128, help="limit of a response")
-    parser.add_argument("--end_marker", default="</think>", help="text whose first token ends a latent run")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
-    parser.add_argument("--device", default=None, help="device; default: the GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    """Add the flags of commands that sample from a finished model."""
+    parser.add_argument("--model", required=True, metavar="STR", help="Model folder or Hub name.")
+    parser.add_argument("--mode", choices=("latent", "text"), default="latent", help="Reason in latent or text steps.")
+    add_flags_named(parser.add_argument_group("How a response is sampled"), (*STEP_FLAGS, LIMIT_FLAG))
+    add_flags_named(parser.add_argument_group("Which model is used, in what precision, on what device"), MODEL_FLAGS)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and sampling options from `sampling_flags`."""
-    from latent_grpo.config import LatentSampling, require
+    """Return model, tokenizer and sampling options for the flags of `sampling_flags`."""
     from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
 
-    require(args.max_completion_length >= 1, "max_completion_length", args.max_completion_length, "give 1 or more")
+    latent, limit = args.mode == "latent", args.max_completion_length
+    require(limit >= 1, LIMIT_FLAG, limit, "give 1 or more")
+    given = {name: getattr(args, name) for name in STEP_FLAGS}
+    sampling = LatentSampling(latent=latent, max_new_tokens=limit, **given)
+    check_options(sampling)  # before the model is loaded, which takes longer
     tokenizer = load_tokenizer(args.model)
-    latent = args.mode == "latent"
-    end = end_marker_ids(tokenizer, args.end_marker)[0] if latent else None
+    sampling.end_token_id = end_marker_ids(tokenizer, args.end_marker)[0] if latent else None
     model = load_model(args.model, args.dtype, args.device)
-    sampling = LatentSampling(
-        latent=latent, latent_top_k=args.latent_top_k, latent_top_p=args.latent_top_p, tau=args.tau,
-        noise_scale=args.noise_scale, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-        max_new_tokens=args.max_completion_length, end_token_id=end, eos_token_id=eos_ids(model, tokenizer),
-        seed=args.seed,
-    )  # fmt: skip
-    sampling.check()
+    sampling.eos_token_id = eos_ids(model, tokenizer)
     vocab = len(lm_head(model))
     require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
     return model, tokenizer, sampling

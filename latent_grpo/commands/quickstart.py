@@ -9,19 +9,26 @@ from latent_grpo.commands.options import Parser
 
 
 def quickstart_parser(prog: str) -> Parser:
-    """Flags of `quickstart`."""
+    """Return the parser of `quickstart`."""
     about = "Latent-SFT, Latent-GRPO and evaluation of a tiny model on made-up word problems: minutes on a CPU."
-    parser = Parser(prog=prog, description=about, allow_abbrev=False)
-    parser.add_argument("--out", default="runs/quickstart", help="folder for checkpoints, metrics and curves")
-    parser.add_argument("--seed", type=int, default=0, help="seed of problems, model, sampling and noise")
+    parser = Parser(prog=prog, description=about)
     parser.add_argument(
-        "--loss_on", choices=("all", "latent", "text"), default="all", help="steps carrying the policy loss"
+        "--out",
+        default="runs/quickstart",
+        help="Folder for checkpoints, metrics and curves. [default: runs/quickstart]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of problems, model, sampling and noise. [default: 0]")
+    parser.add_argument(
+        "--loss_on",
+        choices=("all", "latent", "text"),
+        default="all",
+        help="Steps that carry the policy loss. [default: all]",
     )
     return parser
 
 
-def command_quickstart(prog: str, argv: Sequence[str]) -> int:
-    """The whole job on an embedded default."""
+def run(prog: str, argv: Sequence[str]) -> int:
+    """Run the whole job on the toy task."""
     args = quickstart_parser(prog).parse_args(argv)
     from latent_grpo.quickstart.run import quickstart
 

@@ -1,1 +1,1 @@
-"""Named YAML configurations."""
+"""Named YAML files of options, and how files of options are read."""

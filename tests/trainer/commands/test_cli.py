@@ -20,8 +20,10 @@ import latent_kernels
 from latent_grpo.commands.generate import generate_parser
 from latent_grpo.commands.main import main
 from latent_grpo.commands.options import load_for_sampling
-from latent_grpo.config import CompareConfig, LatentGRPOConfig, LatentSFTConfig, read_yaml
+from latent_grpo.config import LatentGRPOConfig, LatentSFTConfig
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
+from latent_grpo.recipes.read import read_yaml
+from latent_grpo.study.config import CompareConfig
 
 
 @pytest.fixture(scope="module")
