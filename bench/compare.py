@@ -1,8 +1,9 @@
 """Regressions between two results: `python -m bench.compare BEFORE.json AFTER.json`.
 
-A time changed where the intervals from p20 to p80 do not meet and the medians differ by more than a threshold; memory,
-which hardly varies, where it differs by more than the threshold and by a megabyte. A provider that was right before and
-is wrong or gone is a regression too. Exit codes: 0 none, 1 a regression, 2 the files cannot be compared.
+A time has changed if the intervals from p20 to p80 do not meet and the medians differ by more than a threshold. Memory
+hardly varies: it has changed if it differs by more than the threshold and by more than a megabyte. A provider that was
+right before and is now wrong or gone is a regression too.
+Exit codes: 0 no regression, 1 a regression, 2 the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from rich.table import Table
 
 from bench.plot import ResultsError, Row, read_results
 
-THRESHOLD = 0.05
+THRESHOLD = 0.05  # relative change of a median
 LEAST_MB = 1.0
-SAME = ("device", "threads")  # of the environment: other machines' times say nothing about the code
+SAME = ("device", "threads")  # of the environment; times of different machines say nothing about the code
 REGRESSIONS = ("slower", "more memory", "no longer right", "gone")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one provider on one case. after_over_before: of the medians, or of the memory."""
+    """What became of one provider on one case. after_over_before: ratio of the median times or of the memory."""
 
     op: str
     case: str
@@ -38,17 +39,18 @@ class Change:
 
     @property
     def regression(self) -> bool:
+        """Whether the change is for the worse."""
         return self.verdict in REGRESSIONS
 
 
 def case_of(row: Row) -> tuple[str, str, str]:
-    """Operator, provider, and the case as text: what makes two rows the same measurement."""
+    """Return operator, provider, and the case as text. Rows that agree in them are the same measurement."""
     parameters = ", ".join(f"{name} {value}" for name, value in sorted(row["parameters"].items()))
     return row["op"], row["provider"], f"{row['shape']}, {row['dtype']}, {parameters}"
 
 
 def time_verdict(before: Row, after: Row, threshold: float) -> str:
-    """ "slower", "faster" or "same"."""
+    """Return "slower", "faster" or "same"."""
     ratio = after["median_ms"] / before["median_ms"]
     if after["p20"] > before["p80"] and ratio > 1 + threshold:
         return "slower"
@@ -56,19 +58,19 @@ def time_verdict(before: Row, after: Row, threshold: float) -> str:
 
 
 def memory_verdict(before: float, after: float, threshold: float) -> str:
-    """ "more memory", "less memory" or "same"."""
+    """Return "more memory", "less memory" or "same". Memory is in MB."""
     if abs(after - before) <= max(LEAST_MB, threshold * before):
         return "same"
     return "more memory" if after > before else "less memory"
 
 
 def compare_rows(before: list[Row], after: list[Row], threshold: float = THRESHOLD) -> list[Change]:
-    """A change for every figure that both have, and for every provider that one of them timed alone."""
-    left, right = ({case_of(row): row for row in rows} for rows in (before, after))
+    """Return a change for every measurement of both lists, and for every provider that was timed only in one."""
+    old_rows, new_rows = ({case_of(row): row for row in rows} for rows in (before, after))
     changes = []
-    for key in dict.fromkeys([*left, *right]):
+    for key in dict.fromkeys([*old_rows, *new_rows]):  # in order, each once
         op, provider, case = key
-        old, new = left.get(key), right.get(key)
+        old, new = old_rows.get(key), new_rows.get(key)
         timed_before, timed_after = (row is not None and row["median_ms"] is not None for row in (old, new))
         if old is not None and new is not None and timed_before and timed_after:
             ratio = new["median_ms"] / old["median_ms"]
@@ -85,7 +87,7 @@ def compare_rows(before: list[Row], after: list[Row], threshold: float = THRESHO
 
 
 def changes_table(changes: list[Change]) -> Table:
-    """The changes that are not "same"."""
+    """Return a table of changes."""
     table = Table(title="after against before", title_justify="left")
     for column in ("operator", "case", "provider", "after / before", ""):
         table.add_column(column, justify="right" if "/" in column else "left")
@@ -97,7 +99,7 @@ def changes_table(changes: list[Change]) -> Table:
 
 
 def environments_differ(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """What makes the times of two environments incomparable, or None."""
+    """Return why the times of two reports cannot be compared, or None."""
     for name in SAME:
         old, new = (report["environment"].get(name) for report in (before, after))
         if old != new:
@@ -107,15 +109,7 @@ def environments_differ(before: dict[str, Any], after: dict[str, Any]) -> str | 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("before", type=Path, metavar="BEFORE.json", help="from `python -m bench --json`")
-    parser.add_argument("after", type=Path, metavar="AFTER.json")
-    parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help="least change of a median (default: %(default)s)"
-    )
-    parser.add_argument("--any-device", action="store_true", help="compare results of different devices all the same")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the changes as JSON")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         before, after = (read_results(path) for path in (options.before, options.after))
     except ResultsError as error:
@@ -130,14 +124,26 @@ def main(arguments: list[str] | None = None) -> int:
     if not changes:
         print("bench.compare: error: the files have no timed row in common", file=sys.stderr)
         return 2
+    changed = [change for change in changes if change.verdict != "same"]
+    if changed:
+        Console(width=None if sys.stdout.isatty() else 160).print(changes_table(changed))
     counts = Counter(change.verdict for change in changes)
-    told = [change for change in changes if change.verdict != "same"]
-    if told:
-        Console(width=None if sys.stdout.isatty() else 160).print(changes_table(told))
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if options.json is not None:
         options.json.write_text(json.dumps([vars(change) for change in changes], indent=1) + "\n")
     return 1 if any(change.regression for change in changes) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("before", type=Path, metavar="BEFORE.json", help="from `python -m bench --json`")
+    parser.add_argument("after", type=Path, metavar="AFTER.json", help="the same, measured later")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="least relative change of a median (default: %(default)s)"
+    )
+    parser.add_argument("--any-device", action="store_true", help="compare results of different devices all the same")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the changes as JSON")
+    return parser
 
 
 if __name__ == "__main__":

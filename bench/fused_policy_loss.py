@@ -1,9 +1,13 @@
-"""`fused_policy_loss`, forward and gradient in hidden, against PyTorch that holds [N, V], the two bare products, and on
-text alone Liger's fused linear GRPO, which also takes the head's gradient (a third product)."""
+"""`fused_policy_loss`: forward pass and gradient in hidden.
+
+Rivals: PyTorch that holds [N, V], the two bare products and, on text only, Liger's fused linear GRPO. Liger also
+computes the gradient of the head, which is a third product.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +21,8 @@ from bench.harness.cases import (
     Provider,
     Shape,
     compare,
-    compiled,
-    ours,
+    compiled_provider,
+    our_providers,
     tolerance,
 )
 from bench.latent_logprob import (
@@ -43,30 +47,67 @@ CHECKED_ROWS = 8  # of the bare products
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
-    """The steps of `latent_logprob` as responses of 128 steps (16 on the tiny shape); on a GPU more of them too.
+    """Return the steps of `latent_logprob` as responses of 128 steps (16 on the tiny shape), on a GPU more of them too.
 
-    A case of text alone comes last, but for a CPU on the shapes of models.
+    The last case is text only. A CPU has it only on the tiny shape.
     """
     steps = 16 if shape.name == "tiny" else 128
     (base,) = ({**parameters, "response_steps": steps} for parameters in logprob_cases(shape, device))
     on_gpu = device.type == "cuda"
-    found = [{**base, "rows": rows} for rows in ROWS_ON_A_GPU] if on_gpu and shape.name != "tiny" else [base]
-    return [*found, {**found[-1], "latent_share": 0.0}] if on_gpu or shape.name == "tiny" else found
+    mixed = [{**base, "rows": rows} for rows in ROWS_ON_A_GPU] if on_gpu and shape.name != "tiny" else [base]
+    return [*mixed, {**mixed[-1], "latent_share": 0.0}] if on_gpu or shape.name == "tiny" else mixed
+
+
+class Responses(NamedTuple):
+    """R responses of T steps. `flat` holds the same steps as one list of N = R T, the form of the log-prob."""
+
+    flat: Trajectory
+    hidden: Tensor  # [R, T, D], requires a gradient
+    ids: Tensor  # [R, T, K]
+    scores: Tensor  # [R, T, K]
+    old_logprob: Tensor  # [R, T]
+    advantages: Tensor  # [R, T], constant within a response
+    mask: Tensor  # [R, T], all True
+
+
+def make_responses(parameters: Parameters, device: torch.device, dtype: torch.dtype) -> Responses:
+    """Cut the trajectory of `latent_logprob` into responses. Raises CaseError if the rows do not fill them."""
+    rows, steps = parameters["rows"], parameters["response_steps"]
+    if rows % steps:
+        raise CaseError(f"rows is {rows}: give a multiple of {steps}, the steps of a response")
+    flat = make_trajectory(parameters, device, dtype)
+    advantages = flat.advantages.unflatten(0, (-1, steps))[:, :1].expand(-1, steps)
+    flat = flat._replace(advantages=advantages.flatten())
+    old_logprob = make_old_logprob(flat).unflatten(0, (-1, steps))
+    return Responses(
+        flat,
+        # A leaf of its own: the gradient of the loss is taken in this tensor.
+        hidden=flat.hidden.detach().unflatten(0, (-1, steps)).requires_grad_(),
+        ids=flat.ids.unflatten(0, (-1, steps)),
+        scores=flat.scores.unflatten(0, (-1, steps)),
+        old_logprob=old_logprob,
+        advantages=flat.advantages.unflatten(0, (-1, steps)),
+        mask=torch.ones_like(old_logprob, dtype=torch.bool),
+    )
 
 
 def make_old_logprob(trajectory: Trajectory) -> Tensor:
-    """Log-probs [N] of an old policy: one step in five is beyond the clip range, none near its ends.
+    """Return log-probs [N] of an old policy. One step in five is beyond the clip range, none is near its ends.
 
-    Near them the rounding of bfloat16 logits would decide whether a step is clipped, and no two providers would agree.
+    Near the ends the rounding of bfloat16 logits would decide whether a step is clipped, and no two providers would
+    agree.
     """
     hidden, lm_head, ids, scores, _ = trajectory
     with torch.no_grad():
-        policy = latent_logprob(hidden, lm_head, ids, scores, temperature=TEMPERATURE, impl="eager")
-    return policy - torch.where(torch.rand_like(policy) < 0.2, 0.6, 0.03) * torch.randn_like(policy).sign()
+        logprob = latent_logprob(hidden, lm_head, ids, scores, temperature=TEMPERATURE, impl="eager")
+    return logprob - torch.where(torch.rand_like(logprob) < 0.2, 0.6, 0.03) * torch.randn_like(logprob).sign()
 
 
 def reference_loss(trajectory: Trajectory, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and dHidden [N, D], by the reference in float32, a block of rows at a time. old and the rest [R, T]."""
+    """Return the loss and dHidden [N, D] of the reference in float32, computed a block of rows at a time.
+
+    `old`, `advantages` and `mask` are [R, T].
+    """
     losses: list[Tensor] = []
 
     def upstream(logprob: Tensor) -> Tensor:
@@ -79,71 +120,31 @@ def reference_loss(trajectory: Trajectory, old: Tensor, advantages: Tensor, mask
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
-    """Outputs: the loss, and dHidden [R, T, D]."""
-    rows, steps = parameters["rows"], parameters["response_steps"]
-    if rows % steps:
-        raise CaseError(f"rows is {rows}: give a multiple of {steps}, the steps of a response")
-    trajectory = make_trajectory(parameters, device, dtype)
-    of_response = trajectory.advantages.unflatten(0, (-1, steps))[:, :1].expand(-1, steps)
-    trajectory = trajectory._replace(advantages=of_response.flatten())
-    flat_hidden, lm_head, flat_ids, flat_scores, flat_advantages = trajectory
-    flat_old = make_old_logprob(trajectory)
-    hidden = flat_hidden.detach().unflatten(0, (-1, steps)).requires_grad_()
-    ids, scores, old, advantages = (
-        x.unflatten(0, (-1, steps)) for x in (flat_ids, flat_scores, flat_old, flat_advantages)
-    )
-    mask = torch.ones_like(old, dtype=torch.bool)
+    """Build a case. Outputs: the loss, and dHidden [R, T, D]."""
+    responses = make_responses(parameters, device, dtype)
+    flat, hidden, ids, scores, old, advantages, mask = responses
     shortage = naive_shortage(parameters, device)
-
-    def with_gradient(loss: Tensor) -> Outputs:
-        return loss.detach(), *torch.autograd.grad(loss, hidden)
 
     def naive(logprob: Logprob, name: str = "eager") -> Provider:
         def run() -> Outputs:
-            out = logprob(hidden.flatten(0, 1), lm_head, flat_ids, flat_scores, flat_advantages)
-            return with_gradient(policy_loss_ref(out.view_as(old), old, advantages, mask)[0])
+            actual = logprob(hidden.flatten(0, 1), flat.lm_head, flat.ids, flat.scores, flat.advantages)
+            return with_gradient(policy_loss_ref(actual.view_as(old), old, advantages, mask)[0], hidden)
 
         return Provider(name, run, unavailable=shortage)
 
     def make(impl: str) -> Provider:
+        inputs = (hidden, flat.lm_head, ids, scores, old, advantages, mask)
+
         def run() -> Outputs:
-            loss, _ = fused_policy_loss(
-                hidden, lm_head, ids, scores, old, advantages, mask, temperature=TEMPERATURE, impl=impl
-            )
-            return with_gradient(loss)
+            return with_gradient(fused_policy_loss(*inputs, temperature=TEMPERATURE, impl=impl)[0], hidden)
 
         return Provider("ours", run)
 
-    def liger() -> Outputs:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-        loss = LigerFusedLinearGRPOLoss(
-            beta=0.0, compiled=device.type == "cuda", use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP,
-            loss_type="bnpo", temperature=TEMPERATURE, delta=DUAL_CLIP,
-        )  # fmt: skip
-        advantage = advantages[:, 0].contiguous()
-        return with_gradient(loss(hidden, lm_head, ids[..., 0], mask, advantage, old_per_token_logps=old)[0])
-
-    def products() -> Outputs:
-        states, out = flat_hidden.detach(), torch.empty_like(flat_hidden)
-        parts = row_chunks(len(states), len(lm_head), torch.float32, device)
-        buffer = chunk_buffer(parts, len(lm_head), dtype, device)
-        for part in parts:
-            logits = torch.mm(states[part], lm_head.T, out=buffer[: part.stop - part.start])
-            torch.mm(logits, lm_head, out=out[part])
-        return (out,)
-
-    def check_products(outputs: Outputs) -> str | None:
-        states, head = flat_hidden[:CHECKED_ROWS].detach().float(), lm_head.float()
-        return compare("product", outputs[0][:CHECKED_ROWS], (states @ head.T) @ head, tolerance(dtype))
-
-    missing = None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
-    text_alone = [Provider("liger", liger, unavailable=missing, optional=True)]
     expected: list[Tensor] = []
 
     def check(outputs: Outputs) -> str | None:
         if not expected:
-            loss, gradient = reference_loss(trajectory, old, advantages, mask)
+            loss, gradient = reference_loss(flat, old, advantages, mask)
             expected.extend((loss, gradient.view_as(hidden)))
         return compare("loss", outputs[0], expected[0], tolerance(dtype)) or compare(
             "dHidden", outputs[1], expected[1], tolerance(dtype)
@@ -153,14 +154,66 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         [
             naive(one_softmax),
             naive(reference, "reference"),
-            *compiled(naive, one_softmax, compile),
-            *(text_alone if parameters["latent_share"] == 0.0 else ()),
-            Provider("matmul", products, check=check_products),
-            *ours(make, device),
+            *compiled_provider(naive, one_softmax, compile),
+            *([liger_provider(responses)] if parameters["latent_share"] == 0.0 else ()),
+            bare_products(flat),
+            *our_providers(make, device),
         ],
         check,
         *logprob_cost(parameters, dtype),
     )
+
+
+def with_gradient(loss: Tensor, hidden: Tensor) -> Outputs:
+    """Return a loss and its gradient in hidden."""
+    return loss.detach(), *torch.autograd.grad(loss, hidden)
+
+
+def liger_provider(responses: Responses) -> Provider:
+    """Return Liger's fused linear GRPO, which knows text steps only: the first id of every step is the token."""
+    _, hidden, ids, _, old, advantages, mask = responses
+
+    def run() -> Outputs:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        loss = LigerFusedLinearGRPOLoss(
+            beta=0.0,
+            compiled=hidden.is_cuda,
+            use_ref_model=False,
+            epsilon_low=CLIP,
+            epsilon_high=CLIP,
+            loss_type="bnpo",  # the name there of the mean over all tokens
+            temperature=TEMPERATURE,
+            delta=DUAL_CLIP,
+        )
+        advantage = advantages[:, 0].contiguous()
+        output = loss(hidden, responses.flat.lm_head, ids[..., 0], mask, advantage, old_per_token_logps=old)
+        return with_gradient(output[0], hidden)
+
+    missing = None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+    return Provider("liger", run, unavailable=missing, optional=True)
+
+
+def bare_products(trajectory: Trajectory) -> Provider:
+    """Return the two products that the loss and its gradient cannot do without, in the chunks of the fused loss."""
+    states, lm_head = trajectory.hidden.detach(), trajectory.lm_head
+
+    def run() -> Outputs:
+        output = torch.empty_like(states)
+        chunks = row_chunks(len(states), len(lm_head), torch.float32, states.device)
+        buffer = chunk_buffer(chunks, len(lm_head), states.dtype, states.device)
+        for chunk in chunks:
+            logits = torch.mm(states[chunk], lm_head.T, out=buffer[: chunk.stop - chunk.start])
+            torch.mm(logits, lm_head, out=output[chunk])
+        return (output,)
+
+    def check(outputs: Outputs) -> str | None:
+        # A few rows are enough: the product of all rows in float32 would hold another [N, V].
+        head = lm_head.float()
+        expected = (states[:CHECKED_ROWS].float() @ head.T) @ head
+        return compare("product", outputs[0][:CHECKED_ROWS], expected, tolerance(states.dtype))
+
+    return Provider("matmul", run, check=check)
 
 
 FUSED_POLICY_LOSS = Operator("fused_policy_loss", cases, build, measure_memory=True)

@@ -1,8 +1,9 @@
 """One command for a short slot on a GPU: `python -m bench gpu-report --out DIR --minutes 9`.
 
-The kernels' tests on the device, then the benches in order of importance, each in a process of its own, as far as the
-time goes. After each, DIR/report.json (which `python -m bench.plot` and `bench.compare` read) and DIR/report.md are
-written, so that a slot that ends early leaves what was measured, and says what was not. DIR/log.txt is all output.
+First run the kernels' tests on the device, then the benches in order of importance, each in a process of its own, until
+the time is over. After each, write DIR/report.json (which `python -m bench.plot` and `python -m bench.compare` read)
+and DIR/report.md. A slot that ends early so leaves what was measured and says what was not. DIR/log.txt holds all
+output.
 """
 
 from __future__ import annotations
@@ -25,29 +26,30 @@ from typing import Any
 import torch
 
 from bench.harness.cases import SHAPES
-from bench.harness.memory import REPO
-from bench.harness.report import SCHEMA, write_whole
+from bench.harness.processes import REPOSITORY, environment_of_checkout
+from bench.harness.report import SCHEMA, figure
+from bench.operators import OPERATORS
 from bench.pytest_log import VARIABLE
+from latent_grpo.saving.atomic import write_whole
 
 COMMAND = "gpu-report"
 DONE, FAILED, CUT_OFF, NOT_STARTED = "done", "failed", "cut off", "not started"
 UNPLANNED = 30  # seconds expected of an operator that the plan does not name
-LIMIT = 3.0  # times the expected seconds: what a job may take while others wait
-KERNEL_TESTS = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        "latent_step_kernel", "loss_kernels", "latent_step", "fused_policy_loss", "latent_logprob", "mix_embeddings",
-        "policy_loss", "group_advantages", "project_with_noise", "decoding_graphs",
-    )
-)  # fmt: skip
+LIMIT = 3.0  # times the expected seconds: most that a job may take
+KERNEL_TESTS = ("tests/kernels", "tests/trainer/rollout/test_step_graphs.py")
 REHEARSAL_TESTS = ("tests/kernels/test_mix_embeddings.py",)
-TEST_WORKERS = 8  # kernels compile on the CPU
-PATIENCE = 10.0  # seconds for a process told to stop
+TEST_WORKERS = 8  # Triton compiles kernels on the CPU, so several processes help
+PATIENCE = 10.0  # seconds for a process to end after a signal
 
 
 @dataclass(frozen=True)
 class Job:
-    """A process: its arguments after `python -m`, the seconds it is expected to take, and whether it is of tests."""
+    """A process to run.
+
+    arguments: those after `python -m`.
+    expected: seconds that the job is expected to take.
+    tests: whether the job runs tests instead of a bench.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -57,7 +59,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job. `report`: what the bench wrote. `tests`: [test, outcome] of every test that ended."""
+    """What became of a job.
+
+    report: what the bench wrote.
+    tests: (test, outcome) of every test that ended.
+    """
 
     name: str
     status: str
@@ -68,48 +74,55 @@ class Outcome:
 
     @property
     def faults(self) -> list[str]:
-        """Tests that failed and providers that were wrong; the job itself where it failed and told of none."""
-        found = [name for name, outcome in self.tests if outcome == "failed"]
+        """Failed tests and wrong providers. If a failed job names none of them, the job itself."""
+        faults = [name for name, outcome in self.tests if outcome == "failed"]
         rows = self.report["rows"] if self.report else []
-        found += [f"{r['op']}, {r['shape']}, {r['provider']}: {r['note']}" for r in rows if r["correct"] is False]
-        return found or ([f"{self.name}: {self.note}"] if self.status == FAILED else [])
+        faults += [f"{r['op']}, {r['shape']}, {r['provider']}: {r['note']}" for r in rows if r["correct"] is False]
+        return faults or ([f"{self.name}: {self.note}"] if self.status == FAILED else [])
 
 
 def gpu_jobs() -> list[Job]:
-    """Tests first, then what matters most: the two fused operators, rollout and training step, then the rest.
+    """Return the jobs for a GPU: tests, the two fused operators, rollout and training step, then the rest.
 
-    The expected seconds hold a compilation of every case, of a whole model in a rollout.
+    The expected seconds include the compilation of every case, in a rollout that of a whole model.
     """
     workers = ("-n", str(TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
     select = ("-k", "triton or kernel or captured or cuda")
-    jobs = [Job("tests of the kernels", (*_pytest(), *workers, *select, *KERNEL_TESTS), 120, tests=True)]
+    tests = Job("tests of the kernels", (*_pytest(), *workers, *select, *KERNEL_TESTS), 120, tests=True)
     plan = [
-        ("latent_step", "llama-1b", 70), ("fused_policy_loss", "llama-1b", 80), ("rollout", "llama-1b", 150),
-        ("train_step", "llama-1b", 45), ("latent_step", "qwen-7b", 70), ("fused_policy_loss", "qwen-7b", 95),
-        ("latent_logprob", "llama-1b", 45), ("latent_step_from_logits", "llama-1b", 40),
-        ("mix_embeddings", "llama-1b", 30), ("policy_loss", "llama-1b", 30), ("group_advantages", "llama-1b", 30),
-        ("project_with_noise", "llama-1b", 30), ("rollout", "qwen-7b", 240), ("train_step", "qwen-7b", 75),
-    ]  # fmt: skip
+        ("latent_step", "llama-1b", 70),
+        ("fused_policy_loss", "llama-1b", 80),
+        ("rollout", "llama-1b", 150),
+        ("train_step", "llama-1b", 45),
+        ("latent_step", "qwen-7b", 70),
+        ("fused_policy_loss", "qwen-7b", 95),
+        ("latent_logprob", "llama-1b", 45),
+        ("latent_step_from_logits", "llama-1b", 40),
+        ("mix_embeddings", "llama-1b", 30),
+        ("policy_loss", "llama-1b", 30),
+        ("group_advantages", "llama-1b", 30),
+        ("project_with_noise", "llama-1b", 30),
+        ("rollout", "qwen-7b", 240),
+        ("train_step", "qwen-7b", 75),
+    ]
     planned = {op for op, *_ in plan}
     plan += [(op, "llama-1b", UNPLANNED) for op in with_cases("llama-1b", "cuda") if op not in planned]
-    # All ask for --compile: it adds nothing to an operator that has no compiled provider.
-    return jobs + [
+    # All get --compile: an operator without a compiled provider ignores it.
+    return [tests] + [
         Job(f"{op} {shape}", ("bench", op, "--shapes", shape, "--compile"), seconds) for op, shape, seconds in plan
     ]
 
 
-def with_cases(shape: str, device: str) -> list[str]:
-    """The operators that have a case of the shape on such a device."""
-    from bench.operators import OPERATORS
-
-    return [name for name, operator in OPERATORS.items() if operator.cases(SHAPES[shape], torch.device(device))]
-
-
 def rehearsal_jobs() -> list[Job]:
-    """The same on a CPU with tiny shapes: that the command works, nothing of a GPU."""
+    """Return the same jobs for a CPU with tiny shapes. They show that the command works, and nothing about a GPU."""
     quick = ("--shapes", "tiny", "--device", "cpu", "--repeats", "3", "--no-memory")
-    jobs = [Job("tests of the kernels", (*_pytest(), "-k", "triton", *REHEARSAL_TESTS), 20, tests=True)]
-    return jobs + [Job(f"{op} tiny", ("bench", op, *quick), 10) for op in with_cases("tiny", "cpu")]
+    tests = Job("tests of the kernels", (*_pytest(), "-k", "triton", *REHEARSAL_TESTS), 20, tests=True)
+    return [tests] + [Job(f"{op} tiny", ("bench", op, *quick), 10) for op in with_cases("tiny", "cpu")]
+
+
+def with_cases(shape: str, device: str) -> list[str]:
+    """Return the operators that have a case of the shape on a kind of device."""
+    return [name for name, operator in OPERATORS.items() if operator.cases(SHAPES[shape], torch.device(device))]
 
 
 def _pytest() -> tuple[str, ...]:
@@ -123,10 +136,10 @@ def run_jobs(
     record: Callable[[list[Outcome]], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
-    """Execute the jobs in order while the time lasts; `record` sees all outcomes so far after each.
+    """Execute the jobs in order while the time lasts. `record` gets all outcomes so far after each job.
 
-    A job starts only where the time that it is expected to take is left, so a long one that no longer fits makes room
-    for a short one after it. `execute(job, limit)` must return within its limit.
+    A job starts only if its expected time is left. A long job that no longer fits so makes room for a short one after
+    it. `execute(job, limit)` must return within its limit in seconds.
     """
     deadline = clock() + seconds
     outcomes: list[Outcome] = []
@@ -142,38 +155,52 @@ def run_jobs(
 
 
 def execute(job: Job, limit: float, log: Path, interpret: bool) -> Outcome:
-    """Run a job as a process of its own, all its output appended to `log`; what it wrote until it ended or was cut."""
+    """Run a job as a process of its own and return what it wrote, even if it failed or was cut off.
+
+    The output of the process is appended to `log`. `interpret` runs Triton's kernels in its interpreter.
+    """
     with tempfile.TemporaryDirectory() as folder:
         written, tests = Path(folder) / "rows.json", Path(folder) / "tests.jsonl"
         arguments = list(job.arguments) if job.tests else [*job.arguments, "--json", str(written)]
-        path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, VARIABLE: str(tests), "TRITON_INTERPRET": str(int(interpret))}
+        variables = {VARIABLE: str(tests), "TRITON_INTERPRET": str(int(interpret))}
         begin = time.monotonic()
-        with log.open("a") as output:
-            output.write(f"\n$ python -m {' '.join(arguments)}\n")
-            output.flush()
-            process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=REPO, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                code: int | None = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                _stop(process)
+        code = _exit_code(arguments, limit, log, variables)
         status = CUT_OFF if code is None else FAILED if code else DONE
         note = f"after {limit:.0f} s" if code is None else f"exit code {code}, see log.txt" if code else ""
         lines = tests.read_text().splitlines() if tests.exists() else []
         return Outcome(
-            job.name, status, time.monotonic() - begin, note,
+            job.name,
+            status,
+            time.monotonic() - begin,
+            note,
             json.loads(written.read_text()) if written.exists() else None,
             [(name, outcome) for name, outcome in map(json.loads, lines)],
-        )  # fmt: skip
+        )
+
+
+def _exit_code(arguments: list[str], limit: float, log: Path, variables: dict[str, str]) -> int | None:
+    """Run `python -m ARGUMENTS` and return its exit code; None if it was stopped after `limit` seconds."""
+    with log.open("a") as output:
+        output.write(f"\n$ python -m {' '.join(arguments)}\n")
+        output.flush()  # before the process writes to the same file
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+            env=environment_of_checkout(**variables),
+            start_new_session=True,  # so that `_stop` can end its children too
+        )
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _stop(process)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and those that it started, which are in one session, if it still runs."""
+    """End the process, if it still runs, and the processes that it started in its session."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -185,7 +212,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def report_of(outcomes: Sequence[Outcome], command: str, rehearsal: bool) -> dict[str, Any]:
-    """The report: the benches' rows in one, in the form of `python -m bench --json`, and what became of each job."""
+    """Return the report: the rows of all benches in the form of `python -m bench --json`, and the state of each job."""
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
     jobs = [{"name": o.name, "status": o.status, "seconds": round(o.seconds, 1), "note": o.note} for o in outcomes]
     return {
@@ -200,51 +227,51 @@ def report_of(outcomes: Sequence[Outcome], command: str, rehearsal: bool) -> dic
     }
 
 
-def _cell(value: float | None, pattern: str = "{:.3g}") -> str:
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else pattern.format(value)
-
-
 def markdown_of(report: dict[str, Any]) -> str:
-    """The report as a page: environment, tests, what became of each job, and a table an operator and shape."""
-    stamp = report["environment"]
+    """Return the report as a page: environment, tests, state of every job, one table per operator and shape."""
     lines = ["# Report of a GPU" if not report["rehearsal"] else "# Rehearsal on a CPU: no figure here is a GPU's", ""]
     lines += [f"`{report['command']}`", ""]
+    stamp = report["environment"]
     if stamp:
         lines += [
             f"{stamp['device']}, CUDA {stamp['cuda']}, torch {stamp['torch']}, triton {stamp['triton']}, Python "
             f"{stamp['python']}, commit {stamp['commit']}, {stamp['date']}. Measured ceilings: copy "
             f"{stamp['copy_gb_per_s']:.3g} GB/s, {stamp['matmul_dtype']} matmul {stamp['matmul_tflop_per_s']:.3g} "
-            "TFLOP/s.", "",
-        ]  # fmt: skip
+            "TFLOP/s.",
+            "",
+        ]
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report["tests"].items()))
-    lines += ["## Tests", "", counts or "None ended.", ""]
+    lines += ["## Tests", "", counts or "No test ended.", ""]
     lines += ["## Faults", "", *(f"- {fault}" for fault in report["faults"]), ""] if report["faults"] else []
     lines += ["## Jobs", "", "| job | | s | |", "| --- | --- | --- | --- |"]
     lines += [f"| {j['name']} | {j['status']} | {j['seconds']:.0f} | {j['note']} |" for j in report["jobs"]]
     lines += ["", "## Times", "", "Milliseconds; `roofline` is the share of the measured ceilings."]
     for op, shape in dict.fromkeys((row["op"], row["shape"]) for row in report["rows"]):
-        rows = [row for row in report["rows"] if (row["op"], row["shape"]) == (op, shape)]
-        lines += ["", f"### {op}, {shape}, {rows[0]['dtype']}", "", "| case | provider | median | p20 | p80 | times "]
-        lines[-1] += "baseline | over matmul | roofline | peak MB | |"
-        lines.append("| --- | --- " + "| ---: " * 7 + "| --- |")
-        for row in rows:
-            left_out = ("vocab", "hidden", "top_k", "model")
-            case = ", ".join(f"{name} {value}" for name, value in row["parameters"].items() if name not in left_out)
-            figures = [row[name] for name in ("median_ms", "p20", "p80", "ratio", "over_matmul")]
-            share = "-" if row["roofline"] is None else f"{row['roofline']:.0%}"
-            cells = [case, row["provider"], *map(_cell, figures), share, _cell(row["peak_extra_mb"]), row["note"]]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += _times_of([row for row in report["rows"] if (row["op"], row["shape"]) == (op, shape)])
     return "\n".join(lines) + "\n"
 
 
+def _times_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of one operator and shape."""
+    columns = ("case", "provider", "median", "p20", "p80", "times baseline", "over matmul", "roofline", "peak MB", "")
+    lines = ["", f"### {rows[0]['op']}, {rows[0]['shape']}, {rows[0]['dtype']}", ""]
+    lines += [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "| --- | --- " + "| ---: " * 7 + "| --- |"]
+    of_the_shape = ("vocab", "hidden", "top_k", "model")  # the same in every case, and in the heading
+    for row in rows:
+        case = ", ".join(f"{name} {value}" for name, value in row["parameters"].items() if name not in of_the_shape)
+        measures = (row[name] for name in ("median_ms", "p20", "p80", "ratio", "over_matmul"))
+        share = "-" if row["roofline"] is None else f"{row['roofline']:.0%}"
+        cells = [case, row["provider"], *map(figure, measures), share, figure(row["peak_extra_mb"]), row["note"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 all ran and was right, 1 a fault or a job that failed, 2 no GPU or bad arguments."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench {COMMAND}", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report, made if missing")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default: %(default)s)")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with tiny shapes and two tests"
-    )
+    """Run the command line.
+
+    Return 0 if all jobs ran and were right, 1 for a fault or a failed job, 2 without a GPU or for bad arguments.
+    """
+    parser = _parser()
     options = parser.parse_args(arguments)
     rehearsal = options.device == "cpu"
     if not rehearsal and not torch.cuda.is_available():
@@ -264,11 +291,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last = outcomes[-1]
         print(f"{last.name}: {last.status}, {last.seconds:.0f} s {last.note}".rstrip(), flush=True)
 
-    outcomes = run_jobs(
-        rehearsal_jobs() if rehearsal else gpu_jobs(), options.minutes * 60,
-        lambda job, limit: execute(job, limit, log, interpret=rehearsal), record,
-    )  # fmt: skip
+    def run(job: Job, limit: float) -> Outcome:
+        return execute(job, limit, log, interpret=rehearsal)
+
+    outcomes = run_jobs(rehearsal_jobs() if rehearsal else gpu_jobs(), options.minutes * 60, run, record)
     for fault in (fault for outcome in outcomes for fault in outcome.faults):
         print(f"bench: error: {fault}", file=sys.stderr)
     print(f"wrote {options.out / 'report.md'} and report.json; figures: python -m bench.plot {options.out}/report.json")
     return 1 if any(outcome.faults for outcome in outcomes) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench {COMMAND}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report, made if missing")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all jobs (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with tiny shapes and one test file"
+    )
+    return parser

@@ -1,7 +1,7 @@
-"""`latent_logprob`, forward and gradient in hidden, against PyTorch that holds [N, V].
+"""`latent_logprob`: forward pass and gradient in hidden, against PyTorch that holds [N, V].
 
-On text alone at temperature 1 the log-prob of a step is minus a cross entropy: there also against PyTorch's own
-`linear_cross_entropy`, in chunks, and cut cross entropy, neither of which holds [N, V].
+On text only at temperature 1, the log-prob of a step is minus a cross entropy. That case has two more rivals, neither
+of which holds [N, V]: `linear_cross_entropy` of PyTorch, in chunks, and cut cross entropy.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bench.harness.cases import (
     Provider,
     Shape,
     compare,
-    compiled,
-    ours,
+    compiled_provider,
+    our_providers,
     tolerance,
 )
 from bench.harness.memory import free_memory
 from latent_kernels import latent_logprob
 from latent_kernels.reference import (
-    HARD,
+    UNUSED_ID,
     component_margins,
     is_hard,
     latent_logprob_from_logits_ref,
@@ -39,7 +39,7 @@ from latent_kernels.reference import (
 
 TOP_K, TEMPERATURE, LATENT_SHARE = 10, 0.6, 0.5
 LOGIT_STD = 2.0
-BLOCK = 128  # rows alive at a time in the check
+BLOCK = 128  # rows that the check holds at a time
 
 
 class Trajectory(NamedTuple):
@@ -56,18 +56,18 @@ Logprob = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, 
 
 
 def make_ids(rows: int, vocab: int, latent_share: float, device: torch.device) -> Tensor:
-    """Distinct ids [N, K]; -100 behind the first on the rows that are text steps, which come last."""
+    """Return distinct ids [N, K]. Text steps come last; they have -100 behind the first id."""
+    # Equal distances keep the ids of a row distinct without a sort.
     start = torch.randint(vocab, (rows, 1), device=device)
     ids = (start + (vocab // TOP_K) * torch.arange(TOP_K, device=device)) % vocab
-    ids[round(latent_share * rows) :, 1:] = HARD
+    ids[round(latent_share * rows) :, 1:] = UNUSED_ID
     return ids
 
 
 def make_trajectory(parameters: Parameters, device: torch.device, dtype: torch.dtype) -> Trajectory:
-    """Random states whose targets lie one-sided noise above an estimate of the policy's log-probs.
+    """Draw random states, and targets that lie one-sided noise above an estimate of the policy's log-probs.
 
-    Logits are normal, so that log-sum-exp is about log V plus half their variance: no [N, V] is needed to place the
-    targets.
+    The logits are normal, so their log-sum-exp is about log V plus half their variance. The estimate needs no [N, V].
     """
     rows, vocab, width = parameters["rows"], parameters["vocab"], parameters["hidden"]
     hidden = torch.randn(rows, width, device=device).to(dtype)
@@ -84,7 +84,10 @@ def make_trajectory(parameters: Parameters, device: torch.device, dtype: torch.d
 def one_softmax(
     hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor, temperature: float = TEMPERATURE
 ) -> Tensor:
-    """A careful composition: one product, one log_softmax at each row's temperature, K log-probs gathered. [N]."""
+    """Return log-probs [N] by a careful composition of PyTorch: one product, one log_softmax, K log-probs gathered.
+
+    Text rows are divided by the temperature before the log_softmax, latent rows are not.
+    """
     hard = is_hard(ids)
     logits = (hidden @ lm_head.T).float() * torch.where(hard, 1.0 / temperature, 1.0).unsqueeze(-1)
     log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
@@ -97,21 +100,24 @@ def one_softmax(
 def reference(
     hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor, temperature: float = TEMPERATURE
 ) -> Tensor:
-    """The reference on whole logits, which takes a log_softmax for text rows and one for latent rows. [N]."""
+    """Return log-probs [N] by the reference on whole logits, with one log_softmax per kind of row."""
     return latent_logprob_from_logits_ref(
         hidden @ lm_head.T, ids, scores, temperature=temperature, advantages=advantages
     )
 
 
 def linear_cross_entropy(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
-    """PyTorch's own for text steps, in chunks of the size that it chooses. [N]."""
+    """Return log-probs [N] of text steps by PyTorch's own function, in chunks of the size that it chooses."""
     options = torch.nn.LinearCrossEntropyOptions()
     losses = torch.nn.functional.linear_cross_entropy(hidden, lm_head, ids[:, 0], reduction="none", options=options)
     return -losses.float()
 
 
 def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
-    """The package's for text steps, as it comes: blocks of the gradient below its threshold are left out. [N]."""
+    """Return log-probs [N] of text steps by the package with its defaults.
+
+    The package leaves out blocks of the gradient below its threshold.
+    """
     from cut_cross_entropy import linear_cross_entropy
 
     losses: Tensor = linear_cross_entropy(hidden, lm_head, ids[:, 0], reduction="none")
@@ -119,13 +125,13 @@ def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tens
 
 
 def linear_cross_entropy_missing() -> str | None:
-    """Why PyTorch's own cannot run in chunks, or None where it can."""
-    has = hasattr(torch.nn, "LinearCrossEntropyOptions")
-    return None if has else f"torch {torch.__version__} does not have it"
+    """Return why PyTorch's own function cannot run in chunks, or None if it can."""
+    has_options = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if has_options else f"torch {torch.__version__} does not have it"
 
 
 def cut_cross_entropy_missing(device: torch.device) -> str | None:
-    """Why cut cross entropy cannot run on `device`, or None where it can."""
+    """Return why cut cross entropy cannot run on `device`, or None if it can."""
     if importlib.util.find_spec("cut_cross_entropy") is None:
         return "cut-cross-entropy is not installed"
     return None if device.type == "cuda" else "no CUDA device"
@@ -134,44 +140,52 @@ def cut_cross_entropy_missing(device: torch.device) -> str | None:
 def in_blocks(
     trajectory: Trajectory, upstream: Callable[[Tensor], Tensor], temperature: float = TEMPERATURE
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [N] and dHidden [N, D] by the reference in float32, a block of rows at a time.
+    """Return log-probs [N] and dHidden [N, D] of the reference in float32, computed a block of rows at a time.
 
-    `upstream` gives the gradient of all log-probs [N] from their values.
+    `upstream` returns the gradient of all log-probs [N] from their values. It is called once with all rows, because a
+    loss averages over them.
     """
     hidden, lm_head = trajectory.hidden.detach().float(), trajectory.lm_head.float()
 
-    def block(part: slice, states: Tensor) -> Tensor:
-        ids, scores, advantages = trajectory.ids[part], trajectory.scores[part], trajectory.advantages[part]
+    def logprob_of(block: slice, states: Tensor) -> Tensor:
+        ids, scores, advantages = trajectory.ids[block], trajectory.scores[block], trajectory.advantages[block]
         return reference(states, lm_head, ids, scores, advantages, temperature)
 
-    parts = [slice(start, start + BLOCK) for start in range(0, len(hidden), BLOCK)]
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(hidden), BLOCK)]
     with torch.no_grad():
-        logprob = torch.cat([block(part, hidden[part]) for part in parts])
-    slope = upstream(logprob)
+        logprob = torch.cat([logprob_of(block, hidden[block]) for block in blocks])
+    upstream_gradient = upstream(logprob)
     gradients: list[Tensor] = []
-    for part in parts:
-        states = hidden[part].requires_grad_()
-        gradients += torch.autograd.grad(block(part, states), states, slope[part])
+    for block in blocks:
+        states = hidden[block].requires_grad_()
+        gradients += torch.autograd.grad(logprob_of(block, states), states, upstream_gradient[block])
     return logprob, torch.cat(gradients)
 
 
 def logprob_cost(parameters: Parameters, dtype: torch.dtype) -> tuple[int, int]:
-    """Least bytes and FLOPs of the log-probs and dHidden: the head twice, hidden and its gradient, two products."""
+    """Return the least bytes and FLOPs of the log-probs and dHidden.
+
+    Bytes: the head twice, hidden and its gradient. FLOPs: two products.
+    """
     rows, vocab, hidden = parameters["rows"], parameters["vocab"], parameters["hidden"]
     return (2 * vocab + 2 * rows) * hidden * dtype.itemsize, 4 * rows * vocab * hidden
 
 
 def naive_shortage(parameters: Parameters, device: torch.device) -> str | None:
-    """Why the providers that hold [N, V] cannot run for want of memory; None where they can."""
+    """Return why the providers that hold [N, V] lack memory.
+
+    None if there is enough, or if the system does not tell what is free.
+    """
+    # An estimate: five float32 tensors [N, V] are alive at a time, such as logits, log-probs and their gradients.
     needed = 5 * parameters["rows"] * parameters["vocab"] * 4
     free = free_memory(device)
-    return (
-        None if free is None or needed <= free else f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-    )
+    if free is None or needed <= free:
+        return None
+    return f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
-    """2048 steps (96 on the tiny shape), half of them latent, none masked."""
+    """Return one case of 2048 steps (96 on the tiny shape). Half of them are latent, none is masked."""
     return [
         {
             "rows": 96 if shape.name == "tiny" else 2048,
@@ -185,13 +199,13 @@ def cases(shape: Shape, device: torch.device) -> list[Parameters]:
 
 
 def cases_and_text(shape: Shape, device: torch.device) -> list[Parameters]:
-    """The same, then text alone at temperature 1."""
-    found = cases(shape, device)
-    return [*found, {**found[-1], "latent_share": 0.0, "temperature": 1.0}]
+    """Return the cases of `cases`, then text only at temperature 1."""
+    mixed = cases(shape, device)
+    return [*mixed, {**mixed[-1], "latent_share": 0.0, "temperature": 1.0}]
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
-    """Outputs: log-probs [N], and dHidden [N, D] for an upstream gradient of the advantages."""
+    """Build a case. Outputs: log-probs [N], and dHidden [N, D] for the advantages as upstream gradient."""
     trajectory = make_trajectory(parameters, device, dtype)
     hidden, lm_head, ids, scores, advantages = trajectory
     temperature, shortage = parameters["temperature"], naive_shortage(parameters, device)
@@ -200,8 +214,8 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         logprob: Logprob, name: str = "eager", unavailable: str | None = None, optional: bool = False
     ) -> Provider:
         def run() -> Outputs:
-            out = logprob(hidden, lm_head, ids, scores, advantages)
-            return out.detach(), *torch.autograd.grad(out, hidden, advantages)
+            output = logprob(hidden, lm_head, ids, scores, advantages)
+            return output.detach(), *torch.autograd.grad(output, hidden, advantages)
 
         return Provider(name, run, unavailable=unavailable, optional=optional)
 
@@ -232,9 +246,9 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         [
             naive(one_softmax),
             naive(reference, "reference"),
-            *compiled(naive, one_softmax, compile),
+            *compiled_provider(naive, one_softmax, compile),
             *(cross_entropies if parameters["latent_share"] == 0.0 and temperature == 1.0 else ()),
-            *ours(make, device),
+            *our_providers(make, device),
         ],
         check,
         *logprob_cost(parameters, dtype),

@@ -1,8 +1,9 @@
-"""`latent_step` from hidden states, against the released rule and against the LM head's product alone."""
+"""`latent_step` from hidden states, against the released rule and against only the product with the LM head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,22 @@ from bench.harness.cases import (
     Provider,
     Shape,
     compare,
-    compiled,
-    ours,
+    compiled_provider,
+    our_providers,
     tolerance,
 )
-from bench.latent_step_from_logits import SEED, TOP_K, TOP_P, sorted_step, step_check
+from bench.latent_step_from_logits import (
+    SEED,
+    TOP_K,
+    TOP_P,
+    check_against,
+    draws_of_seed,
+    fresh_draws,
+    sorted_step,
+    step_outputs,
+)
 from latent_kernels import latent_step
 from latent_kernels._linear import project
-from latent_kernels._noise import exponential_draws
 from latent_kernels.reference import latent_step_from_logits_ref
 
 ROWS_ON_A_GPU = (1, 8, 32, 64, 128, 256, 1024)
@@ -30,44 +39,38 @@ SPREAD = 3.0  # standard deviation of the logits
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
-    """On a GPU every number of rows of interest; on a CPU 32 (4 on the tiny shape)."""
+    """Return one case per number of rows of a rollout on a GPU; on a CPU one of 32 rows (4 on the tiny shape)."""
     on_cpu = (4,) if shape.name == "tiny" else (32,)
     counts = ROWS_ON_A_GPU if device.type == "cuda" else on_cpu
     return [{"rows": rows, "vocab": shape.vocab, "hidden": shape.hidden, "top_k": TOP_K} for rows in counts]
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
-    """hidden [B, D], tied lm_head and embedding [V, D]; float32 logits but for `matmul`, the bare product.
+    """Build a case: hidden [B, D], tied lm_head and embedding [V, D].
 
-    Every call of eager draws fresh noise; the check uses one stream for all providers.
+    Logits are float32, except those of `matmul`, the bare product. Every timed call of eager PyTorch draws fresh noise.
+    The check gives one set of draws to all providers.
     """
     rows, vocab, width = parameters["rows"], parameters["vocab"], parameters["hidden"]
     hidden = torch.randn(rows, width, device=device).to(dtype)
     head = (torch.randn(vocab, width, device=device) * (SPREAD / width**0.5)).to(dtype)
-
-    def fresh() -> Tensor:
-        return torch.empty(rows, vocab, device=device).exponential_()
-
-    def stream() -> Tensor:
-        ids = torch.arange(vocab, device=device).expand(rows, vocab)
-        return exponential_draws(ids, torch.arange(rows, device=device), SEED, 0)
+    options: dict[str, Any] = {"top_k": TOP_K, "top_p": TOP_P, "seed": SEED}
 
     def released(hidden: Tensor, head: Tensor, exponential: Tensor) -> Outputs:
         return sorted_step(project(hidden, head), head, exponential)
 
     def plain(step: Callable[[Tensor, Tensor, Tensor], Outputs], name: str = "eager") -> Provider:
-        return Provider(name, run=lambda: step(hidden, head, fresh()), checked=lambda: step(hidden, head, stream()))
+        return Provider(
+            name,
+            run=lambda: step(hidden, head, fresh_draws(rows, vocab, device)),
+            checked=lambda: step(hidden, head, draws_of_seed(rows, vocab, device)),
+        )
 
     def reference() -> Outputs:
-        step = latent_step_from_logits_ref(project(hidden, head), head, top_k=TOP_K, top_p=TOP_P, seed=SEED)
-        return step.ids, step.scores, step.embedding
+        return step_outputs(latent_step_from_logits_ref(project(hidden, head), head, **options))
 
     def make(impl: str) -> Provider:
-        def run() -> Outputs:
-            step = latent_step(hidden, head, head, top_k=TOP_K, top_p=TOP_P, seed=SEED, impl=impl)
-            return step.ids, step.scores, step.embedding
-
-        return Provider("ours", run)
+        return Provider("ours", lambda: step_outputs(latent_step(hidden, head, head, impl=impl, **options)))
 
     def check_product(outputs: Outputs) -> str | None:
         return compare("logits", outputs[0], project(hidden, head), tolerance(dtype))
@@ -75,11 +78,12 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
     return Problem(
         providers=[
             plain(released),
-            *compiled(plain, released, compile),
+            *compiled_provider(plain, released, compile),
             Provider("matmul", run=lambda: (hidden @ head.T,), check=check_product),
-            *ours(make, device),
+            *our_providers(make, device),
         ],
-        check=step_check(reference, dtype),
+        check=check_against(reference, dtype),
+        # The head once, hidden, the K embeddings of a row and their mixture.
         bytes_moved=(vocab * width + rows * width * (TOP_K + 2)) * dtype.itemsize,
         flops=2 * rows * vocab * width,
     )

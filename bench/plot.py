@@ -1,7 +1,7 @@
-"""Figures of a benchmark's JSON: `python -m bench.plot RESULTS.json [...]`, one figure an operator.
+"""Figures of a benchmark's JSON: `python -m bench.plot RESULTS.json [...]`, one figure per operator.
 
-A panel a case: a provider's median as a dot, p20 to p80 as a line, peak memory below where it was measured. Where a
-case was timed at three or more numbers of rows, the panel is over the rows instead.
+A figure has one panel per case: the median of a provider as a dot, p20 to p80 as a line, and below it peak memory if it
+was measured. If a case was timed at three or more numbers of rows, its panel shows curves over the rows instead.
 """
 
 from __future__ import annotations
@@ -15,25 +15,33 @@ from typing import Any
 
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 
-Row = dict[str, Any]  # a row of the report, with the fields of bench.common.Row
-ENOUGH_ROWS = 3
-PANEL_WIDTH, PANEL_HEIGHT = 3.6, 2.4
-TITLE_WIDTH = 36  # characters of a line that a panel is wide enough for
-# A provider has one colour in all figures; others take the rest.
+Row = dict[str, Any]  # a row of the JSON, with the fields of bench.harness.report.Row
+ENOUGH_ROWS = 3  # different numbers of rows that make curves
+PANEL_WIDTH, PANEL_HEIGHT = 3.6, 2.4  # inches
+TITLE_WIDTH = 36  # characters per line of a title that fit above a panel
+# A provider has one colour in all figures. Other providers take the colours that are left.
 PROVIDER_COLOURS = {
-    "ours-triton": COLOURS[2], "ours-eager": COLOURS[0], "eager": COLOURS[1], "matmul": INK, "reference": COLOURS[5],
-    "compile": COLOURS[4], "liger": COLOURS[3], "generate": COLOURS[1], "ours-text": COLOURS[0],
-    "ours-latent": COLOURS[2], "generate-static": COLOURS[4],
-}  # fmt: skip
+    "ours-triton": COLOURS[2],
+    "ours-eager": COLOURS[0],
+    "eager": COLOURS[1],
+    "matmul": INK,
+    "reference": COLOURS[5],
+    "compile": COLOURS[4],
+    "liger": COLOURS[3],
+    "generate": COLOURS[1],
+    "ours-text": COLOURS[0],
+    "ours-latent": COLOURS[2],
+    "generate-static": COLOURS[4],
+}
 MEASURES = (("median_ms", "ms"), ("peak_extra_mb", "peak memory beyond the inputs, MB"))
 
 
 class ResultsError(ValueError):
-    """A file that holds no results of `python -m bench --json`, in one line."""
+    """A file holds no results of `python -m bench --json`. The message has one line."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The report in a file that `python -m bench --json` wrote; ResultsError for any other."""
+    """Return the report in a file that `python -m bench --json` wrote. Raises ResultsError for any other file."""
     try:
         report: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(report["environment"], dict) or not isinstance(report["rows"], list):
@@ -45,7 +53,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def caption_of(report: dict[str, Any], rows: list[Row]) -> str:
-    """What was measured where: samples, device, versions, commit and date."""
+    """Return what was measured and where: samples, device, versions, commit and date."""
     stamp = report["environment"]
     samples = sorted({row["samples"] for row in rows if row["samples"]})
     count = str(samples[0]) if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
@@ -58,41 +66,41 @@ def caption_of(report: dict[str, Any], rows: list[Row]) -> str:
 
 
 def panels_of(rows: list[Row]) -> dict[str, list[Row]]:
-    """The timed rows by the title of their panel: shape, dtype and the parameters that tell the cases apart."""
+    """Return the timed rows by the title of their panel: shape, dtype and the parameters in which cases differ."""
     timed = [row for row in rows if row["median_ms"] is not None]
     counts: dict[str, set[Any]] = {}
     for row in timed:
         counts.setdefault(row["shape"], set()).add(row["parameters"].get("rows"))
-    told = [name for name in timed[0]["parameters"] if len({row["parameters"].get(name) for row in timed}) > 1]
-    by_shape = {"vocab", "hidden", "model"}
+    differing = [name for name in timed[0]["parameters"] if len({row["parameters"].get(name) for row in timed}) > 1]
     panels: dict[str, list[Row]] = {}
     for row in timed:
         over_rows = len(counts[row["shape"]]) >= ENOUGH_ROWS
-        left_out = by_shape | ({"rows"} if over_rows else set())
-        parts = [f"{name} {row['parameters'].get(name)}" for name in told if name not in left_out]
-        parts = [part.removeprefix("logits ").replace("_", " ") for part in parts]
-        panels.setdefault(", ".join([row["shape"], row["dtype"], *parts]), []).append(row)
+        left_out = {"vocab", "hidden", "model"}  # the name of the shape tells them
+        if over_rows:
+            left_out.add("rows")
+        words = [f"{name} {row['parameters'].get(name)}" for name in differing if name not in left_out]
+        words = [word.removeprefix("logits ").replace("_", " ") for word in words]
+        panels.setdefault(", ".join([row["shape"], row["dtype"], *words]), []).append(row)
     return panels
 
 
 def colours_of(names: list[str]) -> dict[str, str]:
-    """A colour for every provider."""
+    """Return a colour for every provider."""
     left = [colour for colour in COLOURS if colour not in {PROVIDER_COLOURS.get(name) for name in names}]
     return {name: PROVIDER_COLOURS.get(name) or left[i % len(left)] for i, name in enumerate(names)}
 
 
 def draw_dots(axis: Any, rows: list[Row], measure: str, colours: dict[str, str]) -> None:
-    """A line a provider: its figure as a dot, and the spread of a time."""
+    """Draw one line per provider: the figure as a dot and, for times, the spread from p20 to p80."""
     names = [name for name in colours if any(row["provider"] == name and row[measure] is not None for row in rows)]
     for place, name in enumerate(names):
         (row,) = (row for row in rows if row["provider"] == name)
         if measure == "median_ms":
             axis.plot([row["p20"], row["p80"]], [place, place], color=colours[name], linewidth=2.5, alpha=0.6)
         axis.plot(row[measure], place, "o", color=colours[name])
-        axis.annotate(
-            f"{row[measure]:,.3g}" if row[measure] < 1000 else f"{row[measure]:,.0f}", (row[measure], place),
-            textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8, color=colours[name],
-        )  # fmt: skip
+        label = f"{row[measure]:,.3g}" if row[measure] < 1000 else f"{row[measure]:,.0f}"
+        above = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center"}
+        axis.annotate(label, (row[measure], place), fontsize=8, color=colours[name], **above)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(-0.6, len(names) - 0.2)
     axis.set_xlim(0, 1.15 * max(row["p80"] if measure == "median_ms" else row[measure] for row in rows) or 1)
@@ -100,16 +108,16 @@ def draw_dots(axis: Any, rows: list[Row], measure: str, colours: dict[str, str])
 
 
 def draw_lines(axis: Any, rows: list[Row], measure: str, colours: dict[str, str]) -> None:
-    """A curve a provider over the number of rows, with the spread of a time as a band."""
+    """Draw one curve per provider over the number of rows, for times with the spread from p20 to p80 as a band."""
     for name, colour in colours.items():
-        mine = [row for row in rows if row["provider"] == name and row[measure] is not None]
-        mine.sort(key=lambda row: row["parameters"]["rows"])
-        if not mine:
+        points = [row for row in rows if row["provider"] == name and row[measure] is not None]
+        points.sort(key=lambda row: row["parameters"]["rows"])
+        if not points:
             continue
-        counts = [row["parameters"]["rows"] for row in mine]
-        axis.plot(counts, [row[measure] for row in mine], "o-", color=colour, label=name, markersize=4)
+        counts = [row["parameters"]["rows"] for row in points]
+        axis.plot(counts, [row[measure] for row in points], "o-", color=colour, label=name, markersize=4)
         if measure == "median_ms":
-            low, high = [row["p20"] for row in mine], [row["p80"] for row in mine]
+            low, high = [row["p20"] for row in points], [row["p80"] for row in points]
             axis.fill_between(counts, low, high, color=colour, alpha=0.25, linewidth=0)
     counts = sorted({row["parameters"]["rows"] for row in rows})
     axis.set(xscale="log", yscale="log", xlabel="rows")
@@ -120,7 +128,7 @@ def draw_lines(axis: Any, rows: list[Row], measure: str, colours: dict[str, str]
 
 
 def draw_operator(report: dict[str, Any], rows: list[Row], path: Path) -> None:
-    """The figure of one operator; `rows` are its rows, of which one at least was timed."""
+    """Draw the figure of one operator. At least one of its rows must have been timed."""
     panels = panels_of(rows)
     timed = [row for panel in panels.values() for row in panel]
     colours = colours_of(list(dict.fromkeys(row["provider"] for row in timed)))
@@ -142,13 +150,14 @@ def draw_operator(report: dict[str, Any], rows: list[Row], path: Path) -> None:
 
 
 def draw_results(path: Path, folder: Path, suffix: str = ".svg") -> list[Path]:
-    """A figure for every operator of the file that was timed, as FOLDER/STEM-OPERATOR; the paths."""
+    """Draw a figure for every timed operator of a results file, as FOLDER/STEM-OPERATOR, and return the paths."""
     report = read_results(path)
     written = []
     for op in dict.fromkeys(row["op"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["op"] == op]
         if all(row["median_ms"] is None for row in rows):
             continue
+        # A file that is named after its only operator need not name it twice.
         stem = path.stem if path.stem.endswith(f"-{op}") else f"{path.stem}-{op}"
         written.append(folder / f"{stem}{suffix}")
         draw_operator(report, rows, written[-1])
@@ -160,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="from `python -m bench --json`")
     parser.add_argument("--out", type=Path, help="existing folder for the figures (default: next to each file)")
-    parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg", help="default: svg")
     options = parser.parse_args(arguments)
     try:
         for path in options.results:

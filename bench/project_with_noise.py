@@ -16,8 +16,8 @@ from bench.harness.cases import (
     Provider,
     Shape,
     compare,
-    compiled,
-    ours,
+    compiled_provider,
+    our_providers,
     tolerance,
 )
 from latent_kernels import project_with_noise
@@ -28,34 +28,37 @@ SEED = 1234
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
-    """256 rows (16 on the tiny shape) through a square projection with a bias."""
+    """Return one case: 256 rows (16 on the tiny shape) through a square projection with a bias."""
     return [{"rows": 16 if shape.name == "tiny" else 256, "hidden": shape.hidden, "noise": "one_sided"}]
 
 
 def noisy_linear(hidden: Tensor, weight: Tensor, bias: Tensor, exponential: Tensor) -> Tensor:
-    """A linear layer plus clamped Gumbel noise from Exp(1) draws [B, D]."""
+    """Return a linear layer's output [B, D] plus clamped Gumbel noise from Exp(1) draws [B, D]."""
     return (F.linear(hidden, weight, bias).float() + gumbel_noise(exponential, "one_sided")).to(hidden.dtype)
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
-    """hidden [B, D], weight [D, D]; forward only. Every call of eager draws fresh noise, the check uses one stream."""
+    """Build a case: hidden [B, D], weight [D, D], bias [D]. Only the forward pass is timed.
+
+    Every timed call of eager PyTorch draws fresh noise. The check gives one set of draws to all providers.
+    """
     rows, width = parameters["rows"], parameters["hidden"]
     hidden = torch.randn(rows, width, device=device).to(dtype)
     weight = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
     bias = torch.randn(width, device=device).to(dtype)
 
-    def fresh() -> Tensor:
+    def fresh_draws() -> Tensor:
         return torch.empty(rows, width, device=device).exponential_()
 
-    def stream() -> Tensor:
+    def draws_of_seed() -> Tensor:
         units = torch.arange(width, device=device).expand(rows, width)
         return exponential_draws(units, torch.arange(rows, device=device), SEED, 0)
 
     def plain(layer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], name: str = "eager") -> Provider:
         return Provider(
             name,
-            run=lambda: (layer(hidden, weight, bias, fresh()),),
-            checked=lambda: (layer(hidden, weight, bias, stream()),),
+            run=lambda: (layer(hidden, weight, bias, fresh_draws()),),
+            checked=lambda: (layer(hidden, weight, bias, draws_of_seed()),),
         )
 
     def make(impl: str) -> Provider:
@@ -67,7 +70,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
 
     traffic = (2 * hidden.numel() + weight.numel() + bias.numel()) * dtype.itemsize
     return Problem(
-        [plain(noisy_linear), *compiled(plain, noisy_linear, compile), *ours(make, device)],
+        [plain(noisy_linear), *compiled_provider(plain, noisy_linear, compile), *our_providers(make, device)],
         check,
         traffic,
         flops=2 * rows * width * width,

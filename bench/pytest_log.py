@@ -1,6 +1,7 @@
-"""A pytest plugin that writes each test's outcome as it comes: `pytest -p bench.pytest_log`, LATENT_BENCH_TESTS=FILE.
+"""A pytest plugin that writes the outcome of every test at once: `pytest -p bench.pytest_log`.
 
-So that a run cut off by its time still tells what it found. One JSON list [test, outcome] a line.
+The variable LATENT_BENCH_TESTS names the file, which gets one JSON list [test, outcome] per line. A run that is cut off
+by its time still leaves the outcomes so far.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ VARIABLE = "LATENT_BENCH_TESTS"
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Append the outcome: of the call, or of the set-up where that failed or skipped it."""
-    worker = "PYTEST_XDIST_WORKER" in os.environ  # the main process hears of every test too
+    """Append the outcome of the call, or of a set-up that failed or skipped the test."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # the main process of xdist gets the reports of all workers
     if worker or (report.when != "call" and report.outcome == "passed"):
         return
     with open(os.environ[VARIABLE], "a", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""Writes the latent step's table of routes: `python -m bench.routes`, on the NVIDIA GPU that it is for.
+"""Write the latent step's table of routes: `python -m bench.routes`, on the NVIDIA GPU that the table is for.
 
-For each bucket of rows, the time of each candidate at both model shapes, bfloat16; the table takes the candidate with
-the least product of the two times.
+Times every candidate in every bucket of rows at both model shapes in bfloat16. The table takes the candidate with the
+least product of the two times.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ MODELS = ("llama-1b", "qwen-7b")
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one candidate in one bucket, a model shape each."""
+    """Milliseconds of one candidate in one bucket, one figure per model shape."""
 
     rows: int
-    route: Any  # of latent_kernels._triton.lm_head_routes: a tile of our product, or None for the library's
+    route: Any  # of latent_kernels._triton.lm_head_routes: a tile of our product; None is the product of the library
     milliseconds: list[float]
 
 
 def measure(rows: int, weights: dict[str, torch.Tensor]) -> list[Timing]:
-    """Time every candidate for a number of rows: the logits and their sidecar."""
+    """Time every candidate for a number of rows. A candidate computes the logits and their sidecar."""
+    # Triton is optional: without it this module must still import, for `--help` and the tests.
     from triton.testing import do_bench
 
     from latent_kernels._linear import project
@@ -58,12 +59,12 @@ def measure(rows: int, weights: dict[str, torch.Tensor]) -> list[Timing]:
 
 
 def fastest(timings: list[Timing]) -> Timing:
-    """The candidate with the least geometric mean."""
+    """Return the candidate with the least geometric mean over the model shapes."""
     return min(timings, key=lambda timing: math.prod(timing.milliseconds))
 
 
 def table_of(timings: list[Timing], device: str) -> dict[str, Any]:
-    """The content of `routes.json`."""
+    """Return the content of `routes.json`."""
     chosen = {rows: fastest([t for t in timings if t.rows == rows]).route for rows in {t.rows: None for t in timings}}
     return {
         "source": "python -m bench.routes",

@@ -1,7 +1,8 @@
-"""How cost grows with B, V, K, N, T and G: `python -m bench.scaling --out DIR`, one variable at a time.
+"""How cost grows with B, V, K, N, T and G, one variable at a time: `python -m bench.scaling --out DIR`.
 
-Beside each measured curve is the least time of the cost model: bytes over the bandwidth of a copy or FLOPs over the
-rate of a matrix product, whichever is more, both measured first. Writes DIR/scaling.json and DIR/scaling.svg.
+Beside each measured curve is the least time by the cost model: bytes over the bandwidth of a copy or FLOPs over the
+rate of a matrix product, whichever takes longer. Bandwidth and rate are measured first. Writes DIR/scaling.json and
+DIR/scaling.svg.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from typing import Any
 import torch
 
 from bench import fused_policy_loss, latent_step
-from bench.harness.cases import Parameters, Problem, Run, Settings
+from bench.harness.cases import Parameters, Problem, Run
 from bench.harness.environment import environment
-from bench.harness.report import write_whole
 from bench.harness.run import gate
 from bench.harness.timing import Roofline, measure_roofline, quantile, time_alternating
 from bench.rollout import END, make_model
 from latent_grpo import LatentSampling, generate_latent
+from latent_grpo.saving.atomic import write_whole
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 from latent_kernels import latent_step as latent_step_operator
 
 CPU = torch.device("cpu")
-WIDTH, VOCAB, ROWS, TOP_K = 576, 49152, 8, 10  # SmolLM2's where they are not varied
+WIDTH, VOCAB, ROWS, TOP_K = 576, 49152, 8, 10  # the values where they do not vary; width and vocabulary of SmolLM2
 PROMPTS, PROMPT, STEPS = 8, 64, 16
 REPEATS = 5
-NARROW = 3.0  # a range of times that a logarithmic axis would make look large
+NARROW = 3.0  # least ratio of times for a logarithmic axis, which makes a small range look large
 SHOWN = {"ours-eager": "ours, eager", "eager": "PyTorch, plain", "matmul": "the products alone"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: milliseconds of a provider at one value of one variable. floor_ms: None where no model holds."""
+    """Milliseconds of a provider at one value of one variable. floor_ms: None if the cost model has no least time."""
 
     operator: str
     variable: str
@@ -52,7 +53,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Values of one variable, and what is timed at each: runs by provider, and the floor in seconds."""
+    """Values of one variable.
+
+    `make(value, roofline)` returns the runs to time by their provider, and the least time in seconds or None.
+    """
 
     operator: str
     variable: str
@@ -62,7 +66,7 @@ class Sweep:
 
 
 def checked(problem: Problem, roofline: Roofline) -> tuple[dict[str, Run], float]:
-    """The providers shown that pass the bench's gate, and the least time; a wrong one is told of and not timed."""
+    """Return the shown providers that pass the check, and the least time. Print a wrong provider as an error."""
     runs: dict[str, Run] = {}
     for provider in problem.providers:
         if provider.name in SHOWN:
@@ -74,33 +78,31 @@ def checked(problem: Problem, roofline: Roofline) -> tuple[dict[str, Run], float
     return runs, roofline.seconds(problem)
 
 
-def step(**sizes: int) -> Callable[[int, Roofline], tuple[dict[str, Run], float]]:
-    """A latent step from hidden states, with one size given as 0 to be the variable."""
+def step(variable: str) -> Callable[[int, Roofline], tuple[dict[str, Run], float]]:
+    """Return the `make` of a latent step from hidden states. `variable` names the size that varies."""
 
     def make(value: int, roofline: Roofline) -> tuple[dict[str, Run], float]:
-        given: Parameters = {"rows": ROWS, "vocab": VOCAB, "hidden": WIDTH, "top_k": TOP_K}
-        given |= {name: size or value for name, size in sizes.items()}
-        return checked(latent_step.build(given, CPU, torch.float32, False), roofline)
+        sizes: Parameters = {"rows": ROWS, "vocab": VOCAB, "hidden": WIDTH, "top_k": TOP_K, variable: value}
+        return checked(latent_step.build(sizes, CPU, torch.float32, False), roofline)
 
     return make
 
 
 def step_of_k(value: int, roofline: Roofline) -> tuple[dict[str, Run], None]:
-    """A latent step that keeps `value` components."""
+    """Return the runs of a latent step that keeps `value` components, without a least time."""
     hidden, head = torch.randn(ROWS, WIDTH), torch.randn(VOCAB, WIDTH) * (latent_step.SPREAD / WIDTH**0.5)
     return {"ours-eager": lambda: tuple(latent_step_operator(hidden, head, head, top_k=value, seed=0))}, None
 
 
 def loss(value: int, roofline: Roofline) -> tuple[dict[str, Run], float]:
-    """The fused policy loss and its gradient on `value` response steps."""
-    given: Parameters = {
-        "rows": value, "vocab": VOCAB, "hidden": WIDTH, "top_k": TOP_K, "latent_share": 0.5, "response_steps": 16,
-    }  # fmt: skip
-    return checked(fused_policy_loss.build(given, CPU, torch.float32, False), roofline)
+    """Return the runs of the fused policy loss and its gradient on `value` response steps, and their least time."""
+    sizes: Parameters = {"rows": value, "vocab": VOCAB, "hidden": WIDTH, "top_k": TOP_K}
+    sizes |= {"latent_share": 0.5, "response_steps": 16}
+    return checked(fused_policy_loss.build(sizes, CPU, torch.float32, False), roofline)
 
 
 def rollout(group: int, steps: int) -> tuple[dict[str, Run], None]:
-    """Responses of a small model to PROMPTS prompts, `group` each, none of which ends early."""
+    """Return the runs that sample `group` responses to each of PROMPTS prompts. No response ends early."""
     torch.manual_seed(0)
     model = make_model({"model": "tiny", "hidden": 64, "vocab": 1003}, CPU, torch.float32)
     prompts = torch.randint(1, 1003, (PROMPTS, PROMPT))
@@ -113,37 +115,48 @@ def rollout(group: int, steps: int) -> tuple[dict[str, Run], None]:
     return {"latent": runs(True), "text": runs(False)}, None
 
 
+def rollout_of_steps(value: int, roofline: Roofline) -> tuple[dict[str, Run], None]:
+    """Return the runs of 8 responses per prompt with `value` steps."""
+    return rollout(8, value)
+
+
+def rollout_of_group(value: int, roofline: Roofline) -> tuple[dict[str, Run], None]:
+    """Return the runs of `value` responses per prompt with STEPS steps."""
+    return rollout(value, STEPS)
+
+
+SMALL = f"tiny model, {PROMPTS} prompts of {PROMPT}"
 SWEEPS = (
-    Sweep("latent_step", "B", f"V = {VOCAB:,}, D = {WIDTH}", (1, 2, 4, 8, 16, 32, 64), step(rows=0)),
-    Sweep("latent_step", "V", f"B = {ROWS}, D = {WIDTH}", (8192, 16384, 32768, 65536, 131072), step(vocab=0)),
+    Sweep("latent_step", "B", f"V = {VOCAB:,}, D = {WIDTH}", (1, 2, 4, 8, 16, 32, 64), step("rows")),
+    Sweep("latent_step", "V", f"B = {ROWS}, D = {WIDTH}", (8192, 16384, 32768, 65536, 131072), step("vocab")),
     Sweep("latent_step", "K", f"B = {ROWS}, V = {VOCAB:,}", (2, 4, 8, 16, 32, 64), step_of_k),
     Sweep("fused_policy_loss", "N", f"V = {VOCAB:,}, D = {WIDTH}", (128, 256, 512, 1024, 2048), loss),
-    Sweep(
-        "rollout", "T", f"tiny model, {PROMPTS} prompts of {PROMPT}, G = 8", (8, 16, 32, 64, 128),
-        lambda value, roofline: rollout(8, value),
-    ),
-    Sweep(
-        "rollout", "G", f"tiny model, {PROMPTS} prompts of {PROMPT}, T = {STEPS}", (1, 2, 4, 8, 16, 32),
-        lambda value, roofline: rollout(value, STEPS),
-    ),
-)  # fmt: skip
+    Sweep("rollout", "T", f"{SMALL}, G = 8", (8, 16, 32, 64, 128), rollout_of_steps),
+    Sweep("rollout", "G", f"{SMALL}, T = {STEPS}", (1, 2, 4, 8, 16, 32), rollout_of_group),
+)
 
 
 def measure(sweep: Sweep, roofline: Roofline, repeats: int, values: tuple[int, ...]) -> Iterator[Point]:
-    """The points of a sweep."""
+    """Yield the points of a sweep at the given values."""
     for value in values:
         torch.manual_seed(0)
         runs, floor = sweep.make(value, roofline)
-        for provider, times in time_alternating(runs, CPU, repeats).items():
-            milliseconds = [1e3 * seconds for seconds in times]
+        for provider, seconds in time_alternating(runs, CPU, repeats).items():
+            times = [1e3 * x for x in seconds]
             yield Point(
-                sweep.operator, sweep.variable, value, provider, statistics.median(milliseconds),
-                quantile(milliseconds, 0.2), quantile(milliseconds, 0.8), None if floor is None else 1e3 * floor,
-            )  # fmt: skip
+                sweep.operator,
+                sweep.variable,
+                value,
+                provider,
+                median_ms=statistics.median(times),
+                p20=quantile(times, 0.2),
+                p80=quantile(times, 0.8),
+                floor_ms=None if floor is None else 1e3 * floor,
+            )
 
 
 def draw(points: list[Point], stamp: dict[str, Any], repeats: int, path: Path) -> None:
-    """A panel a sweep: a curve a provider with p20 to p80 as a band, and the model's floor."""
+    """Draw one panel per sweep: a curve per provider, p20 to p80 as a band, and the least time by the model."""
     caption = (
         f"Median of {repeats} samples, bands from p20 to p80, float32; dashed: the least time by the cost model, from "
         f"a copy at {stamp['copy_gb_per_s']:.3g} GB/s and a product at {stamp['matmul_tflop_per_s']:.3g} TFLOP/s. "
@@ -152,44 +165,48 @@ def draw(points: list[Point], stamp: dict[str, Any], repeats: int, path: Path) -
     )
     with drawn_figure(path, 2, 3, (13, 7), caption=caption) as axes:
         for axis, sweep in zip(axes.flat, SWEEPS, strict=True):
-            mine = [p for p in points if (p.operator, p.variable) == (sweep.operator, sweep.variable)]
-            for colour, provider in zip(COLOURS, dict.fromkeys(p.provider for p in mine), strict=False):
-                curve = [p for p in mine if p.provider == provider]
-                values = [p.value for p in curve]
-                axis.plot(values, [p.median_ms for p in curve], "o-", color=colour, label=SHOWN.get(provider, provider))
-                axis.fill_between(
-                    values, [p.p20 for p in curve], [p.p80 for p in curve], color=colour, alpha=0.25, linewidth=0
-                )
-            floors = {p.value: p.floor_ms for p in mine if p.floor_ms is not None}
-            if floors:
-                axis.plot(list(floors), list(floors.values()), "--", color=INK, label="least, by the model")
-            axis.set(title=f"{sweep.operator} over {sweep.variable}: {sweep.fixed}", xlabel=sweep.variable, ylabel="ms")
-            medians = [p.median_ms for p in mine]
-            axis.set_xscale("log")
-            if max(medians) > NARROW * min(medians):
-                axis.set_yscale("log")
-            else:
-                axis.set_ylim(bottom=0)
-            ticks = sorted({p.value for p in mine})
-            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-            axis.set_xticks([], minor=True)
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
-            axis.legend()
+            draw_sweep(axis, sweep, [p for p in points if (p.operator, p.variable) == (sweep.operator, sweep.variable)])
+
+
+def draw_sweep(axis: Any, sweep: Sweep, points: list[Point]) -> None:
+    """Draw the panel of one sweep."""
+    for colour, provider in zip(COLOURS, dict.fromkeys(p.provider for p in points), strict=False):
+        curve = [p for p in points if p.provider == provider]
+        values = [p.value for p in curve]
+        axis.plot(values, [p.median_ms for p in curve], "o-", color=colour, label=SHOWN.get(provider, provider))
+        axis.fill_between(values, [p.p20 for p in curve], [p.p80 for p in curve], color=colour, alpha=0.25, linewidth=0)
+    floors = {p.value: p.floor_ms for p in points if p.floor_ms is not None}
+    if floors:
+        axis.plot(list(floors), list(floors.values()), "--", color=INK, label="least, by the model")
+    axis.set(title=f"{sweep.operator} over {sweep.variable}: {sweep.fixed}", xlabel=sweep.variable, ylabel="ms")
+    axis.set_xscale("log")
+    medians = [p.median_ms for p in points]
+    if max(medians) > NARROW * min(medians):
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    ticks = sorted({p.value for p in points})
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+    axis.legend()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="existing folder (default: here)")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="samples a point (default: %(default)s)")
-    parser.add_argument("--points", type=int, help="only the first values of each variable")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="existing folder (default: the current one)"
+    )
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="samples per point (default: %(default)s)")
+    parser.add_argument("--points", type=int, metavar="N", help="only the first N values of each variable")
     options = parser.parse_args(arguments)
     if not options.out.is_dir():
-        print(f"bench.scaling: error: {options.out} is no folder", file=sys.stderr)
+        print(f"bench.scaling: error: --out {options.out} is no folder: make it first", file=sys.stderr)
         return 2
     roofline = measure_roofline(CPU, torch.float32)
-    stamp = environment(Settings(CPU, torch.float32), roofline)
+    stamp = environment(CPU, torch.float32, roofline)
     points: list[Point] = []
     for sweep in SWEEPS:
         points += measure(sweep, roofline, options.repeats, sweep.values[: options.points])

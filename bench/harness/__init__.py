@@ -1,1 +1,1 @@
-"""What every benchmark uses: cases, timing, memory, the run, the report."""
+"""Parts that every benchmark uses: cases, timing, memory, environment, the run, the report."""

@@ -1,4 +1,4 @@
-"""What an operator's file gives: shapes, cases, providers, and the check of their outputs."""
+"""What the file of an operator defines: its cases, its providers and the check of their outputs."""
 
 from __future__ import annotations
 
@@ -11,26 +11,67 @@ from torch import Tensor
 
 from latent_kernels import _dispatch
 
-BASELINE = "eager"  # the provider that ratios refer to
-
-
-BARE = "matmul"  # the provider that is the matrix product alone
-
-
+BASELINE = "eager"  # the provider that ratios refer to, unless the operator names another
+BARE_PRODUCT = "matmul"  # the provider that computes only the matrix products
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-Parameters = dict[str, Any]  # of a case: JSON values only, since the memory measurement sends them to another process
-
-
+Parameters = dict[str, Any]  # of a case: JSON values only, because the memory measurement sends them to a process
 Outputs = tuple[Tensor, ...]
-
-
 Run = Callable[[], Outputs]
 
 
 class CaseError(ValueError):
-    """Rows that an operator's case cannot have; the message names the remedy."""
+    """Rows that a case of an operator cannot have. The message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A benchmark.
+
+    cases: `cases(shape, device)` returns the parameters of every case.
+    build: `build(parameters, device, dtype, compile)` allocates the inputs of a case.
+    measure_memory: also measure peak memory on a CPU, which takes a fresh process per provider.
+    baseline: name of the provider that ratios refer to.
+    """
+
+    name: str
+    cases: Callable[[Shape, torch.device], list[Parameters]]
+    build: Callable[[Parameters, torch.device, torch.dtype, bool], Problem]
+    measure_memory: bool = False
+    baseline: str = BASELINE
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its inputs allocated.
+
+    check: returns what is wrong with the outputs of a provider, or None.
+    bytes_moved, flops: the least that any implementation must move and compute, for the roofline.
+    """
+
+    providers: list[Provider]
+    check: Callable[[Outputs], str | None]
+    bytes_moved: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of an operator on the inputs of a case.
+
+    run: the call that is timed.
+    checked: returns the outputs to check if those of `run` are random. Default: `run`.
+    check: replaces the check of the problem for a provider that does only part of the work, such as the bare product.
+    unavailable: why the provider cannot run here.
+    optional: a failure to run gives a remark in the report instead of an error.
+    """
+
+    name: str
+    run: Run
+    checked: Run | None = None
+    check: Callable[[Outputs], str | None] | None = None
+    unavailable: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,98 +96,50 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Provider:
-    """One implementation of an operator on the inputs of a case.
-
-    `run` is what is timed. `check` replaces the problem's where it is a part of the work only, as the bare product is.
-    `checked` gives the outputs for the check where `run`'s own are random; by default `run`.
-    `unavailable` says why it cannot run here. `optional` marks one whose failure to run is a remark, not an error.
-    """
-
-    name: str
-    run: Run
-    checked: Run | None = None
-    check: Callable[[Outputs], str | None] | None = None
-    unavailable: str | None = None
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A case with its inputs allocated.
-
-    `check` returns what is wrong with a provider's outputs, or None. `bytes_moved` and `flops` are the least that the
-    operator can do, for the roofline.
-    """
-
-    providers: list[Provider]
-    check: Callable[[Outputs], str | None]
-    bytes_moved: int
-    flops: int = 0
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A benchmark: `cases(shape, device)` and `build(parameters, device, dtype, compile)`.
-
-    `baseline` is the provider that ratios refer to.
-
-    `measure_memory`: measure peak memory on a CPU too, where it takes a fresh process for every provider.
-    """
-
-    name: str
-    cases: Callable[[Shape, torch.device], list[Parameters]]
-    build: Callable[[Parameters, torch.device, torch.dtype, bool], Problem]
-    measure_memory: bool = False
-    baseline: str = BASELINE
-
-
-def ours(make: Callable[[str], Provider], device: torch.device) -> list[Provider]:
-    """Our implementations; `make(impl)` builds a provider, whose name is replaced."""
+def our_providers(make: Callable[[str], Provider], device: torch.device) -> list[Provider]:
+    """Return the providers of latent_kernels. `make(impl)` builds one; its name is replaced."""
     triton = replace(make("triton"), name="ours-triton", unavailable=triton_unavailable(device))
     return [replace(make("eager"), name="ours-eager"), triton]
 
 
 def triton_unavailable(device: torch.device) -> str | None:
-    """Why `impl="triton"` cannot run on `device`, or None where it can."""
+    """Return why `impl="triton"` cannot run on `device`, or None if it can."""
     if not _dispatch.triton_available():
         return "Triton is not installed"
+    # Triton's interpreter runs on a CPU, but its times say nothing about the kernels.
     return None if device.type == "cuda" else "no CUDA device"
 
 
-def compiled(
-    make: Callable[[Callable[..., Any]], Provider], function: Callable[..., Any], wanted: bool
+def compiled_provider(
+    make: Callable[[Callable[..., Any]], Provider], function: Callable[..., Any], compile: bool
 ) -> list[Provider]:
-    """`function` under torch.compile as a provider, compiled at its first call; none unless wanted."""
-    if not wanted:
+    """Return a provider of `function` under torch.compile, or no provider if `compile` is False.
+
+    torch.compile compiles at the first call, which is the check. It is therefore not timed.
+    """
+    if not compile:
         return []
     return [replace(make(torch.compile(function, dynamic=False)), name="compile", optional=True)]
 
 
-def compare(name: str, value: Tensor, expected: Tensor, tolerance: float) -> str | None:
-    """What is wrong with a tensor whose error in norm, relative to `expected`, must be within `tolerance`; or None."""
-    if value.shape != expected.shape:
-        return f"{name} has shape {list(value.shape)}, expected {list(expected.shape)}"
-    value, expected = value.detach().double(), expected.detach().double()
-    error = (torch.linalg.vector_norm(value - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-12)).item()
+def compare(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> str | None:
+    """Return what is wrong with a tensor, or None.
+
+    The norm of the error, relative to the norm of `expected`, must be within `tolerance`.
+    """
+    if actual.shape != expected.shape:
+        return f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error = (torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected).clamp_min(1e-12)).item()
+    # Written so that a NaN fails: every comparison with NaN is False.
     return None if error <= tolerance else f"{name} is off by {error:.2g} in relative norm, more than {tolerance:g}"
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative error in norm that a correct implementation stays within when inputs are stored in `dtype`."""
+    """Return the relative error in norm that a correct implementation stays within for inputs stored in `dtype`."""
     return 1e-4 if dtype == torch.float32 else 5e-2
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to run: device, storage dtype, rounds (None: as many as fit a case's time), rows of the inputs (None: each
-    operator's own), names of providers (None: all), and what to include."""
-
-    device: torch.device
-    dtype: torch.dtype
-    repeats: int | None = None
-    rows: tuple[int, ...] | None = None
-    providers: tuple[str, ...] | None = None
-    compile: bool = False
-    memory: bool = True
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")

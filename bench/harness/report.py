@@ -1,4 +1,4 @@
-"""The rows of a run, the environment they were measured in, and how they are shown and kept."""
+"""The rows of a run, and how they are shown and saved."""
 
 from __future__ import annotations
 
@@ -13,18 +13,33 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness.cases import Parameters
+from latent_grpo.saving.atomic import write_whole
 
-SCHEMA = 1
+SCHEMA = 1  # of the JSON file
+
+
+@dataclass(frozen=True)
+class Report:
+    """The environment, and the rows measured in it."""
+
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> list[Row]:
+        """Rows whose provider failed the check."""
+        return [row for row in self.rows if row.correct is False]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report. Times in milliseconds, memory in MB (10^6 bytes); None where there is no figure.
+    """One line of the report. Times are in milliseconds, memory in MB (10^6 bytes); None means not measured.
 
-    ratio: the baseline's time over this provider's, the median over rounds. over_matmul: this provider's time over that
-    of the bare matrix product, where a case has one. gb_per_s: the least bytes of the problem over the time. roofline:
-    share of the faster of the two limits, copy bandwidth and matrix product, as measured on this device. correct: None
-    where the provider did not run.
+    ratio: time of the baseline over the time of this provider, median over rounds.
+    over_matmul: time of this provider over the time of the bare matrix product, if the case has one.
+    gb_per_s: least bytes of the problem over the median time.
+    roofline: least time by the measured copy bandwidth and matrix product of the device, over the median time.
+    correct: None if the provider did not run.
     """
 
     op: str
@@ -45,27 +60,8 @@ class Row:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Report:
-    """The environment, and the rows measured in it."""
-
-    environment: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def wrong(self) -> list[Row]:
-        """The rows whose provider failed the check."""
-        return [row for row in self.rows if row.correct is False]
-
-
-def _figure(value: float | None, pattern: str = "{:.3g}") -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else pattern.format(value)
-
-
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """The rows of one case as a table."""
+    """Print the rows of one case as a table."""
     head = rows[0]
     case = ", ".join(f"{name} {value}" for name, value in head.parameters.items())
     table = Table(title=f"{head.op}  {head.shape}  {head.dtype}  ({case})", title_justify="left")
@@ -76,27 +72,27 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
     for row in rows:
         share = "-" if row.roofline is None else f"{row.roofline:.0%}"
-        figures = [_figure(x) for x in (row.median_ms, row.p20, row.p80, row.ratio, row.over_matmul, row.gb_per_s)]
-        cells = [row.provider, *figures, share, _figure(row.peak_extra_mb), row.note]
+        measures = (row.median_ms, row.p20, row.p80, row.ratio, row.over_matmul, row.gb_per_s)
+        cells = [row.provider, *map(figure, measures), share, figure(row.peak_extra_mb), row.note]
         table.add_row(*(cell for name, cell in zip(names, cells, strict=True) if name in shown))
     console.print(table)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file such that a reader, or a run cut off, finds the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def figure(value: float | None) -> str:
+    """Return a number with three digits, or in full from 1,000 on; `-` for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def write_json(report: Report, path: Path) -> None:
-    """An object with the schema's number, the environment, and the rows, each with the fields of `Row`."""
+    """Write an object with the number of the schema, the environment, and the rows with the fields of `Row`."""
     content = {"schema": SCHEMA, "environment": report.environment, "rows": [asdict(row) for row in report.rows]}
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_csv(report: Report, path: Path) -> None:
-    """One line a row; the parameters as JSON, the environment's device, threads and commit repeated."""
+    """Write one line per row. Parameters are in JSON; device, threads, versions and commit are repeated."""
     stamp = {name: report.environment[name] for name in ("device", "threads", "torch", "commit")}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *stamp])
