@@ -1,4 +1,4 @@
-"""The paper's eight benchmarks by name, each a Hub data set or a file given in its place."""
+"""The paper's eight benchmarks by name. Each is read from the Hub, or from a file that the user gives in its place."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from latent_grpo.data.rows import DataError, load_rows
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's rows are: a Hub name (name:config) and the split that is evaluated."""
+    """Where the rows of a benchmark are."""
 
-    hub: str
-    split: str
-    note: str = ""  # what loading needs besides the network
+    hub: str  # the name of the data set on the Hub, name:config
+    split: str  # the split that is evaluated
+    note: str = ""  # the first part of the remedy, if loading needs more than the network
 
 
-# GSM-Hard, AIME24 and GPQA have one split on the Hub, called "train". GSM8K-Aug's test split is GSM8K's.
+# GSM-Hard, AIME24 and GPQA have only one split on the Hub, called "train". GSM8K-Aug has the test split of GSM8K.
 BENCHMARKS = {
     "gsm8k-aug": Benchmark("whynlp/gsm8k-aug", "test"),
     "gsm-hard": Benchmark("reasoning-machines/gsm-hard", "train"),
@@ -31,52 +31,53 @@ BENCHMARKS = {
         "Idavidrein/gpqa:gpqa_diamond", "train", "accept its terms on the Hub and log in (`hf auth login`), or "
     ),
 }
-GROUPS = {"low-difficulty": tuple(BENCHMARKS)[:4], "high-difficulty": tuple(BENCHMARKS)[4:]}  # the paper's columns
+GROUPS = {"low-difficulty": tuple(BENCHMARKS)[:4], "high-difficulty": tuple(BENCHMARKS)[4:]}  # as in the paper's tables
 _ALIASES = {"gsm8k": "gsm8k-aug", "aime2024": "aime24", "aime2025": "aime25", "gpqa": "gpqa-diamond"}
 
 
 def benchmark_name(text: str) -> str | None:
-    """The benchmark that `text` names, whatever its case, hyphens and underscores; None where it names none."""
-    wanted = _plain(text)
-    known = {_plain(name): name for name in BENCHMARKS} | _ALIASES
-    return known.get(wanted)
+    """Return the benchmark that `text` names, in any case and with or without hyphens and underscores, or None."""
+    names = {_plain(name): name for name in BENCHMARKS} | _ALIASES
+    return names.get(_plain(text))
 
 
 def load_benchmarks(
     sources: Sequence[str], *, split: str = "test", limit: int | None = None, **columns: str | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows by label, in the order given, of benchmarks, files and Hub data sets.
+    """Read benchmarks, files and Hub data sets into rows by label, in the order of `sources`.
 
     Args:
-        sources: each a benchmark's name, `low-difficulty` or `high-difficulty` (four benchmarks each), LABEL=SOURCE
-            (a file or a Hub name under a label, such as `gsm8k=test.jsonl`), or a file or a Hub name alone.
-        split: the split of Hub names that are no benchmarks.
-        limit: only the first rows of each.
-        columns: prompt_column, answer_column, chain_column, as for `load_rows`.
+        sources: each is the name of a benchmark; `low-difficulty` or `high-difficulty`, for four benchmarks each;
+            LABEL=SOURCE, for a file or a Hub name with a label, such as `gsm8k=test.jsonl`; or a file or a Hub name.
+        split: the split of Hub data sets that are not benchmarks.
+        limit: the number of rows to read from the start of each source; None reads all.
+        columns: prompt_column, answer_column and chain_column of `load_rows`. A benchmark on the Hub does not use them.
 
-    Raises DataError for what cannot be loaded, with the remedy, and for a label given twice.
+    Raises:
+        DataError: a source cannot be loaded, or a label is given twice.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    data: dict[str, list[dict[str, Any]]] = {}
     for label, source in _labelled(sources):
-        if label in found:
+        if label in data:
             raise DataError(f"data {label!r} is given twice; label the second one, as other={source}")
-        known = BENCHMARKS.get(label)
-        if known is None or source != label:
-            found[label] = load_rows(source, split=split, limit=limit, **columns)
+        benchmark = BENCHMARKS.get(label)
+        # A benchmark with a file in its place has its label, but another source.
+        if benchmark is None or source != label:
+            data[label] = load_rows(source, split=split, limit=limit, **columns)
             continue
         try:
-            found[label] = load_rows(known.hub, split=known.split, limit=limit)
+            data[label] = load_rows(benchmark.hub, split=benchmark.split, limit=limit)
         except DataError as error:
             reason = str(error).partition("; ")[0]  # without the remedy for data sets in general
-            raise DataError(f"{reason}; {known.note}give a file in its place, as {label}=FILE.jsonl") from error
-    return found
+            raise DataError(f"{reason}; {benchmark.note}give a file in its place, as {label}=FILE.jsonl") from error
+    return data
 
 
 def _labelled(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(label, source) of every data set; the two are the same for a benchmark from the Hub."""
+    """Yield (label, source) of every data set. The two are the same for a benchmark from the Hub."""
     for text in sources:
         label, mark, source = text.partition("=")
-        # A "=" behind a folder or a suffix belongs to the file's path.
+        # A "=" behind a folder or a dot belongs to the path of a file.
         if mark and label and source and not set("/\\.") & set(label):
             yield benchmark_name(label) or label, source
         elif _plain(text) in map(_plain, GROUPS):

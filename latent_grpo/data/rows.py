@@ -1,8 +1,8 @@
 """Question-answer data sets, read from a local file or the Hugging Face Hub into one row shape.
 
-Every source becomes a list of rows ``{"prompt": str | list of chat messages, "answer": str}`` with a third key
-``"chain"`` (the chain of thought, a string) where the source has one. The format is recognised by the field names of
-the first row (``FORMATS``); ``prompt_column``, ``answer_column`` and ``chain_column`` read anything else.
+Every source becomes a list of rows ``{"prompt": str | list of chat messages, "answer": str}``. A row has a third key
+``"chain"``, the chain of thought as a string, if the source has one. The format is recognised by the field names of the
+first row (``FORMATS``). ``prompt_column``, ``answer_column`` and ``chain_column`` read every other format.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from latent_grpo.errors import first_line
+
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
-# Endings that mark a source as a file, not a Hub name. A list, since Hub names may hold dots too ("org/set-v1.5").
+# Suffixes that mark a source as a file. They are listed because a Hub name may contain a dot too ("org/set-v1.5").
 _FILE_LIKE = (*FILE_SUFFIXES, ".arrow", ".csv", ".gz", ".ndjson", ".tsv", ".txt", ".yaml", ".yml", ".zip")
 _COLUMN_REMEDY = "name the fields with --prompt_column and --answer_column"
 
-_CALCULATOR_MARK = re.compile(r"<<(.*?)>>", re.DOTALL)
+_CALCULATOR_MARK = re.compile(r"<<(.*?)>>", re.DOTALL)  # <<48/2=24>> in GSM8K
 _GROUPED_NUMBER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _INTEGRAL_DECIMAL = re.compile(r"([-+]?\d+)\.0+")
 _INTEGRAL_IN_EQUATION = re.compile(r"(?<![\d.])(\d+)\.0+(?!\d)")
 
 
 class DataError(ValueError):
-    """A data source that cannot be used: one line that names the file, the row and the remedy."""
+    """A data source cannot be used. The message is one line that names the file, the row and the remedy."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What one source row holds, before it is checked: values as the source has them."""
+    """The values of one source row as the source has them, before they are checked."""
 
     prompt: Any
     answer: Any
@@ -45,7 +47,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Format:
-    """One upstream format: the field names that identify it and how a row of it is read."""
+    """One upstream format: the field names that identify it, and the function that reads a row of it."""
 
     name: str
     required: tuple[str, ...]
@@ -54,7 +56,7 @@ class Format:
 
 @dataclass(frozen=True)
 class _Record:
-    """A source row and the place error messages name for it, such as ``train.jsonl: row 3``."""
+    """A source row, and the place that error messages name for it, such as ``train.jsonl: row 3``."""
 
     place: str
     value: Any
@@ -62,7 +64,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The user's choice of fields; None leaves that part to the recognised format."""
+    """The fields that the user has chosen. None leaves the choice to the recognised format."""
 
     prompt: str | None
     answer: str | None
@@ -81,23 +83,24 @@ def load_rows(
     chain_column: str | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Read a data set into rows of ``prompt``, ``answer`` and, where the source has one, ``chain``.
+    """Read a data set into rows of ``prompt``, ``answer`` and, if the source has one, ``chain``.
 
     Args:
         source: a ``.json`` (a list of objects, or JSON lines), ``.jsonl`` or ``.parquet`` file, or the name of a Hub
             data set, with a configuration as ``name:config``.
-        split: the split of a Hub data set; a local file is read whole.
-        prompt_column, answer_column, chain_column: the fields to read in place of those the format would give.
-        limit: read the first ``limit`` rows only.
+        split: the split of a Hub data set. A local file is read as a whole.
+        prompt_column, answer_column, chain_column: the fields to read instead of those that the format has.
+        limit: the number of rows to read from the start; None reads all.
 
     Returns:
-        One dict a row, in source order. ``prompt`` is a string, or a list of ``{"role", "content"}`` messages where the
-        source has that. ``answer`` is the final answer alone: of a text with ``#### N`` only N, numbers without
-        thousands commas and without ``.0``. ``chain`` is the contents of the calculator marks (``48/2=24 48+24=72``)
-        where the source has marks, the text of the rationale otherwise.
+        One dict per row, in source order. ``prompt`` is a string, or a list of ``{"role", "content"}`` messages if the
+        source has messages. ``answer`` is only the final answer: N of a text with ``#### N``, and numbers without
+        thousands commas and without ``.0``. ``chain`` is the contents of the calculator marks (``48/2=24 48+24=72``) if
+        the source has marks, else the text of the rationale.
 
     Raises:
-        DataError: the source cannot be read, is empty or of no known format, or a row lacks a prompt or an answer.
+        DataError: ``limit`` is below 1, the source cannot be read, it is empty or of no known format, or a row has no
+            prompt or no answer.
     """
     if limit is not None and limit < 1:
         raise DataError(f"{source}: limit is {limit}; give at least 1, or leave it out for all rows")
@@ -105,14 +108,14 @@ def load_rows(
     path = Path(os.path.expanduser(source))
     records = list(islice(_read_file(path) if _is_file_like(path, source) else _read_hub(source, split), limit))
     if not records:
-        raise DataError(f"{source}: holds no rows; give a source with at least one")
-    known = _recognise(records[0], columns)
-    return [_row(record, known, columns) for record in records]
+        raise DataError(f"{source}: has no rows; give a source with at least one row")
+    source_format = _recognise(records[0], columns)
+    return [_row(record, source_format, columns) for record in records]
 
 
 def _is_file_like(path: Path, source: str) -> bool:
     return (
-        os.path.exists(path)  # unlike Path.exists, False for a path that may not be looked at
+        os.path.exists(path)  # Path.exists would raise an error for a path in a folder without permission
         or path.suffix.lower() in _FILE_LIKE
         or source.startswith((".", "/", "~"))
         or "\\" in source
@@ -147,31 +150,32 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path, text: str) -> Iterator[_Record]:
-    """A JSON array of objects, or JSON lines under the name .json."""
+    """Read a JSON array of objects, or JSON lines in a file with the suffix .json."""
     if not text.lstrip().startswith("["):
         return _read_json_lines(path, text)
-    values = _parse_json(text, path, first_line=1)
+    values = _parse_json(text, path, start=1)
     return (_Record(f"{path}: row {number}", value) for number, value in enumerate(values, start=1))
 
 
 def _read_json_lines(path: Path, text: str) -> Iterator[_Record]:
-    # Not str.splitlines: that also cuts at U+2028 and its like, which JSON strings may hold unescaped.
+    # str.splitlines would also cut at U+2028 and similar characters, which JSON strings may contain unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _Record(f"{path}: row {number}", _parse_json(line, path, first_line=number))
+            yield _Record(f"{path}: row {number}", _parse_json(line, path, start=number))
 
 
-def _parse_json(text: str, path: Path, *, first_line: int) -> Any:
+def _parse_json(text: str, path: Path, *, start: int) -> Any:
+    """Return the value of JSON text that starts at line `start` of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
+        line = start + error.lineno - 1
         raise DataError(
             f"{path}:{line}: not valid JSON ({error.msg} at column {error.colno}); "
-            "correct the line: a file holds one JSON object a line, or one list of objects"
+            "correct the line: a file has one JSON object per line, or one list of objects"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        raise DataError(f"{path}:{first_line}: JSON that cannot be read ({_first_line(error)}); correct it") from error
+        raise DataError(f"{path}:{start}: JSON that cannot be read ({first_line(error)}); correct it") from error
 
 
 def _read_parquet(path: Path) -> Iterator[_Record]:
@@ -182,9 +186,9 @@ def _read_parquet(path: Path) -> Iterator[_Record]:
         with path.open("rb") as stream:
             values = pyarrow.parquet.read_table(stream).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file ({_first_line(error)}); write it again") from error
+        raise DataError(f"{path}: not a readable parquet file ({first_line(error)}); write it again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or _first_line(error)}); check the file") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file") from error
     return (_Record(f"{path}: row {number}", value) for number, value in enumerate(values, start=1))
 
 
@@ -194,38 +198,35 @@ def _read_hub(source: str, split: str) -> Iterator[_Record]:
     name, _, config = source.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the client raises many kinds: network, gated access, unknown name, config or split
+    # The client raises errors of many kinds: for the network, gated access, an unknown name, config or split.
+    except Exception as error:
         raise DataError(
             f"{source}: the split {split!r} could not be loaded from the Hugging Face Hub "
-            f"({type(error).__name__}: {_first_line(error)}); check the name, the config (name:config), the split "
+            f"({type(error).__name__}: {first_line(error)}); check the name, the config (name:config), the split "
             "and the network, or give a local .json, .jsonl or .parquet file"
         ) from error
     return (_Record(f"{source}[{split}]: row {number}", value) for number, value in enumerate(table, start=1))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _recognise(first: _Record, columns: _Columns) -> Format | None:
-    """The format of the source, or None where the columns the user named are all that is needed."""
+    """Return the format of the source, or None if the user has named all the fields that a row needs."""
     fields = _mapping(first)
-    known = next((each for each in FORMATS if all(name in fields for name in each.required)), None)
-    if known is None and (columns.prompt is None or columns.answer is None):
+    source_format = next((each for each in FORMATS if all(name in fields for name in each.required)), None)
+    if source_format is None and (columns.prompt is None or columns.answer is None):
         raise DataError(
             f"{first.place}: the fields {_listed(fields)} are of no known format "
             f"({', '.join(each.name for each in FORMATS)}); {_COLUMN_REMEDY}"
         )
-    return None if columns.prompt is not None and columns.answer is not None else known
+    return None if columns.prompt is not None and columns.answer is not None else source_format
 
 
-def _row(record: _Record, known: Format | None, columns: _Columns) -> dict[str, Any]:
+def _row(record: _Record, source_format: Format | None, columns: _Columns) -> dict[str, Any]:
     source = _mapping(record)
-    for name in (*(known.required if known else ()), *columns.named()):
+    for name in (*(source_format.required if source_format else ()), *columns.named()):
         if name not in source:
             raise DataError(f"{record.place}: no field {name!r}, only {_listed(source)}; {_COLUMN_REMEDY}")
     try:
-        fields = known.read(source) if known else Fields(prompt=None, answer=None)
+        fields = source_format.read(source) if source_format else Fields(prompt=None, answer=None)
     except DataError as error:
         raise DataError(f"{record.place}: {error}") from error
     prompt = fields.prompt if columns.prompt is None else source[columns.prompt]
@@ -238,7 +239,7 @@ def _row(record: _Record, known: Format | None, columns: _Columns) -> dict[str, 
 def _mapping(record: _Record) -> Mapping[str, Any]:
     if not isinstance(record.value, Mapping):
         kind = type(record.value).__name__
-        raise DataError(f"{record.place}: a {kind}, not an object with fields; write one JSON object a row")
+        raise DataError(f"{record.place}: a {kind}, not an object with fields; write one JSON object per row")
     return record.value
 
 
@@ -277,8 +278,9 @@ def _checked_answer(answer: Any, place: str) -> str:
 
 
 def _answer_text(answer: str | int | float) -> str:
+    """Return only the final answer as text, an integer without ``.0`` and commas."""
     if isinstance(answer, float):
-        # Positional and with every digit of the shortest exact form: 2.0107e-06 becomes 0.0000020107.
+        # Without an exponent and with every digit of the shortest exact form: 2.0107e-06 becomes 0.0000020107.
         answer = format(Decimal(repr(answer)), "f")
     text = str(answer).rpartition("####")[2].strip()
     if _GROUPED_NUMBER.fullmatch(text):
@@ -288,7 +290,7 @@ def _answer_text(answer: str | int | float) -> str:
 
 
 def _chain_text(chain: Any) -> str:
-    """The chain of thought as one string: calculator marks where there are any, else the text before ``####``."""
+    """Return the chain of thought as one string: the calculator marks if there are any, else the text to ``####``."""
     if chain is None:
         return ""
     steps = [str(step) for step in chain] if isinstance(chain, list | tuple) else [str(chain)]
@@ -298,12 +300,12 @@ def _chain_text(chain: Any) -> str:
 
 
 def _plain(prompt: str, answer: str, chain: str | None = None) -> Callable[[Mapping[str, Any]], Fields]:
-    """A reader for a format whose fields need no conversion; ``chain`` is read where the row has it."""
+    """Return a reader of a format whose fields need no conversion. A row may lack the field ``chain``."""
     return lambda row: Fields(row[prompt], row[answer], row.get(chain) if chain else None)
 
 
 def _question_answer(row: Mapping[str, Any]) -> Fields:
-    """GSM8K, whose answer holds the rationale too; without ``####`` the answer field is the answer alone."""
+    """Read a row of GSM8K. Its answer field contains the rationale too, unless there is no ``####`` in it."""
     answer = row["answer"]
     return Fields(row["question"], answer, answer if isinstance(answer, str) and "####" in answer else None)
 
@@ -319,7 +321,7 @@ def _multiarith(row: Mapping[str, Any]) -> Fields:
 
 
 def _equation_chain(equation: Any, answer: Any) -> str | None:
-    """An annotated equation in the form of a calculator mark: ``X=((32.0+42.0)-35.0)`` -> ``(32+42)-35=39``."""
+    """Return an annotated equation as a calculator mark writes it: ``X=((32.0+42.0)-35.0)`` -> ``(32+42)-35=39``."""
     if not isinstance(equation, str) or not isinstance(answer, str | int | float) or not equation.strip():
         return None
     text = _INTEGRAL_IN_EQUATION.sub(r"\1", "".join(equation.split())).removeprefix("X=")
@@ -332,6 +334,7 @@ def _without_outer_brackets(text: str) -> str:
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
+        # The first bracket is an outer one only if it closes at the end, unlike in (1+2)*(3+4).
         if depth == 0:
             return text[1:-1] if position == len(text) - 1 else text
     return text
@@ -342,8 +345,11 @@ def _first(values: Any) -> Any:
 
 
 def _gpqa(row: Mapping[str, Any]) -> Fields:
-    """Four lettered choices. Their order is a hash of the question and the choice, so that it is balanced over rows and
-    stays the same in every run, on every Python, and however the rows are cut or ordered."""
+    """Read a row of GPQA into a prompt with four lettered choices.
+
+    Their order is that of a hash of the question and the choice. So it is balanced over the rows, and is the same in
+    every run, on every Python, and for every selection and order of the rows.
+    """
     question, *choices = (str(row[name] or "").strip() for name in ("Question", *_GPQA_CHOICES))
     if not question or not all(choices):
         raise DataError("the question or one of its four choices is empty; remove the row")
@@ -354,7 +360,7 @@ def _gpqa(row: Mapping[str, Any]) -> Fields:
 
 
 def _verl(row: Mapping[str, Any]) -> Fields:
-    """The released Latent-GRPO parquet schema, which is verl's."""
+    """Read a row of the released Latent-GRPO parquet files, whose schema is verl's."""
     reward_model, extra = row["reward_model"], row.get("extra_info")
     answer = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
     original = extra.get("answer") if isinstance(extra, Mapping) else None
@@ -364,7 +370,7 @@ def _verl(row: Mapping[str, Any]) -> Fields:
 
 _GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
-# The first format whose fields are all present is taken, so where they share fields the more specific comes first.
+# The first format whose fields are all present is taken, so a format comes before others that need fewer of its fields.
 FORMATS = (
     Format("Latent-GRPO/verl", ("prompt", "reward_model"), _verl),
     Format("GPQA", ("Question", *_GPQA_CHOICES), _gpqa),
