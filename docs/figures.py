@@ -1,7 +1,8 @@
-"""Draws the figures of the method's page with the package's own functions: `python docs/figures.py [FOLDER]`."""
+"""Draw the figures of README.md and docs/method.md with the package's functions: `python docs/figures.py [FOLDER]`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from latent_kernels.reference import gumbel_noise, margin_coefficients, nucleus_
 BLUE, ORANGE, GREEN, RED = COLOURS[:4]
 DRAWN = f"Drawn by `python docs/figures.py` with latent_kernels {__version__}."
 TOP_K, TOP_P, SHOWN = 4, 0.7, 12
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
 def draw_latent_step(path: Path) -> None:
@@ -118,12 +120,60 @@ def draw_advantages(path: Path) -> None:
         axes[0, 0].legend()
 
 
+def committed(file: str, op: str, shape: str, provider: str, case: str | None = None) -> dict[str, Any]:
+    """Return the row of a committed result of the benches."""
+    rows = json.loads((RESULTS / f"cpu-2-cores-{file}.json").read_text())["rows"]
+    (row,) = (
+        row
+        for row in rows
+        if (row["op"], row["shape"], row["provider"]) == (op, shape, provider)
+        and case in (None, row["parameters"].get("logits"))
+    )
+    return dict(row)
+
+
+def draw_measured(path: Path) -> None:
+    """Draw time and memory of PyTorch and of this package, from the committed results."""
+    loss, steps = "fused_policy_loss", "latent_step_from_logits"
+    panels = {
+        "latent step, V 128,256 (ms)": [
+            ("realistic", "latent_step", steps, "llama-1b", "median_ms", "realistic"),
+            ("near-uniform", "latent_step", steps, "llama-1b", "median_ms", "near-uniform"),
+        ],
+        "policy loss, time (s)": [
+            ("D 576", f"smollm2-{loss}", loss, "smollm2", "median_ms", None),
+            ("D 2,048", f"llama-1b-{loss}", loss, "llama-1b", "median_ms", None),
+        ],
+        "policy loss, memory (MB)": [
+            ("D 576", f"smollm2-{loss}", loss, "smollm2", "peak_extra_mb", None),
+            ("D 2,048", f"llama-1b-{loss}", loss, "llama-1b", "peak_extra_mb", None),
+        ],
+    }
+    stamp = json.loads((RESULTS / f"cpu-2-cores-smollm2-{loss}.json").read_text())["environment"]
+    caption = (
+        f"PyTorch (orange) and this package in plain PyTorch operations (blue): medians on {stamp['device']}, "
+        f"{stamp['threads']} threads, float32, commit {stamp['commit'][:7]}; the files are in bench/results. {DRAWN}"
+    )
+    with drawn_figure(path, 1, 3, (11, 2.8), caption=caption) as axes:
+        for axis, (title, cases) in zip(axes[0], panels.items(), strict=True):
+            scale = 1e-3 if title.endswith("(s)") else 1.0
+            for place, (_, file, op, shape, figure, case) in enumerate(cases):
+                for shift, provider, colour in ((0.2, "eager", ORANGE), (-0.2, "ours-eager", BLUE)):
+                    value = committed(file, op, shape, provider, case)[figure] * scale
+                    bar = axis.barh(place + shift, value, 0.36, color=colour)
+                    axis.bar_label(bar, [f"{value:.3g}" if value < 100 else f"{value:,.0f}"], padding=3, color=INK)
+            axis.set_yticks(range(len(cases)), [case[0] for case in cases])
+            axis.set(title=title)
+            axis.margins(x=0.2)
+
+
 FIGURES: dict[str, Any] = {
     "latent-step.svg": draw_latent_step,
     "noise.svg": draw_noise,
     "surrogate.svg": draw_surrogate,
     "loss.svg": draw_loss,
     "advantages.svg": draw_advantages,
+    "measured.svg": draw_measured,
 }
 
 

@@ -290,7 +290,7 @@ def test_a_wrong_command_is_found(words: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_usage_names_every_command_and_no_other() -> None:
-    (usage,) = (block.text for block in blocks(REPOSITORY / "README.md", "") if "latent-grpo" in block.text)
+    (usage,) = (block.text for block in blocks(REPOSITORY / "docs" / "recipes.md", "") if "latent-grpo" in block.text)
     assert re.findall(r"^latent-grpo (\w+)", usage, re.MULTILINE) == list(cli.COMMANDS)
 
 
@@ -327,10 +327,11 @@ def test_every_option_is_documented_once() -> None:
     assert "`exclude`, `zero`, `keep`" in own
 
 
-def test_the_method_page_shows_what_the_script_draws(tmp_path: Path) -> None:
+def test_the_pages_show_what_the_script_draws(tmp_path: Path) -> None:
     script = docs_script("figures")
     script.main([str(tmp_path)])
-    shown = set(re.findall(r"figures/([\w.-]+)", (REPOSITORY / "docs" / "method.md").read_text()))
+    pages = ("README.md", "docs/method.md")
+    shown = {name for page in pages for name in re.findall(r"figures/([\w.-]+)", (REPOSITORY / page).read_text())}
     assert shown == set(script.FIGURES) == {path.name for path in tmp_path.iterdir()}
     for name in shown:
         pattern = re.compile(r"<text[^>]*>([^<]*)</text>")
