@@ -198,14 +198,14 @@ def run_all(plan: Plan) -> dict[Run, str]:
     running: dict[Future[float], Run] = {}
     failures: dict[Run, str] = {}
     other_children = multiprocessing.active_children()
-    pool, pool_broken = _pool(args), False
+    pool, pool_broken = worker_pool(args), False
     with progress_bar("Runs", len(runs), len(runs) - len(pending)) as bar:
         try:
             while pending or running:
                 # A worker that dies breaks its whole pool. Give it no more runs, and replace it when none is left.
                 if pool_broken and not running:
                     pool.shutdown()
-                    pool, pool_broken = _pool(args), False
+                    pool, pool_broken = worker_pool(args), False
                 startable = [run for run in pending if run == run.start or finished(plan, run.start)]
                 for run in startable[: 0 if pool_broken else args.workers - len(running)]:
                     pending.remove(run)
@@ -237,7 +237,7 @@ def _reason(error: BaseException, log: Path) -> str:
     return f"{type(error).__name__}: {first_line(error)} (see {log})"
 
 
-def _pool(args: CompareConfig) -> ProcessPoolExecutor:
+def worker_pool(args: CompareConfig) -> ProcessPoolExecutor:
     """Return a pool of fresh processes. A forked process would inherit the state of torch's threads."""
     return ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
 

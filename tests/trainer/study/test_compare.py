@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -18,13 +20,14 @@ from support import REPOSITORY
 
 from latent_grpo.commands.main import main
 from latent_grpo.config import ConfigError
+from latent_grpo.quickstart import run as quickstart
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.recipes.read import read_yaml
 from latent_grpo.study import compare, compare_report
 from latent_grpo.study.compare import ARMS, FULL, LATENT, TEXT, Run, all_runs, differences, make_plan
 from latent_grpo.study.compare_report import cells, page, summarise
 from latent_grpo.study.config import CompareConfig
-from latent_grpo.watching import figures
+from latent_grpo.watching import figures, metrics
 
 ABLATIONS = {
     "two-sided-noise": {"noise": "two_sided"},
@@ -35,33 +38,54 @@ ABLATIONS = {
     "loss-on-latent": {"loss_on": "latent"},
     "loss-on-text": {"loss_on": "text"},
 }
-SMALL = [
-    "--sft_steps", "3", "--grpo_steps", "2", "--train_problems", "80", "--held_out_problems", "12",
-    "--watched_problems", "5", "--num_samples", "2",
-]  # fmt: skip
+SMALL_OPTIONS = {
+    "sft_steps": 3,
+    "grpo_steps": 2,
+    "train_problems": 80,
+    "held_out_problems": 12,
+    "watched_problems": 5,
+    "num_samples": 2,
+}
+SMALL = [word for name, value in SMALL_OPTIONS.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs are done in this process on small batches: a worker process takes seconds to import torch."""
+
+    def grpo_config(*args):
+        small = {"generation_batch_size": 16, "per_device_train_batch_size": 16}
+        return replace(quickstart.grpo_config(*args), **small)
+
+    monkeypatch.setattr(compare, "worker_pool", lambda args: ThreadPoolExecutor(1))
+    monkeypatch.setattr(compare, "grpo_config", grpo_config)
+    # The run's own bar is in this process too, and a console shows one bar at a time.
+    monkeypatch.setattr(compare, "progress_bar", partial(metrics.progress_bar, shown=False))
 
 
 def test_the_full_method_is_the_papers_and_ablations_change_one_thing(tmp_path):
     plan = make_plan(CompareConfig(output_dir=str(tmp_path)))
     full = asdict(plan.grpo_options(Run(1, FULL)))
-    assert {name: full[name] for name in ("noise", "first_token", "invalid", "margin_gradient", "loss_on", "seed")} == {
-        "noise": "one_sided", "first_token": "best_of_correct", "invalid": "exclude", "margin_gradient": "aligned",
-        "loss_on": "all", "seed": 1,
-    }  # fmt: skip
+    paper = {
+        "noise": "one_sided",
+        "first_token": "best_of_correct",
+        "invalid": "exclude",
+        "margin_gradient": "aligned",
+        "loss_on": "all",
+        "seed": 1,
+    }
+    assert {name: full[name] for name in paper} == paper
 
     def changes(arm: str) -> dict:
         options = asdict(plan.grpo_options(Run(1, arm)))
         return {name: value for name, value in options.items() if value != full[name] and name != "output_dir"}
 
     assert {name for name, arm in ARMS.items() if arm.ablation} == set(ABLATIONS)
-    for name, wanted in ABLATIONS.items():
-        assert changes(name) == wanted
-    assert changes("text-grpo") == {
-        "latent": False, "loss_type": "grpo", "first_token": "all", "invalid": "keep", "delta": None,
-    }  # fmt: skip
-    assert changes("soft-grpo") == {
-        "noise": "two_sided", "first_token": "all", "invalid": "keep", "margin_gradient": "none",
-    }  # fmt: skip
+    for name, expected in ABLATIONS.items():
+        assert changes(name) == expected
+    plain = {"first_token": "all", "invalid": "keep"}
+    assert changes("text-grpo") == {**plain, "latent": False, "loss_type": "grpo", "delta": None}
+    assert changes("soft-grpo") == {**plain, "noise": "two_sided", "margin_gradient": "none"}
     assert plan.sft_options(Run(1, LATENT)).latent
     assert not plan.sft_options(Run(1, TEXT)).latent
 
@@ -74,9 +98,8 @@ def test_the_recipe_runs_every_arm_over_three_seeds():
 
 def test_warm_starts_come_first_and_only_where_needed():
     runs = all_runs(CompareConfig(seeds=[4, 5], arms=["text-grpo"]))
-    assert [str(run) for run in runs] == [
-        "seed 4, text-sft", "seed 5, text-sft", "seed 4, text-grpo", "seed 5, text-grpo",
-    ]  # fmt: skip
+    names = [str(run) for run in runs]
+    assert names == ["seed 4, text-sft", "seed 5, text-sft", "seed 4, text-grpo", "seed 5, text-grpo"]
     assert len(all_runs(CompareConfig())) == 3 * len(ARMS)
     with pytest.raises(ConfigError, match=r"'latent-gpro'.*latent-grpo"):
         all_runs(CompareConfig(arms=["latent-gpro"]))
@@ -97,12 +120,13 @@ def results(folder: Path) -> dict[str, dict]:
     }
 
 
-def test_a_comparison_is_written_kept_and_finished(tmp_path, capsys):
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_comparison_is_written_kept_and_finished(tmp_path, capsys, request, workers):
+    if workers == "1":
+        request.getfixturevalue("in_process")
     out = tmp_path / "runs"
-    command = [
-        "compare", "--output_dir", str(out), *SMALL, "--seeds", "0", "1", "--workers", "2",
-        "--arms", FULL, "text-grpo", "two-sided-noise",
-    ]  # fmt: skip
+    command = ["compare", "--output_dir", str(out), *SMALL, "--seeds", "0", "1", "--workers", workers]
+    command += ["--arms", FULL, "text-grpo", "two-sided-noise"]
     assert main(command) == 0
     first = results(out)
     assert set(first) == {
@@ -138,16 +162,25 @@ def test_a_comparison_is_written_kept_and_finished(tmp_path, capsys):
     assert results(out) == second
 
 
-def test_an_interrupt_stops_the_runs_and_keeps_what_is_finished(tmp_path):
+def test_an_interrupted_run_keeps_what_is_finished(tmp_path, in_process, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "reinforce", interrupted)
+    command = ["compare", "--output_dir", str(tmp_path), *SMALL, "--seeds", "0", "--arms", FULL]
+    assert main(command) == 130
+    assert set(results(tmp_path)) == {f"seed-0/{LATENT}"}
+
+
+@pytest.mark.slow
+def test_an_interrupt_stops_the_worker_processes(tmp_path):
     out = tmp_path / "runs"
-    command = [
-        sys.executable, "-m", "latent_grpo", "compare", "--output_dir", str(out), *SMALL, "--grpo_steps", "100000",
-        "--seeds", "0", "--arms", FULL,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "latent_grpo", "compare", "--output_dir", str(out), *SMALL]
+    command += ["--grpo_steps", "100000", "--seeds", "0", "--arms", FULL]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics, deadline = out / "seed-0" / FULL / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+    while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -197,14 +230,17 @@ def own_task(tmp_path_factory):
     return folder
 
 
+def own_command(out: Path, own_task: Path, sft: str = "sft.yaml") -> list[str]:
+    configs = ["--sft_config", str(own_task / sft), "--grpo_config", str(own_task / "grpo.yaml")]
+    return ["compare", "--output_dir", str(out), *configs, "--seeds", "0", "--num_samples", "1"]
+
+
 @pytest.mark.parametrize(("kind", "reason"), [("raise", "a fault in the reward"), ("exit", "its process died")])
-def test_a_failed_run_loses_no_other(own_task, tmp_path, capsys, kind, reason):
+def test_a_failed_run_loses_no_other(own_task, tmp_path, capsys, request, kind, reason):
+    if kind == "raise":
+        request.getfixturevalue("in_process")
     out = tmp_path / "runs"
-    command = [
-        "compare", "--output_dir", str(out), "--sft_config", str(own_task / "sft.yaml"),
-        "--grpo_config", str(own_task / "grpo.yaml"), "--seeds", "0", "--num_samples", "1",
-        "--arms", FULL, "two-sided-noise",
-    ]  # fmt: skip
+    command = [*own_command(out, own_task), "--arms", FULL, "two-sided-noise"]
     (own_task / "fault").write_text(kind)
     assert main(command) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed:")]
@@ -222,20 +258,17 @@ def test_a_failed_run_loses_no_other(own_task, tmp_path, capsys, kind, reason):
         assert "## Failed runs" not in (out / "comparison.md").read_text()
 
 
-def test_arms_of_a_failed_warm_start_are_not_run(own_task, tmp_path, capsys):
+def test_arms_of_a_failed_warm_start_are_not_run(own_task, tmp_path, capsys, in_process):
     (own_task / "plain.jsonl").write_text('{"prompt": "a", "answer": "1"}\n')
     configuration = (own_task / "sft.yaml").read_text().replace("data.jsonl", "plain.jsonl")
     (own_task / "no-chain.yaml").write_text(configuration)
-    command = [
-        "compare", "--output_dir", str(tmp_path / "x"), "--sft_config", str(own_task / "no-chain.yaml"),
-        "--grpo_config", str(own_task / "grpo.yaml"), "--seeds", "0", "--arms", FULL,
-    ]  # fmt: skip
-    assert main(command) == 1
+    out = tmp_path / "runs"
+    assert main([*own_command(out, own_task, "no-chain.yaml"), "--arms", FULL]) == 1
     errors = capsys.readouterr().err
     assert "seed 0, latent-sft: DataError: row 1 has no chain of thought" in errors
     assert "seed 0, latent-grpo: its warm start failed" in errors
-    assert not results(tmp_path)
-    assert not (tmp_path / "x" / "comparison.json").exists()
+    assert not results(out)
+    assert not (out / "comparison.json").exists()
 
 
 @pytest.mark.parametrize("given", ["sft_config", "grpo_config"])
@@ -252,17 +285,19 @@ def test_differences_name_the_option():
 
 
 def record(arm: str, seed: int, accuracy: float, tokens: float) -> dict:
-    result = {
-        "pass_at_1": accuracy, "pass@1": accuracy / 2, "reasoning_tokens": tokens, "response_length": tokens + 3,
-        "truncation_rate": 0.0, "problems": 50,
-    }  # fmt: skip
+    accuracies = {"pass_at_1": accuracy, "pass@1": accuracy / 2, "truncation_rate": 0.0}
+    lengths = {"reasoning_tokens": tokens, "response_length": tokens + 3}
     steps = {"steps": [5, 10], "values": [accuracy / 2, accuracy]}
     trained = ARMS[arm].start != arm
     return {
-        "arm": arm, "seed": seed, "result": result, "watched_pass_at_1": accuracy / 3,
-        "environment": {"device": "a test", "torch": "2"}, "seconds": {"train": 9.0, "evaluate": 1.0},
+        "arm": arm,
+        "seed": seed,
+        "result": {**accuracies, **lengths, "problems": 50},
+        "watched_pass_at_1": accuracy / 3,
+        "environment": {"device": "a test", "torch": "2"},
+        "seconds": {"train": 9.0, "evaluate": 1.0},
         "curves": {"eval_pass_at_1": steps, "latent_length": steps} if trained else {},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture

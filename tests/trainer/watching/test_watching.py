@@ -1,4 +1,4 @@
-"""What a run shows and keeps: the table, trackers, the log of responses, alarms, `inspect`."""
+"""What a run shows and keeps: the table, trackers, the log of responses, alarms and `inspect`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ def id_reward(completion_ids, **columns):
 
 
 def trainer(out: Path, **options) -> LatentGRPOTrainer:
-    base = dict(
-        output_dir=str(out), latent_top_k=3, num_generations=4, generation_batch_size=8, max_completion_length=6,
-        group_filter=False, max_steps=3, save_steps=0, seed=0, temperature=1.0, top_k=0, top_p=1.0,
-        invalid="keep",
-    )  # fmt: skip
+    batch = dict(num_generations=4, generation_batch_size=8, group_filter=False, invalid="keep", max_steps=3)
+    sampling = dict(latent_top_k=3, max_completion_length=6, temperature=1.0, top_k=0, top_p=1.0)
+    base = dict(output_dir=str(out), seed=0, save_steps=0, **batch, **sampling)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=0)
     rewards = [id_reward, "accuracy"]
@@ -43,7 +41,7 @@ def trainer(out: Path, **options) -> LatentGRPOTrainer:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A run with its responses logged; its folder, and the batches it trained on by step."""
+    """Return the folder of a run whose responses are logged, and the batches that it trained on, by step."""
     out = tmp_path_factory.mktemp("watched") / "run"
     batches = {}
     run = trainer(out, log_completions=True, logging_steps=1, max_steps=3, save_steps=2)
@@ -87,7 +85,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
 
 
 class Recorder(types.ModuleType):
-    """A module whose every function records its call; calling what it returns records too."""
+    """A module whose functions record their calls and return the module, so that calls on a result are recorded too."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -109,7 +107,7 @@ class Recorder(types.ModuleType):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """`recorder(module)` puts a Recorder into sys.modules."""
+    """Return a function that puts a Recorder of the given name into sys.modules."""
 
     def install(name: str) -> Recorder:
         module = Recorder(name)
@@ -119,8 +117,8 @@ def recorder(monkeypatch):
     return install
 
 
-def expected(out: Path) -> dict[int, dict[str, float]]:
-    """What trackers must have got: the numbers of metrics.jsonl by step, with their phase."""
+def expected_numbers(out: Path) -> dict[int, dict[str, float]]:
+    """Return what trackers must have received: the numbers of metrics.jsonl by step, each named with its phase."""
     return {
         row["step"]: {f"train/{k}": v for k, v in row.items() if k not in ("phase", "step")}
         for row in read_metrics(out / "metrics.jsonl")
@@ -134,7 +132,7 @@ def test_metrics_reach_the_tracker(name, recorder, tmp_path):
     ((_, options),) = module.named("init")
     assert (options["project"], options["name"]) == ("mine", "first")
     assert options["config"]["num_generations"] == 4
-    assert {kwargs["step"]: args[0] for args, kwargs in module.named("log")} == expected(out)
+    assert {kwargs["step"]: args[0] for args, kwargs in module.named("log")} == expected_numbers(out)
     assert len(module.named("finish")) == 1
 
 
@@ -161,7 +159,7 @@ def test_metrics_reach_tensorboard(recorder, tmp_path):
     written: dict[int, dict[str, float]] = {}
     for (name, value, step), _ in module.named("add_scalar"):
         written.setdefault(step, {})[name] = value
-    assert written == expected(out)
+    assert written == expected_numbers(out)
     trainer(out, report_to=["tensorboard"], max_steps=3).train(resume_from_checkpoint=True)
     assert module.named("SummaryWriter")[-1][1]["purge_step"] == 3
 
@@ -171,7 +169,7 @@ def test_tensorboard_files_hold_the_metrics(tmp_path):
     out = tmp_path / "run"
     trainer(out, report_to=["tensorboard"], max_steps=2).train()
     events = accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
-    for step, figures in expected(out).items():
+    for step, figures in expected_numbers(out).items():
         for name, value in figures.items():
             got = {event.step: event.value for event in events.Scalars(name)}
             assert got[step] == pytest.approx(value, rel=1e-6)
@@ -280,7 +278,7 @@ SEQUENCES = {
 
 @pytest.mark.parametrize("metric", SEQUENCES)
 def test_a_collapse_is_one_warning(metric):
-    sequence, wanted = SEQUENCES[metric]
+    sequence, expected = SEQUENCES[metric]
     alarms, healthy = Alarms(), {"latent_length": 8.0, "mixture_entropy": 0.6, "reward_std": 0.4, "truncated": 0.05}
     lines = [
         line
@@ -288,7 +286,7 @@ def test_a_collapse_is_one_warning(metric):
         for line in alarms.update(values(step, **{**healthy, metric: value}))
     ]
     assert len(lines) == 1
-    assert wanted in lines[0]
+    assert expected in lines[0]
     assert "\n" not in lines[0]
     assert int(lines[0].split()[1].rstrip(":")) > WINDOW
 
@@ -297,10 +295,8 @@ def test_a_healthy_run_and_a_run_of_text_set_off_no_alarm():
     alarms = Alarms()
     for step in range(1, 101):
         swing = 1 + 0.2 * (-1) ** step
-        row = values(
-            step, latent_length=(4 - step / 50) * swing, mixture_entropy=0.6 * swing, reward_std=0.4 * (step % 3),
-            truncated=0.1 * swing,
-        )  # fmt: skip
+        latent = {"latent_length": (4 - step / 50) * swing, "mixture_entropy": 0.6 * swing}
+        row = values(step, **latent, reward_std=0.4 * (step % 3), truncated=0.1 * swing)
         assert alarms.update(row) == []
     text = Alarms()
     for step in range(1, 101):
