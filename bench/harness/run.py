@@ -128,7 +128,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _error_line(error: BaseException) -> str:
-    # Unlike `latent_grpo.model.first_line` this names the type, and importing that module would load transformers.
+    # Unlike `latent_grpo.errors.first_line`, this also names the type.
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
