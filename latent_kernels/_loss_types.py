@@ -1,4 +1,4 @@
-"""What the eager and the Triton loss share: how rows are cut into chunks, and what is known and found of a row."""
+"""The types that the eager and the Triton loss share: what is given for a row, and what is computed of it."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from latent_kernels._types import PolicyStats
 
 
 class LogprobSpec(NamedTuple):
-    """What N rows are to be scored for: ids, scores [N, K], advantages [N] or None, and the options of SPEC 4."""
+    """What the log-probs of N rows depend on besides the logits (Eq. 15-17)."""
 
-    ids: Tensor
-    scores: Tensor
-    advantages: Tensor | None
+    ids: Tensor  # [N, K] int64
+    scores: Tensor  # [N, K]
+    advantages: Tensor | None  # [N]
     temperature: float
     margin_gradient: str
 
-    def rows(self, part: slice | Tensor) -> LogprobSpec:
-        """The same for a part of the rows."""
-        advantages = None if self.advantages is None else self.advantages[part]
-        return self._replace(ids=self.ids[part], scores=self.scores[part], advantages=advantages)
+    def select(self, rows: slice | Tensor) -> LogprobSpec:
+        """Return the same for some of the rows."""
+        advantages = None if self.advantages is None else self.advantages[rows]
+        return self._replace(ids=self.ids[rows], scores=self.scores[rows], advantages=advantages)
 
 
 class RowScores(NamedTuple):
-    """Log-probs of a chunk of n rows."""
+    """The log-probs of a chunk of n rows."""
 
     logprob: Tensor  # [n]
     crossed: Tensor  # [n] integer, latent components with a negative margin
-    slope: Tensor | None  # [n, V] d logprob / d logits, where the logits were
+    dlogits: Tensor | None  # [n, V] gradient of the log-prob in the logits, stored over the logits
 
 
 class RowEntropies(NamedTuple):
-    """Log-probs and entropies of a chunk of n rows."""
+    """The log-probs and entropies of a chunk of n rows."""
 
     logprob: Tensor  # [n]
     crossed: Tensor  # [n] integer, latent components with a negative margin
-    log_z: Tensor  # [n] log-sum-exp of the row's logits, of a text row's over the temperature
+    log_z: Tensor  # [n] log-sum-exp of the row's logits, on a text row of logits / temperature
     entropy: Tensor  # [n] nats; 0 on latent rows
 
 
 class LossOptions(NamedTuple):
-    """The options of `fused_policy_loss`, but the last one those of `policy_loss` too, with their defaults."""
+    """The options of `fused_policy_loss`. All except the last are options of `policy_loss` too."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -56,36 +56,39 @@ class LossOptions(NamedTuple):
 
 
 class LossSpec(NamedTuple):
-    """What the loss of N response steps needs besides their log-probs; tensors are [N]."""
+    """What the loss of N response steps depends on besides their log-probs. Tensors are [N]."""
 
     old_logprob: Tensor
     advantages: Tensor
     ref_logprob: Tensor | None
-    weights: Tensor  # of a step in the loss
-    sequence_log_ratio: Tensor | None  # of the step's response, where that is what is clipped
+    weights: Tensor  # weight of a step in the loss
+    sequence_log_ratio: Tensor | None  # mean log-ratio of the step's response, for ratio="sequence"
     options: LossOptions
 
-    def rows(self, part: slice | Tensor) -> LossSpec:
-        """The same for a part of the steps."""
-        parts: dict[str, Any] = {name: x[part] for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**parts)
+    def select(self, steps: slice | Tensor) -> LossSpec:
+        """Return the same for some of the steps."""
+        selected: dict[str, Any] = {name: x[steps] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**selected)
 
 
-# What is summed over the steps, in this order: the loss (weighted), plain statistics, the KL term (weighted).
+# The sums over the steps, in this order: the loss (weighted), plain statistics, the KL term (weighted).
 SUMS = ("loss", "clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio", "kl")
 
 
 class StepLosses(NamedTuple):
     """The loss of n response steps."""
 
-    gradient: Tensor  # [n] of the weighted loss, in the log-prob
+    gradient: Tensor  # [n] gradient of the weighted loss in the log-prob
     sums: Tensor  # [6] in the order of SUMS
 
 
 def loss_and_stats(
     sums: Tensor, count: Tensor | int, unit: Tensor | float, crossed: Tensor, entropy: Tensor
 ) -> tuple[Tensor, ...]:
-    """The loss and PolicyStats from sums over `count` steps whose weights were divided by `unit`; all 0-d."""
+    """Return the loss and the fields of PolicyStats, all 0-d, from sums [6] over `count` steps.
+
+    The weights of the steps were divided by `unit`, so the weighted sums are multiplied by it.
+    """
     weighted = sums * unit
     means = sums / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
     stats = PolicyStats(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # the clamp of the Gumbel noise (Eq. 12)
+GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # the clamp of the Gumbel noise (Eq. 12-13)
 NOISE_KINDS = ("one_sided", "two_sided", "none")
 
 # The constants of Philox-4x32-10 (Salmon et al. 2011); Triton's `tl.philox` has the same.

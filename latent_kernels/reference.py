@@ -1,8 +1,10 @@
-"""The operators as the paper writes them, in plain PyTorch: the specification that every implementation is held
-against.
+"""The operators as the paper writes them, in plain PyTorch. Read this page to see what the operators compute.
 
-Nothing here is fast and much of it sorts or holds [N, V]. Computation is in float32, or in float64 for float64 inputs.
+Nothing here is fast, and much of it sorts or holds [N, V]. Computation is in float32, or in float64 for float64 inputs.
 Equation numbers are those of arXiv 2604.27998.
+
+The eager and the Triton operators share formulas and constants of this page. So the page alone cannot judge them: the
+tests have formulas of their own, in tests/support/oracle.py.
 """
 
 from __future__ import annotations
@@ -15,29 +17,29 @@ from latent_kernels._noise import exponential_draws, gumbel_noise
 from latent_kernels._types import GroupAdvantages, LatentStep, PolicyStats
 
 UNUSED_ID = -100  # marks the unused components of a text step
-EXPONENT_MAX = 40.0  # exp(40)^2 is finite in float32, so that a gradient norm over such margins is too
-MARGIN_MAX = 1e4  # a target of probability zero under the policy: a large finite margin instead of infinity
-LOG_RATIO_MAX = 20.0
-KL_MAX = 10.0
-STD_EPSILON = 1e-6
+EXPONENT_MAX = 40.0  # exp(40)^2 is finite in float32, so the norm of a gradient with such margins is too
+MARGIN_MAX = 1e4  # margin of a target that has probability zero under the policy: large, but finite
+LOG_RATIO_MAX = 20.0  # log-ratios are clamped to +- this, so that their exponentials are finite
+KL_MAX = 10.0  # largest value of the k3 estimate
+STD_EPSILON = 1e-6  # added to the standard deviation of the rewards (Eq. 9-11)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32."""
+    """Return float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def per_row(value: float | Tensor, like: Tensor) -> Tensor:
-    """A float or a [B] tensor as a [B, 1] (or 0-d) tensor of `like`'s dtype and device."""
+    """Return a float as a 0-d and a [B] tensor as a [B, 1] tensor, in the dtype and on the device of `like`."""
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return value.unsqueeze(-1) if value.ndim == 1 else value
 
 
 def nucleus_mask(sorted_log_probs: Tensor, top_p: float | Tensor, top_k: int) -> Tensor:
-    """Candidates C among log-probs sorted downwards [B, M] (a prefix of the vocabulary's order): [B, M] bool.
+    """Return which tokens are candidates, [B, M] bool, given falling log-probs [B, M] of a prefix of the sorted order.
 
-    In C: probability mass strictly before the token `< top_p`, and always the first top_k. `top_p = 1` keeps all.
-    Mass is summed in float64, so that it does not depend on the order of a tile's sums.
+    A token is a candidate if the probability mass strictly before it is less than top_p, or if it is among the first
+    top_k. `top_p = 1` keeps all. Mass is summed in float64, so that it does not depend on the order of summation.
     """
     probs = sorted_log_probs.double().exp()
     before = probs.cumsum(-1) - probs
@@ -47,7 +49,7 @@ def nucleus_mask(sorted_log_probs: Tensor, top_p: float | Tensor, top_k: int) ->
 
 
 def best_first(scores: Tensor, ids: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The top_k highest scores and their ids, ties to the lower id. Both [B, M], in any order."""
+    """Return the top_k highest scores and their ids, ties to the lower id, given both [B, M] in any order."""
     ids, order = ids.sort(dim=-1)
     scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return scores[:, :top_k], ids.gather(-1, order)[:, :top_k]
@@ -69,7 +71,7 @@ def latent_step_from_logits_ref(
     latent_mask: Tensor | None = None,
     end_token_id: int | None = None,
 ) -> LatentStep:
-    """The latent step by the plain rule: a full sort, the nucleus, noise on the whole vocabulary (Eq. 1, 12-14)."""
+    """Compute the latent step by the plain rule: full sort, nucleus, noise on the whole vocabulary (Eq. 1, 12-14)."""
     logits = logits.to(compute_dtype(logits))
     rows, vocab = logits.shape
     log_probs = logits - logits.logsumexp(-1, keepdim=True)
@@ -92,7 +94,8 @@ def latent_step_from_logits_ref(
         shift = gumbel_noise(exponential, noise).to(logits.dtype) * per_row(noise_scale, logits)
         in_nucleus = torch.zeros_like(order, dtype=torch.bool)
         in_nucleus.scatter_(-1, order, nucleus_mask(log_probs.gather(-1, order), top_p, top_k))
-        # A candidate of probability zero beats what is outside the nucleus only by its id: keep it ahead.
+        # A candidate of probability zero has the score -inf, like all tokens outside the nucleus. Its lower id keeps it
+        # ahead of them.
         outside_last = torch.where(in_nucleus, ids, ids + vocab)
         scores = torch.where(in_nucleus, log_probs + shift, -torch.inf)
         kept_scores, kept_ids = best_first(scores, outside_last, top_k)
@@ -107,19 +110,19 @@ def latent_step_from_logits_ref(
 
 
 def is_hard(ids: Tensor) -> Tensor:
-    """Rows of ids [N, K] that stand for one text token: -100 behind the first component. [N] bool; none where K = 1."""
+    """Return which rows of ids [N, K] are text steps, [N] bool: -100 after the first component. For K = 1, none is."""
     return (ids[:, 1:] == UNUSED_ID).any(-1)
 
 
 def mixture_weights(ids: Tensor, scores: Tensor, tau: float | Tensor) -> Tensor:
-    """`softmax(scores / tau)` [N, K]; (1, 0, ..., 0) on hard rows, whatever their scores hold."""
+    """Return `softmax(scores / tau)` [N, K], and (1, 0, ..., 0) on text rows, whatever their scores are."""
     first = torch.full_like(scores, -torch.inf)
     first[:, :1] = 0.0
     return torch.where(is_hard(ids).unsqueeze(-1), first, scores / per_row(tau, scores)).softmax(-1)
 
 
 def mix(ids: Tensor, weights: Tensor, embedding: Tensor) -> Tensor:
-    """`sum_k weights_k embedding[ids_k]` [N, D], summed in the weights' dtype one component at a time."""
+    """Return `sum_k weights_k embedding[ids_k]` [N, D], summed one component at a time in the dtype of the weights."""
     out = torch.zeros(len(ids), embedding.shape[1], dtype=weights.dtype, device=weights.device)
     for k in range(ids.shape[1]):
         out = out + weights[:, k : k + 1] * embedding[ids[:, k].clamp_min(0)].to(weights.dtype)
@@ -127,17 +130,20 @@ def mix(ids: Tensor, weights: Tensor, embedding: Tensor) -> Tensor:
 
 
 def mix_embeddings_ref(ids: Tensor, scores: Tensor, embedding: Tensor, *, tau: float | Tensor = 1.0) -> Tensor:
-    """Replay of a trajectory (Eq. 1): `softmax(scores / tau)`-mixtures, E[ids[0]] on hard rows. [N, D]."""
+    """Return the input embeddings [N, D] of recorded steps: mixtures with weights softmax(scores / tau) (Eq. 1).
+
+    A text row is `embedding[ids[0]]`.
+    """
     weights = mixture_weights(ids, scores.to(compute_dtype(embedding, scores)), tau)
     return mix(ids, weights, embedding)
 
 
 def margin_coefficients(margin: Tensor, advantages: Tensor | None, margin_gradient: str) -> Tensor:
-    """c_k [N, K] of SPEC 4 (Eq. 15-17): K times the gradient of the surrogate in the policy's log-prob of component
-    k."""
+    """Return c_k [N, K]: K times the gradient of the surrogate in the policy's log-prob of component k (Eq. 15-17)."""
     coefficients = 1.0 - torch.exp(-margin.clamp_min(-EXPONENT_MAX))
     if advantages is None or margin_gradient == "none":
         return coefficients
+    # Plain c_k is negative for a negative margin, and would push the component against the sign of the advantage.
     flipped = 1.0 - torch.exp(-margin.abs())
     replaced = flipped if margin_gradient == "aligned" else -flipped
     crossed = (margin < 0) & (advantages <= 0).unsqueeze(-1)
@@ -145,12 +151,15 @@ def margin_coefficients(margin: Tensor, advantages: Tensor | None, margin_gradie
 
 
 def component_margins(scores: Tensor, log_probs: Tensor) -> Tensor:
-    """d_k = score_k - lp_k [N, K], at most MARGIN_MAX; 0 (no update) where the target itself has probability zero."""
+    """Return the margins d_k = score_k - lp_k [N, K], at most MARGIN_MAX.
+
+    The margin is 0, which means no update, if the target itself has probability zero.
+    """
     return torch.where(torch.isneginf(scores), 0.0, (scores - log_probs).clamp_max(MARGIN_MAX))
 
 
 def surrogate(margin: Tensor) -> Tensor:
-    """f [N] = mean_k(-d_k - exp(-d_k)), the exponent held at EXPONENT_MAX (Eq. 15)."""
+    """Return f [N] = mean_k(-d_k - exp(-d_k)), with an exponent of at most EXPONENT_MAX (Eq. 15)."""
     return (-margin - torch.exp(-margin.clamp_min(-EXPONENT_MAX))).mean(-1)
 
 
@@ -163,7 +172,10 @@ def latent_logprob_from_logits_ref(
     advantages: Tensor | None = None,
     margin_gradient: str = "aligned",
 ) -> Tensor:
-    """Log-prob of text rows and surrogate log-prob of latent rows [N] (Eq. 15-17); autograd gives SPEC 4's gradient."""
+    """Return the log-prob of text rows and the surrogate log-prob of latent rows, [N] (Eq. 15-17).
+
+    Autograd gives the gradient of docs/method.md, section "Probability of a latent step".
+    """
     logits = logits.to(compute_dtype(logits))
     token = ids[:, :1]
     text = (logits / temperature).log_softmax(-1).gather(-1, token).squeeze(-1)
@@ -171,15 +183,15 @@ def latent_logprob_from_logits_ref(
     targets = torch.where(is_hard(ids).unsqueeze(-1), -torch.inf, scores.to(logits.dtype))  # text rows have none
     margin = component_margins(targets, log_probs).detach()
     coefficients = margin_coefficients(margin, advantages, margin_gradient)
-    # Straight-through: the surrogate's value, the coefficients' gradient. Neutral components are masked out of the sum,
-    # since the gradient of an unreachable log-prob is not a number.
+    # Straight-through: the value of the surrogate, with the gradient that the coefficients give. Components with
+    # c_k = 0 are masked out of the sum, because the gradient of a log-prob of -inf is NaN.
     reachable = torch.where(coefficients != 0, log_probs, 0.0)
     latent = surrogate(margin) + (coefficients * (reachable - reachable.detach())).mean(-1)
     return torch.where(is_hard(ids), text, latent)
 
 
 def text_entropy_ref(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy [N] of softmax(logits / T) on text rows of ids [N, K], in nats; 0 on latent rows."""
+    """Return the entropy [N], in nats, of softmax(logits / T) on text rows of ids [N, K], and 0 on latent rows."""
     log_probs = (logits.to(compute_dtype(logits)) / temperature).log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs.clamp_min(-MARGIN_MAX)).sum(-1)
     return torch.where(is_hard(ids), entropy, 0.0)
@@ -195,7 +207,7 @@ def group_advantages_ref(
     mean_logprob: Tensor | None = None,
     first_token: str = "best_of_correct",
 ) -> GroupAdvantages:
-    """Group-relative advantages (Eq. 9-11, 18-21), one group at a time."""
+    """Compute group-relative advantages, one group at a time (Eq. 9-11, 18-21)."""
     rewards = rewards.double()
     broken = torch.zeros_like(rewards, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
     advantages, mean, std = torch.zeros_like(rewards), torch.zeros_like(rewards), torch.ones_like(rewards)
@@ -221,16 +233,16 @@ def group_advantages_ref(
 
 
 def sequence_log_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tensor:
-    """log s [R] of responses (GSPO, arXiv 2507.18071): the mean log-ratio of their active steps, each in its range.
+    """Return log s [R] of responses: the mean of the clamped log-ratios of their active steps (GSPO, arXiv 2507.18071).
 
-    All [R, T]; masked steps may hold anything.
+    The inputs are [R, T]. Masked steps may hold anything.
     """
     gaps = torch.where(mask, (logprob - old_logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX), 0.0)
     return gaps.sum(-1) / mask.sum(-1).clamp_min(1)
 
 
 def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
-    """Estimate "k1", "k2" or "k3" of KL(policy || reference) from samples of the policy. Any shape."""
+    """Return the estimate "k1", "k2" or "k3" of KL(policy || reference) from samples of the policy; any shape."""
     gap = (ref_logprob - logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
     if estimator == "k1":
         return -gap
@@ -247,10 +259,10 @@ def token_loss(
     response_log_ratio: Tensor | None,
     options: LossOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Surrogate of every step plus its KL penalty (Eq. 22-23), and the terms of the statistics. Any shape.
+    """Return the loss of every step with its KL penalty (Eq. 22-23), and the terms of the statistics; any shape.
 
-    `response_log_ratio`, that of the step's response, takes the place of the step's own, whose gradient it is given:
-    s_t = sg[s] pi(t) / sg[pi(t)] (GSPO-token, arXiv 2507.18071, 4.3).
+    `response_log_ratio`, if given, is the mean log-ratio of the step's response. It replaces the value of the step's
+    own log-ratio, but not its gradient: s_t = sg[s] pi(t) / sg[pi(t)] (GSPO-token, arXiv 2507.18071, 4.3).
     """
     own = (logprob - old_logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
     terms = {"approx_kl": -own, "abs_log_ratio": own.abs()}
@@ -258,12 +270,12 @@ def token_loss(
     if response_log_ratio is not None:
         log_ratio = response_log_ratio.detach() + (own - own.detach())
     ratio = log_ratio.exp()
-    held = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
+    clipped_ratio = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     if options.objective == "cispo":
-        loss = -advantages * held.detach() * logprob
-        terms["clip_fraction"] = held != ratio
+        loss = -advantages * clipped_ratio.detach() * logprob
+        terms["clip_fraction"] = clipped_ratio != ratio
     else:
-        plain, clipped = -advantages * ratio, -advantages * held
+        plain, clipped = -advantages * ratio, -advantages * clipped_ratio
         loss = torch.maximum(plain, clipped)
         terms["clip_fraction"] = clipped > plain
         if options.dual_clip is not None:
@@ -277,7 +289,7 @@ def token_loss(
 
 
 def response_weights(lengths: Tensor, steps: int, aggregation: str) -> Tensor:
-    """Weight in the loss of each active step of a response [R], for lengths [R] in active steps of T = `steps`."""
+    """Return the weight [R] of each active step of a response, given the numbers [R] of active steps; T = `steps`."""
     if aggregation == "token-mean":
         return (1.0 / lengths.sum().clamp_min(1.0)).expand_as(lengths)
     weights = torch.full_like(lengths, 1.0 / max(len(lengths), 1))
@@ -287,12 +299,12 @@ def response_weights(lengths: Tensor, steps: int, aggregation: str) -> Tensor:
 
 
 def aggregation_weights(mask: Tensor, aggregation: str) -> Tensor:
-    """Weight of every step [R, T] in the loss, 0 where masked; `(weights * loss).sum()` is the aggregate."""
+    """Return the weight of every step [R, T], 0 where masked. The aggregate is `(weights * loss).sum()`."""
     return mask * response_weights(mask.sum(-1), mask.shape[1], aggregation).unsqueeze(-1)
 
 
 def policy_stats(terms: dict[str, Tensor], mask: Tensor, weights: Tensor) -> PolicyStats:
-    """Statistics from the terms of `token_loss`, all [R, T] or all flattened alike."""
+    """Return the statistics of the terms of `token_loss`, all [R, T] or all flattened."""
     count = mask.sum().clamp_min(1.0)
     zero = torch.zeros((), dtype=torch.float32, device=mask.device)
 
@@ -326,18 +338,20 @@ def policy_loss_ref(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
 ) -> tuple[Tensor, PolicyStats]:
-    """Clipped, dual-clipped policy loss and its statistics (Eq. 22-23). Masked steps may hold anything, NaN
-    included."""
+    """Compute the clipped, dual-clipped policy loss and its statistics (Eq. 22-23).
+
+    Masked steps may hold anything, NaN included.
+    """
     options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
     dtype = compute_dtype(logprob)
     keep = mask.bool()
     logprob, old_logprob, advantages = (torch.where(keep, x.to(dtype), 0.0) for x in (logprob, old_logprob, advantages))
     if ref_logprob is not None:
         ref_logprob = torch.where(keep, ref_logprob.to(dtype), 0.0)
-    of_response = None
+    response_log_ratio = None
     if ratio == "sequence":
-        of_response = sequence_log_ratio(logprob, old_logprob, keep).unsqueeze(-1)
-    loss, terms = token_loss(logprob, old_logprob, advantages, ref_logprob, of_response, options)
+        response_log_ratio = sequence_log_ratio(logprob, old_logprob, keep).unsqueeze(-1)
+    loss, terms = token_loss(logprob, old_logprob, advantages, ref_logprob, response_log_ratio, options)
     weights = aggregation_weights(keep.to(dtype), aggregation)
     return (loss * weights).sum(), policy_stats(terms, keep.float(), weights)
 
@@ -354,7 +368,10 @@ def project_with_noise_ref(
     row_ids: Tensor | None = None,
     exponential: Tensor | None = None,
 ) -> Tensor:
-    """`hidden @ weight.T + bias + noise_scale * g` [B, D'], g the clamped Gumbel noise of SPEC 2.3 per output unit."""
+    """Return `hidden @ weight.T + bias + noise_scale * g` [B, D'].
+
+    g is the clamped Gumbel noise of Eq. 12-13, one draw per row and output unit.
+    """
     dtype = compute_dtype(hidden, weight)
     out = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:

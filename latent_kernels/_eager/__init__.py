@@ -1,1 +1,1 @@
-"""Eager PyTorch implementations that never sort the vocabulary and never hold [N, V]."""
+"""Eager PyTorch implementations. The latent step sorts no large vocabulary; the losses hold only chunks of [N, V]."""

@@ -1,4 +1,4 @@
-"""Group-relative advantages in plain PyTorch, without asking the device anything."""
+"""Group-relative advantages in PyTorch operations that never wait for the device (Eq. 9-11, 18-21)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def group_advantages_eager(
     mean_logprob: Tensor | None,
     first_token: str,
 ) -> GroupAdvantages:
-    """`group_advantages` on checked arguments."""
-    rewards = rewards.double()  # so that a group of equal float32 rewards has exactly its own mean
+    """Compute `latent_kernels.group_advantages` on checked arguments."""
+    rewards = rewards.double()  # the mean of equal float32 rewards is then exactly these rewards
     segment = _segments(group_ids)
     broken = torch.zeros_like(segment, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
     counted = (~broken if invalid == "exclude" else torch.ones_like(broken)).to(rewards.dtype)
@@ -40,7 +40,7 @@ def group_advantages_eager(
 
 
 def _segments(group_ids: Tensor) -> Tensor:
-    """Number of each row's group [R], 0 to groups - 1, without asking the device how many there are."""
+    """Return the number of each row's group [R], from 0. The host does not learn how many groups there are."""
     ordered, order = group_ids.sort(stable=True)
     starts = torch.zeros_like(ordered)
     starts[1:] = (ordered[1:] != ordered[:-1]).to(starts.dtype)
@@ -48,19 +48,19 @@ def _segments(group_ids: Tensor) -> Tensor:
 
 
 def _segment_sum(values: Tensor, segment: Tensor) -> Tensor:
-    """Sum over each row's group, given back to every row [R]."""
+    """Return the sum over each row's group, for every row [R]."""
     return torch.zeros_like(values).index_add_(0, segment, values)[segment]
 
 
 def _first_step(advantages: Tensor, mean_logprob: Tensor, segment: Tensor, first_token: str) -> Tensor:
-    """Advantages at the first response step [R]: the winner keeps its own, its rivals get 0."""
+    """Return the advantages at the first response step [R]: the winner keeps its own, its rivals get 0."""
     correct = advantages > 0
-    place = torch.where(correct, mean_logprob.to(advantages.dtype), -torch.inf)
-    # Rank rows by log-prob, ties to the first row; a group's winner is its correct row of lowest rank.
-    rows = torch.arange(len(place), device=place.device)
-    rank = torch.empty_like(rows).scatter_(0, place.argsort(descending=True, stable=True), rows)
-    rank = torch.where(correct, rank, len(place))
-    best = torch.full_like(rank, len(place)).scatter_reduce_(0, segment, rank, "amin")[segment]
-    has_winner = best < len(place)
+    key = torch.where(correct, mean_logprob.to(advantages.dtype), -torch.inf)
+    # Rank all rows by log-prob, ties to the first row. A group's winner is its correct row with the lowest rank.
+    rows = torch.arange(len(key), device=key.device)
+    rank = torch.empty_like(rows).scatter_(0, key.argsort(descending=True, stable=True), rows)
+    rank = torch.where(correct, rank, len(key))
+    best = torch.full_like(rank, len(key)).scatter_reduce_(0, segment, rank, "amin")[segment]
+    has_winner = best < len(key)
     rivals = correct if first_token == "best_of_correct" else has_winner
     return advantages.masked_fill(rivals & (rank != best), 0.0)

@@ -1,7 +1,7 @@
-"""Row-wise maths of the log-prob of text and latent rows on one chunk of logits, in place.
+"""The eager log-probs of text and latent rows, on one chunk of logits, in place (Eq. 15-17).
 
-A chunk [n, V] is turned into `exp(z - max z)`, z = logits / T on text rows and logits on latent rows, from which both
-the log-probs and, in the same buffer, their gradient follow. Nothing else of size [n, V] is ever alive.
+A chunk [n, V] is turned into `exp(z - max z)`, where z is logits / T on text rows and logits on latent rows. The
+log-probs follow from it and, in the same buffer, their gradient. No other tensor of size [n, V] is ever alive.
 """
 
 from __future__ import annotations
@@ -19,48 +19,50 @@ from latent_kernels.reference import (
     token_loss,
 )
 
-BLOCK_COLUMNS = 8192  # logits of a row at a time, where a second tensor of their size is needed
+BLOCK_COLUMNS = 8192  # columns of logits at a time, in steps that need a second tensor of their size
 
 
 def logprob_rows_(
-    logits: Tensor, spec: LogprobSpec, slope: torch.dtype | None, upstream: Tensor | None = None
+    logits: Tensor, spec: LogprobSpec, dtype: torch.dtype | None, upstream: Tensor | None = None
 ) -> RowScores:
-    """Log-probs of the rows of logits [n, V], which is overwritten: by their slope unless `slope` is None.
+    """Return the log-probs of logits [n, V], and overwrite the logits with their gradient unless `dtype` is None.
 
-    `slope` is the coarsest dtype that will do; here it stays the logits' own. `upstream` [n] scales it.
+    `dtype` is the coarsest dtype in which the gradient may be stored; here it keeps that of the logits. `upstream` [n]
+    scales the gradient. If `dtype` is None, the logits are overwritten by intermediate values.
     """
     hard = is_hard(spec.ids)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
     ids = spec.ids.clamp_min(0)
     logits.mul_(inverse_temperature)
-    picked = logits.gather(-1, ids)
+    component_logits = logits.gather(-1, ids)
     highest = logits.amax(-1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-    log_probs = picked - (highest + total.log())
+    log_probs = component_logits - (highest + total.log())
     logprob, crossed, margin = _score(log_probs, spec, hard)
-    if slope is None:
+    if dtype is None:
         return RowScores(logprob, crossed, None)
     coefficients = _coefficients(margin, spec, hard) * inverse_temperature
     if upstream is not None:
         coefficients *= upstream.to(logits.dtype).unsqueeze(-1)
+    # sum_k c_k (onehot(id_k) - softmax): `logits` holds the exponentials, whose sum is `total`.
     logits.mul_(-coefficients.sum(-1, keepdim=True) / total).scatter_add_(-1, ids, coefficients)
     return RowScores(logprob, crossed, logits)
 
 
 def _inverse_temperature(logits: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
-    """1 / T on text rows, 1 on latent ones [n, 1]."""
+    """Return 1 / T on text rows and 1 on latent rows, [n, 1]."""
     return logits.new_ones(len(logits), 1).masked_fill_(hard.unsqueeze(-1), 1.0 / spec.temperature)
 
 
 def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [n], counts of crossed margins [n] and margins [n, K] from the components' log-probs [n, K]."""
+    """Return log-probs [n], counts of crossed margins [n] and margins [n, K], from the components' log-probs [n, K]."""
     margin = component_margins(spec.scores.to(log_probs.dtype), log_probs)
     logprob = torch.where(hard, log_probs[:, 0], surrogate(margin))
     return logprob, torch.where(hard, 0, (margin < 0).sum(-1)), margin
 
 
 def _coefficients(margin: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
-    """d logprob / d component log-prob [n, K]."""
+    """Return the gradient of the log-prob in the log-probs of the components, [n, K]."""
     coefficients = margin_coefficients(margin, spec.advantages, spec.margin_gradient) / margin.shape[1]
     first = torch.zeros_like(coefficients)
     first[:, 0] = 1.0
@@ -68,13 +70,13 @@ def _coefficients(margin: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
 
 
 def entropy_rows(logits: Tensor, spec: LogprobSpec) -> RowEntropies:
-    """Log-probs of the rows of logits [n, V], and the entropy of softmax(logits / T) on text rows. Logits stay."""
+    """Return the log-probs of logits [n, V], and the entropy of softmax(logits / T) on text rows. The logits stay."""
     hard = is_hard(spec.ids)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
     highest = logits.amax(-1, keepdim=True) * inverse_temperature
     total, spread = torch.zeros_like(highest), torch.zeros_like(highest)
     for block in logits.split(BLOCK_COLUMNS, -1):
-        below = (block * inverse_temperature).sub_(highest).clamp_min_(-MARGIN_MAX)  # 0 * -inf is not a number
+        below = (block * inverse_temperature).sub_(highest).clamp_min_(-MARGIN_MAX)  # 0 * -inf would be NaN
         weight = below.exp()
         total += weight.sum(-1, keepdim=True)
         spread += weight.mul_(below).sum(-1, keepdim=True)
@@ -85,19 +87,20 @@ def entropy_rows(logits: Tensor, spec: LogprobSpec) -> RowEntropies:
     return RowEntropies(logprob, crossed, log_z.squeeze(-1), entropy)
 
 
-def entropy_slope_(
-    logits: Tensor, spec: LogprobSpec, found: RowEntropies, slope: torch.dtype, upstream: Tensor, bonus: Tensor
+def entropy_dlogits_(
+    logits: Tensor, spec: LogprobSpec, scored: RowEntropies, dtype: torch.dtype, upstream: Tensor, bonus: Tensor
 ) -> Tensor:
-    """Slope of `upstream * logprob + bonus * entropy` over the rows' logits [n, V], which it overwrites.
+    """Overwrite logits [n, V] with the gradient of `upstream * logprob + bonus * entropy`, and return it.
 
-    d entropy / dz_v = -p_v (log p_v + entropy), z = logits / T; `bonus` [n] is 0 on latent rows.
+    The gradient of the entropy is d entropy / dz_v = -p_v (log p_v + entropy), with z = logits / T. `bonus` [n] is 0 on
+    latent rows. `dtype` is the coarsest dtype in which the gradient may be stored; here it keeps that of the logits.
     """
     hard, ids = is_hard(spec.ids), spec.ids.clamp_min(0)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
-    log_z, bonus = found.log_z.unsqueeze(-1), bonus.unsqueeze(-1) * inverse_temperature
+    log_z, bonus = scored.log_z.unsqueeze(-1), bonus.unsqueeze(-1) * inverse_temperature
     margin = _score(logits.gather(-1, ids) * inverse_temperature - log_z, spec, hard)[2]
     coefficients = _coefficients(margin, spec, hard) * (inverse_temperature * upstream.unsqueeze(-1))
-    constant = coefficients.sum(-1, keepdim=True) + bonus * found.entropy.unsqueeze(-1)
+    constant = coefficients.sum(-1, keepdim=True) + bonus * scored.entropy.unsqueeze(-1)
     for block in logits.split(BLOCK_COLUMNS, -1):
         log_probs = block.mul_(inverse_temperature).sub_(log_z).clamp_min_(-MARGIN_MAX)
         weight = log_probs.exp()
@@ -106,15 +109,16 @@ def entropy_slope_(
 
 
 def score_rows(logits: Tensor, spec: LogprobSpec) -> Tensor:
-    """Log-probs [n] of the rows of logits [n, V] where no gradient will be asked for."""
+    """Return the log-probs [n] of logits [n, V]; for calls that need no gradient."""
     hard = is_hard(spec.ids)
-    if spec.temperature != 1.0 and (logits.is_cuda or bool(hard.any())):  # a GPU is not asked
+    # On a CPU, latent rows save the product with 1. A GPU is not asked, because the host would wait for the answer.
+    if spec.temperature != 1.0 and (logits.is_cuda or bool(hard.any())):
         logits = logits * _inverse_temperature(logits, spec, hard)
     return _score(logits.log_softmax(-1).gather(-1, spec.ids.clamp_min(0)), spec, hard)[0]
 
 
 def step_losses(logprob: Tensor, spec: LossSpec) -> StepLosses:
-    """The weighted loss of response steps with log-probs [n], its gradient, and the sums of its statistics."""
+    """Return the weighted loss of response steps with log-probs [n], its gradient, and the sums of its statistics."""
     with torch.enable_grad():
         logprob = logprob.detach().requires_grad_()
         loss, terms = token_loss(

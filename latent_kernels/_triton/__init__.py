@@ -1,1 +1,1 @@
-"""Triton kernels. Imported only when one is about to run, so that the package works without Triton."""
+"""Triton kernels. They are imported only when a kernel is about to run, so the package works without Triton."""

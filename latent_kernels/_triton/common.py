@@ -1,4 +1,4 @@
-"""What several kernels share: the noise stream, options that are one for all rows or one a row, a product tile."""
+"""What several kernels share: the noise stream, options given once or per row, and a product tile."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from latent_kernels import _noise
 
-# Without a limit ptxas may spill a few bytes to reach an occupancy of its own choosing.
+# Without a limit, ptxas may spill a few bytes to reach an occupancy that it chooses itself.
 MAX_REGISTERS = 255
 GUMBEL_LOW = tl.constexpr(_noise.GUMBEL_LOW)
 GUMBEL_HIGH = tl.constexpr(_noise.GUMBEL_HIGH)
 
 
 def dot_dtype(*operands: Tensor) -> torch.dtype:
-    """What a product's operands are converted to: their own dtype, or float32 where they differ.
+    """Return the dtype to which a product's operands are converted: their own, or float32 if they differ.
 
-    The interpreter, which runs on CPU tensors, has no bfloat16 product; float32 holds the same products exactly.
+    The interpreter, which runs on CPU tensors, has no bfloat16 product. float32 holds the same products exactly.
     """
     first, *others = operands
     same = first.is_cuda and all(other.dtype == first.dtype for other in others)
@@ -26,13 +26,13 @@ def dot_dtype(*operands: Tensor) -> torch.dtype:
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The float dtype as Triton names it."""
+    """Return Triton's name of a float dtype."""
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
 @triton.jit
 def row_option(value, row, IS_TENSOR: tl.constexpr):
-    """A number, or the row's entry of a [B] tensor, in float32."""
+    """Return a number, or the row's entry of a [B] tensor, in float32."""
     if IS_TENSOR:
         return tl.load(value + row).to(tl.float32)
     else:
@@ -41,7 +41,7 @@ def row_option(value, row, IS_TENSOR: tl.constexpr):
 
 @triton.jit
 def counter_option(value, IS_TENSOR: tl.constexpr, offset=0):
-    """A number or an element of a tensor, in int64."""
+    """Return a number, or an element of a tensor, in int64."""
     if IS_TENSOR:
         return tl.load(value + offset).to(tl.int64)
     else:
@@ -50,7 +50,7 @@ def counter_option(value, IS_TENSOR: tl.constexpr, offset=0):
 
 @triton.jit
 def exponential_draws(ids, rows, seed, step):
-    """Exp(1) draws of (row, id), broadcast against each other: `latent_kernels._noise.exponential_draws`."""
+    """Return the Exp(1) draws of `latent_kernels._noise.exponential_draws`; ids and rows are broadcast."""
     zero = (ids + rows).to(tl.int32) * 0
     low = zero + (rows & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     high = zero + (rows >> 32).to(tl.int32)
@@ -61,7 +61,7 @@ def exponential_draws(ids, rows, seed, step):
 
 @triton.jit
 def gumbel_noise(exponential, ONE_SIDED: tl.constexpr):
-    """`clamp(-log(e), -1.5, 3)`, shifted to [0, 4.5] when one-sided (Eq. 12-13)."""
+    """Return `clamp(-log(e), -1.5, 3)`, shifted to [0, 4.5] if one-sided (Eq. 12-13)."""
     noise = tl.minimum(tl.maximum(-tl.log(exponential), GUMBEL_LOW), GUMBEL_HIGH)
     if ONE_SIDED:
         noise = noise - GUMBEL_LOW
@@ -73,10 +73,10 @@ def product_tile(
     weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """`weight[v] @ hidden[b].T` [BLOCK_V, BLOCK_B] in float32; entries outside V and B hold any finite value.
+    """Return `weight[v] @ hidden[b].T` [BLOCK_V, BLOCK_B] in float32. Entries outside V and B hold any finite value.
 
-    The vocabulary is on the M axis of the matrix instruction, whose tile is fixed, and the batch on N, which can be
-    small. Rows are clamped rather than masked, and addressed in int64: V x D may exceed 2^31.
+    The vocabulary is on the M axis of the matrix instruction, whose tile size is fixed. The batch is on the N axis,
+    which can be small. Row indices are clamped rather than masked. Addresses are int64, because V x D may exceed 2^31.
     """
     d = tl.arange(0, BLOCK_D)
     weights = weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[:, None] * weight_stride + d[None, :]
@@ -88,6 +88,6 @@ def product_tile(
         else:
             weight = tl.load(weights + start, mask=(start + d < D)[None, :], other=0.0)
             hidden = tl.load(hiddens + start, mask=(start + d < D)[:, None], other=0.0)
-        # "ieee" concerns float32 operands: TF32 would keep ten bits of them.
+        # "ieee" concerns float32 operands: TF32 would keep only ten bits of their mantissas.
         total = tl.dot(weight.to(DOT_TYPE), hidden.to(DOT_TYPE), total, input_precision="ieee")
     return total

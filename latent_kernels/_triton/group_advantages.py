@@ -1,9 +1,14 @@
 """Group-relative advantages in one launch (Eq. 9-11, 18-21), whatever the number, size and order of the groups.
 
-A program owns BLOCK_R rows and goes over all R rows for each: to count and sum its group, for the spread around the
-mean, and to find the group's winner. That is O(R^2) comparisons of values that stay in cache, some 10^8 a pass at R =
-8192, and in return there is no sort, no atomic and no intermediate tensor, and each row's result is the same in any
-run. Sums are in float64.
+Inputs: rewards [R], group_ids [R] int64, an optional mask of invalid rows [R], mean log-probs [R]. Outputs, all [R]
+float32: advantages, advantages at the first step, group mean and group std.
+
+    advantage = (reward - mean) / (std + 1e-6),  std with Bessel's correction, over the counted rows of the group
+
+A program owns BLOCK_R rows and goes over all R rows for them three times: to count and add up their groups, for the
+spread around the mean, and to find the groups' winners. These are O(R^2) comparisons of values that stay in cache, some
+10^8 per pass at R = 8192. In return there is no sort, no atomic and no intermediate tensor, and each row's result is
+the same in every run. Sums are in float64. There is no backward pass.
 """
 
 from __future__ import annotations
@@ -16,14 +21,14 @@ from torch import Tensor
 from latent_kernels._types import GroupAdvantages
 from latent_kernels.reference import STD_EPSILON
 
-BLOCK_R, BLOCK_J = 32, 32  # at 64 columns a thread spills
+BLOCK_R, BLOCK_J = 32, 32  # with 64 columns, threads spill
 NUM_WARPS = 4
 SELECTIONS = {"all": 0, "best_of_correct": 1, "best_of_group": 2}
 
 
 @triton.jit
 def members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, VALID_ONLY: tl.constexpr):
-    """Which of the rows j are in the group of which own row [BLOCK_R, BLOCK_J], and the rewards of the rows j."""
+    """Return which rows j are in the group of which own row [BLOCK_R, BLOCK_J], and the rewards of the rows j."""
     other = tl.load(groups_ptr + j, mask=j < R, other=0)
     same = (group[:, None] == other[None, :]) & (j < R)[None, :]
     if VALID_ONLY:
@@ -49,8 +54,8 @@ def group_advantages_kernel(
         counted, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and EXCLUDE)
         count += tl.sum(counted.to(tl.float64), 1)
         total += tl.sum(tl.where(counted, value[None, :] - reward[:, None], 0.0), 1)
-    # Distances to the row's own reward: their sum is exact, and 0 where all rewards are equal, so that float32 does for
-    # quotients (in float64 they are calls, which save registers to memory). A group of one has mean 0.
+    # `total` adds distances to the row's own reward. The sum is exact, and 0 if all rewards are equal, so quotients can
+    # be in float32. (In float64 they are function calls, which save registers to memory.) A group of one has mean 0.
     total = tl.where(count > 1, total, -reward)
     divisor = tl.maximum(count, 1.0)
     above_mean = -tl.div_rn(total.to(tl.float32), divisor.to(tl.float32))
@@ -73,17 +78,17 @@ def group_advantages_kernel(
     first = advantage
     if SELECTION > 0:
         best = tl.full([BLOCK_R], -float("inf"), dtype=tl.float64)
-        winner = tl.zeros([BLOCK_R], dtype=tl.int32) + R  # R where the group has no correct row
+        winner = tl.zeros([BLOCK_R], dtype=tl.int32) + R  # stays R if the group has no correct row
         for start in range(0, R, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
             correct, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and not KEEP)
-            # Above the mean, without a quotient: every row of the group finds the same.
+            # "reward > mean" without a quotient, whose rounding could differ between the rows of a group.
             correct = correct & ((value[None, :] - reward[:, None]) * divisor[:, None] > total[:, None])
             logprob = tl.load(logprob_ptr + j, mask=j < R, other=0.0).to(tl.float64)
             candidate = tl.where(correct, logprob[None, :], -float("inf"))
             highest = tl.max(candidate, 1)
             place = tl.min(tl.where(correct & (candidate == highest[:, None]), j[None, :], R), 1)
-            # An earlier tile keeps a tie: its rows come first.
+            # In a tie, an earlier tile wins, because its rows come first.
             better = (place < R) & ((highest > best) | (winner == R))
             best = tl.where(better, highest, best)
             winner = tl.where(better, place, winner)
@@ -96,7 +101,7 @@ def group_advantages_kernel(
 
 
 def constants(*, has_broken: bool, invalid: str, normalize_std: bool, first_token: str) -> dict[str, int | bool]:
-    """Constants of the kernel."""
+    """Return the constants of the kernel."""
     return {
         "HAS_BROKEN": has_broken, "EXCLUDE": invalid == "exclude", "KEEP": invalid == "keep",
         "NORMALIZE": normalize_std, "SELECTION": SELECTIONS[first_token], "BLOCK_R": BLOCK_R, "BLOCK_J": BLOCK_J,
@@ -107,17 +112,19 @@ def group_advantages(
     rewards: Tensor, group_ids: Tensor, invalid_mask: Tensor | None, invalid: str, normalize_std: bool,
     mean_logprob: Tensor | None, first_token: str,
 ) -> GroupAdvantages:  # fmt: skip
-    """`latent_kernels.ops.group_advantages` on checked arguments."""
+    """Compute `latent_kernels.group_advantages` on checked arguments."""
     rewards, rows = rewards.contiguous(), len(rewards)
-    out = torch.empty(4, rows, dtype=torch.float32, device=rewards.device)
+    result = GroupAdvantages(*torch.empty(4, rows, dtype=torch.float32, device=rewards.device))
     if rows:
-        # Arguments that are not used are some tensor of the right device.
-        broken = rewards if invalid_mask is None else invalid_mask.bool().contiguous().view(torch.int8)
-        logprob = rewards if mean_logprob is None else mean_logprob.contiguous()
+        unused = rewards  # in the place of a tensor that the kernel does not read
         chosen = constants(
             has_broken=invalid_mask is not None, invalid=invalid, normalize_std=normalize_std, first_token=first_token
         )
         group_advantages_kernel[(triton.cdiv(rows, BLOCK_R),)](
-            rewards, group_ids.contiguous(), broken, logprob, *out, rows, STD_EPSILON, **chosen, num_warps=NUM_WARPS
-        )
-    return GroupAdvantages(*out)
+            rewards_ptr=rewards, groups_ptr=group_ids.contiguous(),
+            broken_ptr=unused if invalid_mask is None else invalid_mask.bool().contiguous().view(torch.int8),
+            logprob_ptr=unused if mean_logprob is None else mean_logprob.contiguous(),
+            advantage_ptr=result.advantages, first_ptr=result.first_step, mean_ptr=result.group_mean,
+            std_ptr=result.group_std, R=rows, epsilon=STD_EPSILON, **chosen, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return result

@@ -1,10 +1,14 @@
-"""Logits with a sidecar: for each group of 128 ids, the largest logit and the sum of exponentials (SPEC 2.1).
+"""Logits with a sidecar: for each group of 128 ids, the largest logit and the sum of exponentials.
 
-The sidecar, 8 KB a row, tells the selection which few groups can matter and gives log Z, so that nobody reads the
-logits twice. It comes out of the LM-head product's epilogue (`lm_head_sidecar`), where W [V, D] is read once for every
-BLOCK_B rows, or of one pass over logits that exist already (`logits_sidecar`).
+    logits = hidden @ lm_head.T   [B, V] float32, from operands of one 16-bit dtype, accumulated in float32
+    maxima_g = max of the logits of group g,  sums_g = sum of exp(logit - maxima_g)   both [B, ceil(V / 128)] float32
 
-Bytes of the product: V D 2 of W, once for B <= 128 and from L2 beyond, and 4 B V of float32 logits written.
+The sidecar, 8 KB per row, tells the selection which few groups can matter and gives log Z, so that no kernel reads the
+logits twice. It comes from the epilogue of the LM-head product (`lm_head_sidecar`), where lm_head [V, D] is read once
+for every BLOCK_B rows, or from one pass over existing logits (`logits_sidecar`). There is no backward pass, and results
+repeat bit for bit.
+
+Bytes of the product: 2 V D of lm_head, once for B <= 128 and from L2 beyond, and 4 B V of float32 logits written.
 """
 
 from __future__ import annotations
@@ -18,21 +22,21 @@ from torch import Tensor
 
 from latent_kernels._triton.common import MAX_REGISTERS, dot_dtype, product_tile, triton_dtype
 
-GROUP = 128  # ids a group, and the M axis of the product's tile
-GROUPS_PER_PROGRAM = 16  # of the pass over existing logits: 2,048 logits, 16 a thread
+GROUP = 128  # ids per group, and the M axis of the product's tile
+GROUPS_PER_PROGRAM = 16  # in the pass over existing logits: 2,048 logits, 16 per thread
 SIDECAR_WARPS = 4
 
 
 class Sidecar(NamedTuple):
-    """Logits [B, >= V] of unit inner stride, and what is known of their groups."""
+    """Logits [B, >= V] with an inner stride of 1, and the summary of their groups."""
 
     logits: Tensor
     maxima: Tensor  # [B, G] float32, G = ceil(V / GROUP)
-    sums: Tensor  # [B, G] float32, of exp(logit - maximum)
+    sums: Tensor  # [B, G] float32, sums of exp(logit - maximum)
 
 
 class ProductConfig(NamedTuple):
-    """A tile of the product: BLOCK_B rows of hidden, BLOCK_D of the width at a time."""
+    """A tile of the product: BLOCK_B rows of hidden, and BLOCK_D elements of the width at a time."""
 
     block_b: int
     block_d: int
@@ -42,7 +46,7 @@ class ProductConfig(NamedTuple):
 
 @triton.jit
 def max_and_sum(logits, AXIS: tl.constexpr):
-    """Maximum along an axis, and the sum of exponentials below it; (-inf, 0) where nothing is finite."""
+    """Return the maximum along an axis and the sum of exp(logit - maximum); (-inf, 0) if no logit is finite."""
     top = tl.max(logits, AXIS)
     base = tl.where(top == -float("inf"), 0.0, top)
     return top, tl.sum(tl.exp(logits - tl.expand_dims(base, AXIS)), AXIS)
@@ -53,7 +57,7 @@ def lm_head_kernel(
     weight_ptr, hidden_ptr, logits_ptr, maxima_ptr, sums_ptr, weight_stride, hidden_stride, B, V, D, G,
     GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
-    # Programs of one tile of W follow each other, so that all but the first find it in L2.
+    # Programs of one tile of the head follow each other, so that all except the first find it in L2.
     blocks = tl.cdiv(B, BLOCK_B)
     group = tl.program_id(0) // blocks
     v = group * GROUP + tl.arange(0, GROUP)
@@ -64,7 +68,7 @@ def lm_head_kernel(
     logits = tl.where((v < V)[:, None], logits, -float("inf"))
     top, total = max_and_sum(logits, 0)
     row = b.to(tl.int64)
-    # A row of the scratch is G * GROUP long, so the vocabulary's tail needs no mask.
+    # A row of the logits has room for G * GROUP, so the vocabulary's tail needs no mask.
     tl.store(logits_ptr + row[None, :] * (G * GROUP) + v[:, None], logits, mask=(b < B)[None, :])
     tl.store(maxima_ptr + row * G + group, top, mask=b < B)
     tl.store(sums_ptr + row * G + group, total, mask=b < B)
@@ -84,31 +88,34 @@ def sidecar_kernel(
 
 
 def product_constants(config: ProductConfig, dtype: torch.dtype) -> dict[str, object]:
-    """Constants of `lm_head_kernel`, multiplying in `dtype`."""
+    """Return the constants of `lm_head_kernel`, which multiplies in `dtype`."""
     return {
         "GROUP": GROUP, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d, "DOT_TYPE": triton_dtype(dtype)
     }  # fmt: skip
 
 
 def product_options(config: ProductConfig) -> dict[str, int]:
-    """Options of a launch of `lm_head_kernel`."""
+    """Return the launch options of `lm_head_kernel`."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
 
 
 def sidecar_constants() -> dict[str, int]:
-    """Constants of `sidecar_kernel`."""
+    """Return the constants of `sidecar_kernel`."""
     return {"GROUP": GROUP, "GROUPS": GROUPS_PER_PROGRAM}
 
 
 def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two allocations: a kernel is compiled anew for a pointer that is aligned less."""
+    """Allocate maxima and sums [B, G].
+
+    Two allocations, because halves of one could be less aligned, and each alignment compiles another variant.
+    """
     shape = (rows, triton.cdiv(vocab, GROUP))
     maxima, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     return maxima, sums
 
 
 def lm_head_sidecar(hidden: Tensor, lm_head: Tensor, config: ProductConfig) -> Sidecar:
-    """`hidden @ lm_head.T` in float32 and its sidecar in one launch, for inputs that `routes.fits` accepts."""
+    """Return `hidden @ lm_head.T` in float32 with its sidecar, in one launch, for inputs that `routes.fits` accepts."""
     (rows, width), vocab = hidden.shape, len(lm_head)
     groups = triton.cdiv(vocab, GROUP)
     logits = torch.empty(rows, groups * GROUP, dtype=torch.float32, device=hidden.device)
@@ -121,7 +128,7 @@ def lm_head_sidecar(hidden: Tensor, lm_head: Tensor, config: ProductConfig) -> S
 
 
 def logits_sidecar(logits: Tensor) -> Sidecar:
-    """The sidecar of logits [B, V] in float32 or a 16-bit dtype."""
+    """Return logits [B, V], in float32 or a 16-bit dtype, with their sidecar."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, vocab = logits.shape
     maxima, sums = _empty_sidecar(rows, vocab, logits.device)

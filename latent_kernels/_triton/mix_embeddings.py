@@ -1,7 +1,17 @@
-"""Replay of input embeddings in one pass: K table rows gathered and mixed in float32 (Eq. 1).
+"""Replay of input embeddings in one pass: K table rows are gathered and mixed in float32 (Eq. 1).
 
-Bytes are the floor: K rows of D read and one written per trajectory row, each once. A program owns one row and one tile
-of D and issues its K gathers together, so that loads overlap.
+Inputs: ids [N, K] int64, scores [N, K], tau 0-d or [N], the embedding table [V, D] in float32 or a 16-bit dtype.
+
+    forward    w = softmax(scores / tau),  out = sum_k w_k E[id_k]   [N, D] in the table's dtype
+               a text row (-100 in ids[1:]) is E[id_0], whatever its scores are
+    backward   dscores_k = w_k (<g, E[id_k]> - sum_j w_j <g, E[id_j]>) / tau,  0 on text rows
+               dE[id] = sum of w_k g over all places that hold the id
+
+Saved for the backward pass: the inputs. The forward pass and dscores have no atomics and repeat bit for bit. dE is a
+sum by PyTorch's `index_add_`.
+
+Bytes are the least possible: per trajectory row, K rows of D are read and one is written, each once. A program owns one
+row and one tile of D. It issues its K gathers together, so that the loads overlap.
 """
 
 from __future__ import annotations
@@ -14,19 +24,19 @@ from torch import Tensor
 from latent_kernels import reference
 
 UNUSED_ID = tl.constexpr(reference.UNUSED_ID)
-TILE = 4096  # gathered elements of one program, 32 a thread: more spills on sm_100
+TILE = 4096  # gathered elements per program, 32 per thread: more would spill on sm_100
 NUM_WARPS = 4
 
 
 @triton.jit
 def row_weights(ids_ptr, scores_ptr, tau_ptr, row, K: tl.constexpr, BLOCK_K: tl.constexpr, TAU_PER_ROW: tl.constexpr):
-    """ids, weights and whether each component is used, [BLOCK_K], and whether the row is one text token."""
+    """Return ids, weights and used flags [BLOCK_K] of a row, whether it is one text token, and its tau."""
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
     hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
     scores = tl.load(scores_ptr + row * K + k, mask=k < K, other=-float("inf")).to(tl.float32)
     tau = tl.load(tau_ptr + row).to(tl.float32) if TAU_PER_ROW else tl.load(tau_ptr).to(tl.float32)
-    # Whatever a text row's scores hold, NaN included, is replaced before it is used.
+    # The scores of a text row may hold anything, NaN included, so they are replaced.
     scores = tl.where(hard, tl.where(k == 0, 0.0, -float("inf")), scores / tau)
     scores = tl.where(k < K, scores, -float("inf"))
     weights = tl.exp(scores - tl.max(scores, 0))
@@ -45,7 +55,7 @@ def mix_kernel(
     table = tl.load(
         table_ptr + ids[:, None] * table_stride + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
     ).to(tl.float32)
-    # A weight of zero must not turn an infinite table entry into NaN on a text row: unused rows were not loaded.
+    # On a text row, a weight of zero times an infinite table entry would be NaN. So unused rows are not loaded.
     mixed = tl.sum(weights[:, None] * table, 0)
     tl.store(out_ptr + row * D + d, mixed.to(out_ptr.dtype.element_ty), mask=d < D)
 
@@ -55,7 +65,7 @@ def mix_backward_scores_kernel(
     ids_ptr, scores_ptr, tau_ptr, table_ptr, grad_ptr, out_ptr, table_stride, D,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAU_PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """d scores_k = w_k (<grad, E_k> - sum_j w_j <grad, E_j>) / tau; 0 on text rows."""
+    """Store dscores_k = w_k (<grad, E_k> - sum_j w_j <grad, E_j>) / tau, and 0 on text rows."""
     row = tl.program_id(0).to(tl.int64)
     ids, weights, used, hard, tau = row_weights(ids_ptr, scores_ptr, tau_ptr, row, K, BLOCK_K, TAU_PER_ROW)
     dots = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -105,15 +115,16 @@ class _MixEmbeddings(torch.autograd.Function):
 
 
 def constants(width: int, *, per_row: bool) -> dict[str, int | bool]:
-    """Constants of both kernels for mixtures of `width` components, tau one for all or one a row."""
+    """Return the constants of both kernels for mixtures of `width` components; tau is one number or one per row."""
     block = triton.next_power_of_2(width)
     return {"K": width, "BLOCK_K": block, "BLOCK_D": min(256, TILE // block), "TAU_PER_ROW": per_row}
 
 
 def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, grad: Tensor) -> Tensor:
-    """w_k grad added up over the rows that hold a token [V, D]: a component at a time, in float32.
+    """Return the gradient of the table [V, D]: w_k grad, added up over the rows that hold a token, in float32.
 
-    PyTorch's `index_add_` carries out the sum, and so follows `torch.use_deterministic_algorithms`.
+    One component at a time bounds the memory to [N, D]. PyTorch's `index_add_` adds up, and so follows
+    `torch.use_deterministic_algorithms`.
     """
     weights = reference.mixture_weights(ids, scores.float(), tau.float())
     total = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
@@ -123,7 +134,7 @@ def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, gra
 
 
 def mix_embeddings(ids: Tensor, scores: Tensor, embedding: Tensor, tau: float | Tensor) -> Tensor:
-    """`latent_kernels.ops.mix_embeddings` on checked arguments."""
-    if not isinstance(tau, Tensor):  # filled on the device: a copy from the host would wait for it
+    """Compute `latent_kernels.mix_embeddings` on checked arguments."""
+    if not isinstance(tau, Tensor):  # filled on the device, because a copy from the host would wait for the device
         tau = torch.full((), tau, dtype=torch.float32, device=embedding.device)
     return _MixEmbeddings.apply(ids, scores, embedding, tau.contiguous())

@@ -1,7 +1,19 @@
-"""The clipped policy loss of response steps, its gradient and its statistics in one pass (SPEC 6; Eq. 22-23).
+"""The clipped policy loss of response steps, its gradient and its statistics in one pass (Eq. 22-23).
 
-Bytes: every input once and the gradient once. A program sums its steps into one row of partial sums, which PyTorch adds
-up: no atomics, and the same result in any run.
+Inputs: log-probs, old log-probs, advantages and reference log-probs of N steps, in any dtype up to float32; a mask;
+weights [R] float32 of R responses of T steps each. All arithmetic is in float32. Per step, with A the advantage:
+
+    r = exp(clamp(logprob - old_logprob, -20, 20))
+    l = max(-A r, -A clip(r, 1 - low, 1 + high)),   dl/dlogprob = -A r where r is not clipped, else 0
+    l <- min(l, -A dual_clip) where A < 0,          dl/dlogprob = 0 where the bound holds
+    l <- l + kl_coef * kl
+
+"cispo" and the sequence ratio are those of `latent_kernels.policy_loss`. Outputs: the gradient of the weighted loss in
+the log-probs [N] float32, and one row of partial sums per program. The forward pass computes the gradient and saves
+only it; the backward pass scales it.
+
+Bytes: every input once and the gradient once. A program adds its steps up into one row of partial sums, and PyTorch
+adds up the rows. There are no atomics, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -25,8 +37,8 @@ N_SUMS = tl.constexpr(len(SUMS))
 
 
 @triton.jit
-def held(value, low, high):
-    """The value, held in [low, high]; NaN stays NaN, unlike with minima and maxima."""
+def clamped(value, low, high):
+    """Clamp a value to [low, high]. NaN stays NaN, unlike with minima and maxima."""
     return tl.where(value < low, low, tl.where(value > high, high, value))
 
 
@@ -37,6 +49,7 @@ def policy_loss_kernel(
     HAS_MASK: tl.constexpr, SEQUENCE: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program handles BLOCK steps."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = at < N
     if HAS_MASK:
@@ -46,48 +59,48 @@ def policy_loss_kernel(
     advantage = tl.load(advantages_ptr + at, mask=keep, other=0.0).to(tl.float32)
     weight = tl.load(weights_ptr + at // T, mask=keep, other=0.0)
 
-    log_ratio = held(logprob - old, -LOG_RATIO_MAX, LOG_RATIO_MAX)
-    # Beyond its clamp the log-ratio is a constant.
+    log_ratio = clamped(logprob - old, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+    # Outside the clamp the log-ratio is a constant, so its gradient is 0. A NaN stays a NaN.
     moving = (tl.abs(logprob - old) <= LOG_RATIO_MAX) | (log_ratio != log_ratio)
     ratio = tl.exp(tl.load(sequence_ptr + at // T, mask=keep, other=0.0) if SEQUENCE else log_ratio)
-    clipped_ratio = held(ratio, lowest_ratio, highest_ratio)
+    clipped_ratio = clamped(ratio, lowest_ratio, highest_ratio)
     out = sums_ptr + tl.program_id(0) * N_SUMS
     if CISPO:
         clips = clipped_ratio != ratio
-        slope = -advantage * clipped_ratio
-        loss = slope * logprob
+        gradient = -advantage * clipped_ratio
+        loss = gradient * logprob
     else:
         plain, clipped = -advantage * ratio, -advantage * clipped_ratio
         clips = clipped > plain
         loss = tl.where(clips, clipped, plain)
-        slope = tl.where(moving & (clips == 0), plain, 0.0)
+        gradient = tl.where(moving & (clips == 0), plain, 0.0)
     if DUAL:
         bound = -advantage * dual_clip
         holds = (advantage < 0) & (loss > bound)
         loss = tl.where(holds, bound, loss)
-        slope = tl.where(holds, 0.0, slope)
+        gradient = tl.where(holds, 0.0, gradient)
         tl.store(out + 2, tl.sum(tl.where(keep & holds, 1.0, 0.0), 0))
     else:
         tl.store(out + 2, 0.0)
     if KL > 0:
         ref = tl.load(ref_ptr + at, mask=keep, other=0.0).to(tl.float32)
-        away = held(ref - logprob, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+        gap = clamped(ref - logprob, -LOG_RATIO_MAX, LOG_RATIO_MAX)
         moving = tl.abs(ref - logprob) <= LOG_RATIO_MAX
         if KL == 1:
-            kl = -away
-            kl_slope = away * 0.0 + 1.0  # NaN stays NaN
+            kl = -gap
+            kl_gradient = gap * 0.0 + 1.0  # a NaN stays a NaN
         elif KL == 2:
-            kl = 0.5 * away * away
-            kl_slope = -away
+            kl = 0.5 * gap * gap
+            kl_gradient = -gap
         else:
-            kl = tl.exp(away) - away - 1.0
-            kl_slope = 1.0 - tl.exp(away)
+            kl = tl.exp(gap) - gap - 1.0
+            kl_gradient = 1.0 - tl.exp(gap)
             moving = moving & (kl <= KL_MAX)
-        kl_slope = tl.where(moving | (kl != kl), kl_slope, 0.0)
+        kl_gradient = tl.where(moving | (kl != kl), kl_gradient, 0.0)
         if KL == 3:
-            kl = held(kl, -KL_MAX, KL_MAX)
+            kl = clamped(kl, -KL_MAX, KL_MAX)
         loss += kl_coef * kl
-        slope += kl_coef * kl_slope
+        gradient += kl_coef * kl_gradient
         tl.store(out + 5, tl.sum(tl.where(keep, kl * weight, 0.0), 0))
     else:
         tl.store(out + 5, 0.0)
@@ -95,11 +108,11 @@ def policy_loss_kernel(
     tl.store(out + 1, tl.sum(tl.where(keep & clips, 1.0, 0.0), 0))
     tl.store(out + 3, tl.sum(tl.where(keep, -log_ratio, 0.0), 0))
     tl.store(out + 4, tl.sum(tl.where(keep, tl.abs(log_ratio), 0.0), 0))
-    tl.store(gradient_ptr + at, tl.where(keep, slope * weight, 0.0), mask=at < N)
+    tl.store(gradient_ptr + at, tl.where(keep, gradient * weight, 0.0), mask=at < N)
 
 
 def constants(spec: LossSpec, *, has_mask: bool) -> dict[str, int | bool]:
-    """Constants of the kernel."""
+    """Return the constants of the kernel."""
     options, cispo = spec.options, spec.options.objective == "cispo"
     return {
         "HAS_MASK": has_mask, "SEQUENCE": spec.sequence_log_ratio is not None, "CISPO": cispo,
@@ -109,37 +122,39 @@ def constants(spec: LossSpec, *, has_mask: bool) -> dict[str, int | bool]:
 
 
 def step_losses(logprob: Tensor, spec: LossSpec, mask: Tensor | None = None) -> StepLosses:
-    """The weighted loss of response steps, its gradient [steps] in float32, and the sums of its statistics.
+    """Return the gradient of the weighted loss of response steps, float32, and the sums of loss and statistics.
 
-    Log-probs and the tensors of `spec` [n], or [R, T] with a mask [R, T] (bool) and one weight a response [R].
+    Log-probs and the tensors of `spec` are [n], or [R, T] with a mask [R, T] (bool) and one weight per response [R].
     """
     count, device = logprob.numel(), logprob.device
     gradient = torch.empty(logprob.shape, dtype=torch.float32, device=device)
-    partial = torch.empty(triton.cdiv(count, BLOCK), len(SUMS), dtype=torch.float32, device=device)
+    partial_sums = torch.empty(triton.cdiv(count, BLOCK), len(SUMS), dtype=torch.float32, device=device)
     if count:
         logprob, options = logprob.contiguous(), spec.options
-        # Arguments that are not used are some tensor of the right device.
-        policy_loss_kernel[(len(partial),)](
-            logprob, spec.old_logprob.contiguous(), spec.advantages.contiguous(),
-            logprob if spec.ref_logprob is None else spec.ref_logprob.contiguous(),
-            logprob if mask is None else mask.contiguous().view(torch.int8), spec.weights.contiguous(),
-            spec.weights if spec.sequence_log_ratio is None else spec.sequence_log_ratio.contiguous(), gradient,
-            partial, count, count // len(spec.weights), 1.0 - options.clip_low, 1.0 + options.clip_high,
-            options.dual_clip or 0.0, options.kl_coef, **constants(spec, has_mask=mask is not None),
-            num_warps=NUM_WARPS,
+        unused = logprob  # in the place of a tensor that the kernel does not read
+        policy_loss_kernel[(len(partial_sums),)](
+            logprob_ptr=logprob, old_ptr=spec.old_logprob.contiguous(), advantages_ptr=spec.advantages.contiguous(),
+            ref_ptr=unused if spec.ref_logprob is None else spec.ref_logprob.contiguous(),
+            mask_ptr=unused if mask is None else mask.contiguous().view(torch.int8),
+            weights_ptr=spec.weights.contiguous(),
+            sequence_ptr=spec.weights if spec.sequence_log_ratio is None else spec.sequence_log_ratio.contiguous(),
+            gradient_ptr=gradient, sums_ptr=partial_sums, N=count, T=count // len(spec.weights),
+            lowest_ratio=1.0 - options.clip_low, highest_ratio=1.0 + options.clip_high,
+            dual_clip=options.dual_clip or 0.0, kl_coef=options.kl_coef,
+            **constants(spec, has_mask=mask is not None), num_warps=NUM_WARPS,
         )  # fmt: skip
-    return StepLosses(gradient, partial.sum(0))
+    return StepLosses(gradient, partial_sums.sum(0))
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """Saves the gradient itself; the backward pass scales it."""
+    """The loss of log-probs [R, T]. Saves the gradient itself; the backward pass scales it."""
 
     @staticmethod
     def forward(ctx: Any, logprob: Tensor, spec: LossSpec, mask: Tensor, count: Tensor) -> tuple[Tensor, ...]:
         gradient, sums = step_losses(logprob, spec, mask)
         ctx.save_for_backward(gradient)
         ctx.dtype = logprob.dtype
-        unseen = sums.new_full((), torch.nan)  # margins and entropies
+        unseen = sums.new_full((), torch.nan)  # log-probs do not tell margins and entropies
         loss, *stats = loss_and_stats(sums, count, 1.0, unseen, unseen)
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
@@ -152,6 +167,6 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(logprob: Tensor, spec: LossSpec, mask: Tensor, count: Tensor) -> tuple[Tensor, PolicyStats]:
-    """`ops.policy_loss` on checked arguments [R, T]; weights [R], `count` is that of the active steps."""
+    """Compute `ops.policy_loss` on checked arguments [R, T], with weights [R] and the `count` of active steps."""
     loss, *stats = _PolicyLoss.apply(logprob, spec, mask, count)
     return loss, PolicyStats(*stats)

@@ -1,7 +1,11 @@
-"""`hidden @ weight.T + bias + noise` in one launch; the noise is drawn in the product's epilogue (SPEC 2.3).
+"""A projection with noise in one launch; the noise is drawn in the epilogue of the product (Eq. 12-13 for the noise).
 
-The gradients do not see the noise: they are the library's products with the same upstream gradient, dHidden = g W,
-dW = g^T hidden, dbias = sum of g. Sums are in float32.
+    forward    out = hidden @ weight.T + bias + scale * g     [B, D'] in the dtype of hidden
+    backward   dhidden = grad @ weight,  dweight = grad.T @ hidden,  dbias = sum of grad over the rows
+
+hidden is [B, D], weight [D', D], bias [D'], in float32 or a 16-bit dtype. Sums and noise are in float32. The gradients
+do not depend on the noise: they are PyTorch's products. Saved: hidden and weight. The noise is a function of (seed,
+step, row id, output unit), and the kernel has no atomics, so the output repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from latent_kernels._triton.common import (
 )
 from latent_kernels._types import NoiseSpec
 
-BLOCK_V, BLOCK_B, BLOCK_D = 64, 32, 32  # the draws of a larger tile spill
+BLOCK_V, BLOCK_B, BLOCK_D = 64, 32, 32  # in a larger tile, the draws spill
 BUILD_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": MAX_REGISTERS}
 
 
@@ -53,13 +57,13 @@ def project_with_noise_kernel(
                 noise_row = tl.load(row_ids_ptr + b, mask=b < B, other=0)[None, :]
             seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR)
             draws = exponential_draws(v[:, None], noise_row, seed, step)
-        each = row_option(scale, tl.minimum(b, B - 1)[None, :], SCALE_A_ROW)
-        out += gumbel_noise(draws, ONE_SIDED) * each
+        row_scale = row_option(scale, tl.minimum(b, B - 1)[None, :], SCALE_A_ROW)
+        out += gumbel_noise(draws, ONE_SIDED) * row_scale
     tl.store(out_ptr + row * V + v[:, None], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def constants(noise: NoiseSpec, dtype: torch.dtype, *, has_bias: bool) -> dict[str, object]:
-    """Constants of the kernel, multiplying in `dtype`."""
+    """Return the constants of the kernel, which multiplies in `dtype`."""
     return {
         "NOISE": noise.kind != "none", "ONE_SIDED": noise.kind == "one_sided",
         "INJECTED": noise.exponential is not None, "HAS_ROW_IDS": noise.row_ids is not None, "HAS_BIAS": has_bias,
@@ -70,6 +74,8 @@ def constants(noise: NoiseSpec, dtype: torch.dtype, *, has_bias: bool) -> dict[s
 
 
 class _ProjectWithNoise(torch.autograd.Function):
+    """The projection. Saves hidden and weight."""
+
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
         ctx.save_for_backward(hidden, weight)
@@ -77,15 +83,16 @@ class _ProjectWithNoise(torch.autograd.Function):
         hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
         (rows, width), outputs = hidden.shape, len(weight)
         out = torch.empty(rows, outputs, dtype=hidden.dtype, device=hidden.device)
-        unused = hidden
+        unused = hidden  # in the place of a tensor that the kernel does not read
         draws = unused if noise.exponential is None else noise.exponential
         draws = draws if draws.stride(1) == 1 else draws.contiguous()
         if rows and outputs:
             project_with_noise_kernel[(triton.cdiv(outputs, BLOCK_V), triton.cdiv(rows, BLOCK_B))](
-                weight, hidden, unused if bias is None else bias.contiguous(), draws,
-                unused if noise.row_ids is None else noise.row_ids.contiguous(), out, noise.scale,
-                0 if noise.seed is None else noise.seed, noise.step, weight.stride(0), hidden.stride(0),
-                draws.stride(0), rows, outputs, width,
+                weight_ptr=weight, hidden_ptr=hidden, bias_ptr=unused if bias is None else bias.contiguous(),
+                draws_ptr=draws, row_ids_ptr=unused if noise.row_ids is None else noise.row_ids.contiguous(),
+                out_ptr=out, scale=noise.scale, seed=0 if noise.seed is None else noise.seed, step=noise.step,
+                weight_stride=weight.stride(0), hidden_stride=hidden.stride(0), draws_stride=draws.stride(0),
+                B=rows, V=outputs, D=width,
                 **constants(noise, dot_dtype(hidden, weight), has_bias=bias is not None), **BUILD_OPTIONS,
             )  # fmt: skip
         return out
@@ -107,7 +114,7 @@ class _ProjectWithNoise(torch.autograd.Function):
 
 
 def project_with_noise(hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
-    """`latent_kernels.ops.project_with_noise` on checked arguments."""
+    """Compute `latent_kernels.project_with_noise` on checked arguments."""
     if isinstance(noise.scale, Tensor):
         noise = noise._replace(scale=noise.scale.expand(len(hidden)).contiguous())
     else:

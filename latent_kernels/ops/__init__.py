@@ -1,1 +1,1 @@
-"""The public operators: checks, choice of the implementation, gradients. Import them from `latent_kernels`."""
+"""The public operators: argument checks, choice of the implementation, gradients. Import them from `latent_kernels`."""

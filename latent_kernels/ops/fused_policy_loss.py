@@ -1,9 +1,9 @@
-"""Hidden states to policy loss in one pass, without [N, V].
+"""The policy loss from hidden states in one pass, without [N, V].
 
-Advantages, old log-probs, masks and the aggregation's weights are all known before the LM head, so the gradient is
-taken in the forward pass: each chunk of rows goes hidden -> logits -> log-prob and its slope in the logits, in place ->
-loss -> dhidden (and the head's gradient where it is asked for) while it is alive. The backward pass only scales what
-was saved. Masked steps, and those whose advantage is zero, never reach the LM head. Deterministic.
+Advantages, old log-probs, masks and the weights of the aggregation are all known before the LM head is applied. So the
+gradient is computed in the forward pass. While a chunk of rows is alive it goes hidden -> logits -> log-prob and its
+gradient in the logits, in place -> loss -> dhidden, and the head's gradient if it is wanted. The backward pass only
+scales what was saved. Masked steps, and steps whose advantage is zero, never reach the LM head. Deterministic.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
-from latent_kernels._eager import latent_logprob as eager_rows
+from latent_kernels._eager import latent_logprob as eager
 from latent_kernels._linear import add_outer_, back_project, project
 from latent_kernels._loss_types import (
     SUMS,
@@ -37,82 +37,106 @@ from latent_kernels.reference import aggregation_weights, compute_dtype, is_hard
 
 
 class RowKernels(NamedTuple):
-    """One implementation of what is done to a chunk of logits."""
+    """The functions of one implementation that work on a chunk of logits."""
 
     logprob_rows_: Callable[..., RowScores]
     entropy_rows: Callable[[Tensor, LogprobSpec], RowEntropies]
-    entropy_slope_: Callable[..., Tensor]
+    entropy_dlogits_: Callable[..., Tensor]
     step_losses: Callable[[Tensor, LossSpec], StepLosses]
 
 
-class ChunkLosses(NamedTuple):
-    """The loss of a chunk of n rows, over whose logits the slope was written."""
+def _row_kernels(implementation: str) -> RowKernels:
+    """Return the functions of "triton" or "eager"."""
+    if implementation == "triton":
+        from latent_kernels._triton import latent_logprob as triton
+        from latent_kernels._triton.policy_loss import step_losses
 
-    slope: Tensor | None  # [n, V], times `gradient` the gradient of the weighted loss
-    gradient: Tensor | None  # [n]; None where the slope is the gradient
+        return RowKernels(triton.logprob_rows_, triton.entropy_rows, triton.entropy_dlogits_, step_losses)
+    return RowKernels(eager.logprob_rows_, eager.entropy_rows, eager.entropy_dlogits_, eager.step_losses)
+
+
+class ChunkLosses(NamedTuple):
+    """The loss of a chunk of n rows. `dlogits` was written over their logits."""
+
+    dlogits: Tensor | None  # [n, V]; times `factor` it is the gradient of the weighted loss
+    factor: Tensor | None  # [n]; None stands for 1
     sums: Tensor  # [6] in the order of SUMS
     crossed: Tensor  # [n]
     entropy: Tensor | None  # [n], 0 on latent rows
 
 
 def _chunk_losses_(
-    logits: Tensor, rows: LogprobSpec, loss: LossSpec, stored: torch.dtype | None, kernels: RowKernels
+    logits: Tensor,
+    logprob_spec: LogprobSpec,
+    loss_spec: LossSpec,
+    stored_dtype: torch.dtype | None,
+    kernels: RowKernels,
 ) -> ChunkLosses:
-    """The weighted loss of the rows of logits [n, V], which are overwritten by its slope unless `stored` is None.
+    """Return the weighted loss of logits [n, V], and overwrite them with its gradient unless `stored_dtype` is None.
 
-    Without an entropy bonus the slope is that of the log-prob, one value a row from the loss's own: one pass does.
+    Without an entropy bonus, the gradient in the logits is that of the log-prob times one number per row. So one pass
+    over the logits is enough: it stores the gradient of the log-prob, before the loss is known.
     """
-    coef = loss.options.entropy_coef
-    if not coef:
-        found = kernels.logprob_rows_(logits, rows, stored)
-        gradient, sums = kernels.step_losses(found.logprob, loss)
-        return ChunkLosses(found.slope, gradient, sums, found.crossed, None)
-    scored = kernels.entropy_rows(logits, rows)
-    gradient, sums = kernels.step_losses(scored.logprob, loss)
-    bonus = torch.where(is_hard(rows.ids), -coef * loss.weights, 0.0)
+    entropy_coef = loss_spec.options.entropy_coef
+    if not entropy_coef:
+        scores = kernels.logprob_rows_(logits, logprob_spec, stored_dtype)
+        gradient, sums = kernels.step_losses(scores.logprob, loss_spec)
+        return ChunkLosses(scores.dlogits, gradient, sums, scores.crossed, None)
+    scored = kernels.entropy_rows(logits, logprob_spec)
+    gradient, sums = kernels.step_losses(scored.logprob, loss_spec)
+    bonus = torch.where(is_hard(logprob_spec.ids), -entropy_coef * loss_spec.weights, 0.0)
     sums[0] += (bonus * scored.entropy).sum()
-    slope = None if stored is None else kernels.entropy_slope_(logits, rows, scored, stored, gradient, bonus)
-    return ChunkLosses(slope, None, sums, scored.crossed, scored.entropy)
+    dlogits = None
+    if stored_dtype is not None:
+        dlogits = kernels.entropy_dlogits_(logits, logprob_spec, scored, stored_dtype, gradient, bonus)
+    return ChunkLosses(dlogits, None, sums, scored.crossed, scored.entropy)
 
 
 class _Fused(torch.autograd.Function):
-    """Saves the gradients themselves, for a loss whose largest weight is 1: dhidden, and dlm_head where it is wanted.
+    """The fused loss. Saves the gradients dhidden and, if wanted, dlm_head, of a loss whose largest weight is 1.
 
-    The weights' unit, often 1e-5, is multiplied in by the backward pass: a float16 gradient would lose its bits to it.
+    The backward pass multiplies by `unit`, the largest weight, which is often 1e-5. A float16 gradient would lose its
+    bits to such a factor.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, lm_head: Tensor, active: Tensor, unit: Tensor, rows: LogprobSpec, loss: LossSpec,
+        ctx: Any,
+        hidden: Tensor,
+        lm_head: Tensor,
+        active: Tensor,
+        unit: Tensor,
+        logprob_spec: LogprobSpec,
+        loss_spec: LossSpec,
         kernels: RowKernels,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         dtype = compute_dtype(hidden, lm_head)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
-        head_grad = torch.zeros(lm_head.shape, dtype=dtype, device=hidden.device) if wants_head else None
-        stored = dlogits_dtype(hidden, lm_head, dtype) if wants_hidden or wants_head else None
+        dhidden = torch.zeros_like(hidden) if wants_hidden else None
+        dhead = torch.zeros(lm_head.shape, dtype=dtype, device=hidden.device) if wants_head else None
+        stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if wants_hidden or wants_head else None
         sums, crossed, entropy = unit.new_zeros(len(SUMS)), unit.new_zeros(()), unit.new_zeros(())
         chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
-        for part in chunks:
-            index = active[part]
-            chunk = hidden[index]
-            logits = project(chunk, lm_head, buffer[: len(chunk)])
-            found = _chunk_losses_(logits, rows.rows(index), loss.rows(index), stored, kernels)
-            sums += found.sums
-            crossed += found.crossed.sum()
-            entropy += torch.nan if found.entropy is None else found.entropy.sum()
-            gradient = 1.0 if found.gradient is None else found.gradient.unsqueeze(-1)
-            if hidden_grad is not None and found.slope is not None:
-                hidden_grad[index] = (back_project(found.slope, lm_head) * gradient).to(hidden.dtype)
-            if head_grad is not None and found.slope is not None:
-                add_outer_(head_grad, found.slope, (chunk * gradient).to(found.slope.dtype))
-        ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(lm_head.dtype), unit)
-        text = is_hard(rows.ids[active]).sum()
-        components = (len(active) - text) * rows.ids.shape[1]
-        loss_value, *stats = loss_and_stats(sums, len(active), unit, crossed / components, entropy / text)
+        for chunk in chunks:
+            index = active[chunk]
+            rows = hidden[index]
+            logits = project(rows, lm_head, buffer[: len(rows)])
+            losses = _chunk_losses_(logits, logprob_spec.select(index), loss_spec.select(index), stored_dtype, kernels)
+            sums += losses.sums
+            crossed += losses.crossed.sum()
+            entropy += torch.nan if losses.entropy is None else losses.entropy.sum()
+            factor = 1.0 if losses.factor is None else losses.factor.unsqueeze(-1)
+            if dhidden is not None and losses.dlogits is not None:
+                dhidden[index] = (back_project(losses.dlogits, lm_head) * factor).to(hidden.dtype)
+            if dhead is not None and losses.dlogits is not None:
+                add_outer_(dhead, losses.dlogits, (rows * factor).to(losses.dlogits.dtype))
+        ctx.save_for_backward(dhidden, None if dhead is None else dhead.to(lm_head.dtype), unit)
+        num_text = is_hard(logprob_spec.ids[active]).sum()
+        num_components = (len(active) - num_text) * logprob_spec.ids.shape[1]
+        loss, *stats = loss_and_stats(sums, len(active), unit, crossed / num_components, entropy / num_text)
         ctx.mark_non_differentiable(*stats)
-        return loss_value, *stats
+        return loss, *stats
 
     @staticmethod
     @once_differentiable
@@ -146,7 +170,7 @@ def fused_policy_loss(
     entropy_coef: float = 0.0,
     impl: str = "auto",
 ) -> tuple[Tensor, PolicyStats]:
-    """`policy_loss(latent_logprob(hidden, lm_head, ...), ...)` in one pass, gradient included, without [N, V].
+    """Compute the policy loss, its gradient and its statistics from hidden states, without [N, V] (Eq. 15-17, 22-23).
 
     Replaces::
 
@@ -154,79 +178,105 @@ def fused_policy_loss(
                                  temperature=temperature, advantages=advantages.flatten(), ...)
         loss, stats = policy_loss(logprob.view_as(mask), old_logprob, advantages, mask, ...)
 
-    Steps whose advantage is zero are left out (unless there is a `ref_logprob`): they change neither the loss nor its
-    gradient, but the statistics are means over the others. With ratio="sequence" whole responses without an advantage
-    are left out, and the others' log-probs are computed once before: one product with the head more.
+    Without `ref_logprob`, steps whose advantage is zero are left out. They change neither the loss nor its gradient,
+    but the statistics are means over the other steps. With ratio="sequence", whole responses without an advantage are
+    left out, and the log-probs of the others are computed once before the loss: one more product with the head.
 
-    entropy_coef: this much of the entropy of softmax(logits / T) at text steps, aggregated as the loss is, is taken off
-    the loss; it holds for text steps without an advantage too. A chunk of logits is then read once more.
+    entropy_coef: subtract this much of the entropy of softmax(logits / T) at text steps, aggregated like the loss. It
+    also counts for text steps without an advantage. A chunk of logits is then read once more.
 
-    Differentiable in `hidden` and `lm_head` (once); extra memory is one chunk of logits plus dhidden, and [V, D] in
-    float32 where `lm_head` requires a gradient. Options as in `latent_logprob` and `policy_loss`; masked steps may hold
-    anything. Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    Differentiable once, in `hidden` and `lm_head`. Extra memory: one chunk of logits, dhidden, and [V, D] in float32 if
+    `lm_head` requires a gradient. The other options are those of `latent_logprob` and `policy_loss`. Masked steps may
+    hold anything. Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
-    check_tensor("hidden", hidden, [None, None, None])
-    steps = list(hidden.shape[:2])
-    check_tensor("lm_head", lm_head, [None, hidden.shape[2]], like=hidden)
-    check_tensor("ids", ids, [*steps, None], (torch.int64,), like=hidden)
-    check_tensor("scores", scores, list(ids.shape), like=hidden)
     options = LossOptions(
         clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator, entropy_coef
     )
-    check_loss_options(steps, hidden, old_logprob, advantages, mask, ref_logprob, options)
-    flat_ids, flat_scores = ids.flatten(0, 1), scores.flatten(0, 1)
-    check_logprob_options(flat_ids, flat_scores, len(flat_ids), hidden, temperature, None, margin_gradient)
-    check_range("entropy_coef", entropy_coef, 0.0)
-    kernels = RowKernels(*(getattr(eager_rows, name) for name in RowKernels._fields))
-    if resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=components_limit(ids.shape[2])) == "triton":
-        from latent_kernels._triton import latent_logprob as logprob
-        from latent_kernels._triton import policy_loss
+    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
+    _check_arguments(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options)
+    unsupported = components_limit(ids.shape[2])
+    kernels = _row_kernels(resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported))
+    return _loss_of_active_steps(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options, kernels)
 
-        kernels = RowKernels(
-            logprob.logprob_rows_, logprob.entropy_rows, logprob.entropy_slope_, policy_loss.step_losses
-        )
-    if not torch.is_grad_enabled():  # else the forward pass takes gradients that no backward pass will ask for
+
+def _check_arguments(
+    hidden: Tensor,
+    lm_head: Tensor,
+    spec: LogprobSpec,
+    old_logprob: Tensor,
+    mask: Tensor,
+    ref_logprob: Tensor | None,
+    options: LossOptions,
+) -> None:
+    """Check the arguments of `fused_policy_loss`; `spec` holds [R, T, K] and [R, T]."""
+    check_tensor("hidden", hidden, [None, None, None])
+    steps = list(hidden.shape[:2])
+    check_tensor("lm_head", lm_head, [None, hidden.shape[2]], like=hidden)
+    check_tensor("ids", spec.ids, [*steps, None], (torch.int64,), like=hidden)
+    check_tensor("scores", spec.scores, list(spec.ids.shape), like=hidden)
+    assert spec.advantages is not None
+    check_loss_options(steps, hidden, old_logprob, spec.advantages, mask, ref_logprob, options)
+    ids, scores = spec.ids.flatten(0, 1), spec.scores.flatten(0, 1)
+    check_logprob_options(ids, scores, len(ids), hidden, spec.temperature, None, spec.margin_gradient)
+    check_range("entropy_coef", options.entropy_coef, 0.0)
+
+
+def _loss_of_active_steps(
+    hidden: Tensor,
+    lm_head: Tensor,
+    spec: LogprobSpec,
+    old_logprob: Tensor,
+    mask: Tensor,
+    ref_logprob: Tensor | None,
+    options: LossOptions,
+    kernels: RowKernels,
+) -> tuple[Tensor, PolicyStats]:
+    """Compute the fused loss on checked arguments; `spec` holds [R, T, K] and [R, T]."""
+    # Under no_grad, inputs that require a gradient would still make the forward pass compute it.
+    if not torch.is_grad_enabled():
         hidden, lm_head = hidden.detach(), lm_head.detach()
-    dtype = compute_dtype(hidden, lm_head)
+    assert spec.advantages is not None
+    dtype, hidden = compute_dtype(hidden, lm_head), hidden.flatten(0, 1)
     keep = mask.bool()
-    weights = aggregation_weights(keep.to(dtype), aggregation).flatten()
+    weights = aggregation_weights(keep.to(dtype), options.aggregation).flatten()
     unit = weights.max() if weights.numel() else weights.new_zeros(())
-    ref = None if ref_logprob is None else ref_logprob.to(dtype).flatten()
-    flat_advantages = advantages.to(dtype).flatten()
-    rows = LogprobSpec(flat_ids, flat_scores, flat_advantages, temperature, margin_gradient)
-    if ref is None:  # else a step without an advantage still has a KL term
-        keep = _steps_that_count(keep, advantages, is_hard(flat_ids).view(steps), options)
-    # The one wait for the device: how many rows there are to multiply.
+    if ref_logprob is None:  # with a reference, a step without an advantage still has a KL term
+        keep = _steps_that_count(keep, spec, options)
+    # The only wait for the device: the host must know how many rows there are to multiply.
     active = keep.flatten().nonzero().squeeze(-1)
-    old, flat_hidden = old_logprob.to(dtype).flatten(), hidden.flatten(0, 1)
-    of_step = None
-    if ratio == "sequence":
-        policy = torch.zeros_like(old)
-        policy[active] = _logprobs(flat_hidden.detach(), lm_head.detach(), active, rows, kernels, dtype)
-        of_response = sequence_log_ratio(policy.view(steps), old.view(steps), keep)
-        of_step = of_response.unsqueeze(-1).expand(steps).flatten()
-    loss_spec = LossSpec(old, flat_advantages, ref, weights / unit, of_step, options)
-    loss, *stats = _Fused.apply(flat_hidden, lm_head, active, unit, rows, loss_spec, kernels)
+    advantages = spec.advantages.to(dtype).flatten()
+    spec = spec._replace(ids=spec.ids.flatten(0, 1), scores=spec.scores.flatten(0, 1), advantages=advantages)
+    old = old_logprob.to(dtype)
+    step_log_ratio = None
+    if options.ratio == "sequence":
+        logprob = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
+        logprob.view(-1)[active] = _logprobs(hidden.detach(), lm_head.detach(), active, spec, kernels, dtype)
+        step_log_ratio = sequence_log_ratio(logprob, old, keep).unsqueeze(-1).expand_as(keep).flatten()
+    ref = None if ref_logprob is None else ref_logprob.to(dtype).flatten()
+    loss_spec = LossSpec(old.flatten(), advantages, ref, weights / unit, step_log_ratio, options)
+    loss, *stats = _Fused.apply(hidden, lm_head, active, unit, spec, loss_spec, kernels)
     return loss, PolicyStats(*stats)
 
 
-def _steps_that_count(keep: Tensor, advantages: Tensor, text: Tensor, options: LossOptions) -> Tensor:
-    """The active steps [R, T] that the loss without a KL, or its gradient, depends on."""
-    counts = keep & (advantages != 0)
+def _steps_that_count(keep: Tensor, spec: LogprobSpec, options: LossOptions) -> Tensor:
+    """Return the active steps [R, T] on which the loss without a KL, or its gradient, depends."""
+    counts = keep & (spec.advantages != 0)
     if options.ratio == "sequence":
         counts = keep & counts.any(-1, keepdim=True)
-    return counts | (keep & text) if options.entropy_coef else counts
+    if options.entropy_coef:
+        counts |= keep & is_hard(spec.ids.flatten(0, 1)).view_as(keep)
+    return counts
 
 
 def _logprobs(
-    hidden: Tensor, lm_head: Tensor, active: Tensor, rows: LogprobSpec, kernels: RowKernels, dtype: torch.dtype
+    hidden: Tensor, lm_head: Tensor, active: Tensor, spec: LogprobSpec, kernels: RowKernels, dtype: torch.dtype
 ) -> Tensor:
-    """Log-probs of the active rows, without gradients."""
+    """Return the log-probs of the active rows, without gradients."""
     chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
     buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
-    out = torch.empty(len(active), dtype=dtype, device=hidden.device)
-    for part in chunks:
-        index = active[part]
+    logprob = torch.empty(len(active), dtype=dtype, device=hidden.device)
+    for chunk in chunks:
+        index = active[chunk]
         logits = project(hidden[index], lm_head, buffer[: len(index)])
-        out[part] = kernels.logprob_rows_(logits, rows.rows(index), None).logprob
-    return out
+        logprob[chunk] = kernels.logprob_rows_(logits, spec.select(index), None).logprob
+    return logprob

@@ -1,4 +1,4 @@
-"""Group-relative advantages with invalid-sample masking and first-token selection (SPEC 5; Eq. 9-11, 18-21)."""
+"""Group-relative advantages with masking of invalid samples and first-token selection (Eq. 9-11, 18-21)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def group_advantages(
     first_token: str = "best_of_correct",
     impl: str = "auto",
 ) -> GroupAdvantages:
-    """Advantages of R responses, (R - group mean) / (group std + 1e-6), std with Bessel's correction (Eq. 9-11, 18-21).
+    """Compute the advantages (R - group mean) / (group std + 1e-6) of R responses (Eq. 9-11, 18-21).
 
     Args:
-        invalid: "exclude" (invalid rows out of mean and std, advantage 0), "zero" (in mean and std, advantage 0) or
-            "keep" (no masking).
-        normalize_std: False leaves the division out (Dr. GRPO).
-        mean_logprob: [R], mean old log-prob over the response; it picks the winner among a group's rows with a positive
+        invalid: what invalid rows do: "exclude" (not in mean and std, advantage 0), "zero" (in mean and std,
+            advantage 0) or "keep" (treated like valid rows).
+        normalize_std: False leaves out the division (Dr. GRPO).
+        mean_logprob: [R], mean old log-prob over the response. It picks the winner among a group's rows with a positive
             advantage (ties to the first row). Required unless `first_token="all"`.
-        first_token: whose advantage is 0 at the first response step: "best_of_correct" (every positive row but the
-            winner), "best_of_group" (every row but the winner, where there is one), "all" (nobody's).
+        first_token: whose advantage is set to 0 at the first response step: "best_of_correct" (every positive row
+            except the winner), "best_of_group" (every row except the winner, if there is one) or "all" (no row's).
 
-    A group with one counted row has mean 0 and std 1. Computed in float64, returned in float32.
-    Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    The standard deviation has Bessel's correction. A group with one counted row has mean 0 and std 1. Computed in
+    float64, returned in float32.
+    Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("rewards", rewards, [None])
     check_tensor("group_ids", group_ids, list(rewards.shape), INTEGERS, like=rewards)

@@ -1,14 +1,14 @@
-"""Log-probabilities of trajectories that mix text and latent steps.
+"""Log-probabilities of trajectories that mix text and latent steps (Eq. 15-17).
 
 Text row:    log_softmax(logits / T)[token]
 Latent row:  f = mean_k(-d_k - exp(-d_k)),  d_k = score_k - log_softmax(logits)[id_k]
 
-Gradient:    dlogits = (1/K) sum_k c_k (onehot(id_k) - softmax(logits)),  c_k = 1 - exp(-d_k) (Eq. 15-17), and
+Gradient:    dlogits = (1/K) sum_k c_k (onehot(id_k) - softmax(logits)),  c_k = 1 - exp(-d_k), on a latent row, and
              (onehot(token) - softmax(logits / T)) / T on a text row.
 
-From hidden states the logits live one chunk of rows at a time. The gradient with respect to `hidden` of a log-prob is
-taken in the forward pass, [N, D], while the chunk is alive, so that a frozen head costs two products and not three; the
-head's own gradient, where asked for, needs the upstream gradient and recomputes the chunks in the backward pass.
+From hidden states, only one chunk of rows has logits at a time. The gradient of a log-prob in `hidden`, [N, D], is
+computed in the forward pass while its chunk is alive. So a frozen head costs two products instead of three. The
+gradient in the head, if wanted, needs the upstream gradient. The backward pass recomputes the chunks for it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from latent_kernels.reference import compute_dtype
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
 
-ScoreRows = Callable[..., RowScores]  # `logprob_rows_` of one of the implementations
+LogprobRowsFn = Callable[..., RowScores]  # `logprob_rows_` of one of the implementations
 
 
 def _score_from_logits(logits: Tensor, spec: LogprobSpec) -> Tensor:
-    """The log-probs alone."""
+    """Return the log-probs [N] without a gradient."""
     dtype = compute_dtype(logits)
-    parts = row_chunks(len(logits), logits.shape[1], dtype, logits.device)
-    found = [score_rows(logits[part].to(dtype), spec.rows(part)) for part in parts]
-    return found[0] if len(found) == 1 else torch.cat([logits.new_empty(0, dtype=dtype), *found])
+    chunks = row_chunks(len(logits), logits.shape[1], dtype, logits.device)
+    scored = [score_rows(logits[chunk].to(dtype), spec.select(chunk)) for chunk in chunks]
+    return scored[0] if len(scored) == 1 else torch.cat([logits.new_empty(0, dtype=dtype), *scored])
 
 
 class _FromLogits(torch.autograd.Function):
-    """Saves the logits; the backward pass recomputes their exponentials chunk by chunk."""
+    """Log-probs of logits. Saves the logits; the backward pass recomputes their exponentials chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, spec: LogprobSpec) -> Tensor:
@@ -54,71 +54,75 @@ class _FromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        for part in row_chunks(len(logits), logits.shape[1], grad.dtype, logits.device):
-            chunk = logits[part].to(grad.dtype, copy=True)
-            slope = logprob_rows_(chunk, ctx.spec.rows(part), grad.dtype, grad[part]).slope
-            assert slope is not None
-            out[part] = slope
-        return out, None
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        for chunk in row_chunks(len(logits), logits.shape[1], grad.dtype, logits.device):
+            overwritten = logits[chunk].to(grad.dtype, copy=True)
+            dlogits = logprob_rows_(overwritten, ctx.spec.select(chunk), grad.dtype, grad[chunk]).dlogits
+            assert dlogits is not None
+            grad_logits[chunk] = dlogits
+        return grad_logits, None
 
 
 class _FromHidden(torch.autograd.Function):
-    """Saves d logprob / d hidden [N, D], and hidden and head only where the head wants a gradient."""
+    """Log-probs of hidden states.
+
+    Saves d logprob / d hidden [N, D], and `hidden` and `lm_head` only if the head wants a gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, lm_head: Tensor, spec: LogprobSpec, rows: ScoreRows) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, lm_head: Tensor, spec: LogprobSpec, logprob_rows_fn: LogprobRowsFn) -> Tensor:
         dtype = compute_dtype(hidden, lm_head)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
-        out = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        dhidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
+        stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if wants_hidden else None
+        logprob = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         chunks = row_chunks(len(hidden), len(lm_head), dtype, hidden.device)
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
-        for part in chunks:
-            logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
-            found = rows(logits, spec.rows(part), dlogits_dtype(hidden, lm_head, dtype) if wants_hidden else None)
-            out[part] = found.logprob
-            if gradient is not None and found.slope is not None:
-                gradient[part] = back_project(found.slope, lm_head)
-        ctx.spec, ctx.rows, ctx.hidden_dtype = spec, rows, hidden.dtype
-        ctx.save_for_backward(gradient, *((hidden, lm_head) if wants_head else ()))
-        return out
+        for chunk in chunks:
+            logits = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
+            scored = logprob_rows_fn(logits, spec.select(chunk), stored_dtype)
+            logprob[chunk] = scored.logprob
+            if dhidden is not None and scored.dlogits is not None:
+                dhidden[chunk] = back_project(scored.dlogits, lm_head)
+        ctx.spec, ctx.logprob_rows_fn, ctx.hidden_dtype = spec, logprob_rows_fn, hidden.dtype
+        ctx.save_for_backward(dhidden, *((hidden, lm_head) if wants_head else ()))
+        return logprob
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        gradient, *saved = ctx.saved_tensors
-        hidden_grad = None if gradient is None else (gradient * grad.unsqueeze(-1)).to(ctx.hidden_dtype)
-        head_grad = None
+        dhidden, *saved = ctx.saved_tensors
+        grad_hidden = None if dhidden is None else (dhidden * grad.unsqueeze(-1)).to(ctx.hidden_dtype)
+        grad_head = None
         if saved:
             hidden, lm_head = saved
-            head_grad = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
-            stored = dlogits_dtype(hidden, lm_head, grad.dtype)
+            grad_head = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
+            stored_dtype = dlogits_dtype(hidden, lm_head, grad.dtype)
             chunks = row_chunks(len(hidden), len(lm_head), grad.dtype, hidden.device)
             buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, hidden.device)
-            for part in chunks:
-                logits = project(hidden[part], lm_head, buffer[: part.stop - part.start])
-                slope = ctx.rows(logits, ctx.spec.rows(part), stored, grad[part]).slope
-                add_outer_(head_grad, slope, hidden[part])
-            head_grad = head_grad.to(lm_head.dtype)
-        return hidden_grad, head_grad, None, None
+            for chunk in chunks:
+                logits = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
+                dlogits = ctx.logprob_rows_fn(logits, ctx.spec.select(chunk), stored_dtype, grad[chunk]).dlogits
+                add_outer_(grad_head, dlogits, hidden[chunk])
+            grad_head = grad_head.to(lm_head.dtype)
+        return grad_hidden, grad_head, None, None
 
 
 def check_logprob_options(
     ids: Tensor,
     scores: Tensor,
-    rows: int,
+    num_rows: int,
     like: Tensor,
     temperature: float,
     advantages: Tensor | None,
     margin_gradient: str,
 ) -> None:
-    """The arguments that every log-prob operator shares."""
-    check_components(ids, scores, rows, like)
+    """Check the arguments that every log-prob operator shares."""
+    check_components(ids, scores, num_rows, like)
     check_range("temperature", temperature, 0.0, open_low=True)
     check_choice("margin_gradient", margin_gradient, MARGIN_GRADIENTS)
     if advantages is not None:
-        check_tensor("advantages", advantages, [rows], like=like)
+        check_tensor("advantages", advantages, [num_rows], like=like)
 
 
 @on_input_device
@@ -132,33 +136,34 @@ def latent_logprob_from_logits(
     margin_gradient: str = "aligned",
     impl: str = "auto",
 ) -> Tensor:
-    """Log-probs [N] of text and latent rows from logits; differentiable in `logits` (SPEC 4; Eq. 15-17).
+    """Return the log-probs [N] of text and latent rows from logits; differentiable in `logits` (Eq. 15-17).
 
     Args:
         logits: [N, V], any float dtype; computed in float32 (float64 for float64).
         ids: [N, K] int64. -100 in `ids[:, 1:]` marks a text row, whose token is `ids[:, 0]`.
         scores: [N, K], the sampled scores of a latent row's components; not read on text rows.
         temperature: sampling temperature of text rows; latent rows are always at 1.
-        advantages: [N] or None; only their sign is read, by `margin_gradient`.
-        margin_gradient: backward coefficient of a component whose margin is negative on a row whose advantage is not
-            positive: "aligned" (1 - exp(-|d|), the paper), "released" (exp(d) - 1), "none" (1 - exp(-d)).
+        advantages: [N] or None. Only their sign is read, for `margin_gradient`.
+        margin_gradient: the coefficient c_k, in the backward pass, of a component with a negative margin d on a row
+            whose advantage is not positive: "aligned" (1 - exp(-|d|), the paper), "released" (exp(d) - 1, the released
+            code) or "none" (1 - exp(-d), as for other components).
 
-    The exponent of exp(-d) is held at 40. Returns float32 (float64 for float64 logits).
-    Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    The exponent of exp(-d) is at most 40. Returns float32 (float64 for float64 logits).
+    Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("logits", logits, [None, None])
     check_logprob_options(ids, scores, len(logits), logits, temperature, advantages, margin_gradient)
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
-    out: Tensor
+    logprob: Tensor
     if resolve("latent_logprob_from_logits", impl, logits, unsupported=components_limit(ids.shape[1])) == "triton":
         from latent_kernels._triton import latent_logprob as kernel
 
-        out = kernel.FromLogits.apply(logits, spec)
+        logprob = kernel.FromLogits.apply(logits, spec)
     elif not (torch.is_grad_enabled() and logits.requires_grad):
-        out = _score_from_logits(logits, spec)
+        logprob = _score_from_logits(logits, spec)
     else:
-        out = _FromLogits.apply(logits, spec)
-    return out
+        logprob = _FromLogits.apply(logits, spec)
+    return logprob
 
 
 @on_input_device
@@ -173,19 +178,20 @@ def latent_logprob(
     margin_gradient: str = "aligned",
     impl: str = "auto",
 ) -> Tensor:
-    """`latent_logprob_from_logits(hidden @ lm_head.T, ...)` [N] without ever holding [N, V] (SPEC 4; Eq. 15-17).
+    """Return `latent_logprob_from_logits(hidden @ lm_head.T, ...)` [N] without ever holding [N, V] (Eq. 15-17).
 
-    Differentiable in `hidden` [N, D] and `lm_head` [V, D], which may differ in dtype; products are accumulated in
-    float32. Everything else as in `latent_logprob_from_logits`.
+    Differentiable in `hidden` [N, D] and `lm_head` [V, D], which may differ in dtype. Products are accumulated in
+    float32. The other arguments are those of `latent_logprob_from_logits`.
     """
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     check_logprob_options(ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient)
-    rows: ScoreRows = logprob_rows_
+    logprob_rows_fn: LogprobRowsFn = logprob_rows_
     if resolve("latent_logprob", impl, hidden, lm_head, unsupported=components_limit(ids.shape[1])) == "triton":
-        from latent_kernels._triton.latent_logprob import logprob_rows_ as rows
-    if not torch.is_grad_enabled():  # else the forward pass takes gradients that no backward pass will ask for
+        from latent_kernels._triton.latent_logprob import logprob_rows_ as logprob_rows_fn
+    # Under no_grad, inputs that require a gradient would still make the forward pass compute it.
+    if not torch.is_grad_enabled():
         hidden, lm_head = hidden.detach(), lm_head.detach()
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
-    out: Tensor = _FromHidden.apply(hidden, lm_head, spec, rows)
-    return out
+    logprob: Tensor = _FromHidden.apply(hidden, lm_head, spec, logprob_rows_fn)
+    return logprob

@@ -1,4 +1,4 @@
-"""Replay of a trajectory's input embeddings (SPEC 3; Eq. 1)."""
+"""Replay of a trajectory's input embeddings (Eq. 1)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def mix_embeddings(
     tau: float | Tensor = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Mixtures `sum_k softmax(scores / tau)_k embedding[id_k]` [N, D] in `embedding`'s dtype, summed in float32 (Eq.
-    1).
+    """Return the mixtures `sum_k softmax(scores / tau)_k embedding[id_k]` [N, D] (Eq. 1).
 
-    A row with -100 in `ids[:, 1:]` is a text step: it is `embedding[ids[:, 0]]` exactly, whatever its scores are.
-    tau: a float or [N]. Differentiable in `scores` and `embedding`.
-    Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    They are in the dtype of `embedding`, summed in float32. A row with -100 in `ids[:, 1:]` is a text step: its result
+    is exactly `embedding[ids[:, 0]]`, whatever its scores are. tau is a float or [N]. Differentiable in `scores` and
+    `embedding`.
+    Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("ids", ids, [None, None], (torch.int64,))
     check_tensor("embedding", embedding, [None, None], like=ids)

@@ -1,4 +1,4 @@
-"""The clipped policy loss on log-probs [R, T] (SPEC 6; Eq. 22-23)."""
+"""The clipped policy loss on log-probs [R, T] (Eq. 22-23)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_loss_options(
     ref_logprob: Tensor | None,
     options: LossOptions,
 ) -> None:
-    """The arguments that `policy_loss` and `fused_policy_loss` share; tensors are [R, T]."""
+    """Check the arguments that `policy_loss` and `fused_policy_loss` share; tensors have `shape`, [R, T]."""
     for name, value in (("old_logprob", old_logprob), ("advantages", advantages), ("ref_logprob", ref_logprob)):
         if value is not None:
             check_tensor(name, value, shape, like=like)
@@ -62,40 +62,51 @@ def policy_loss(
     kl_estimator: str = "k3",
     impl: str = "auto",
 ) -> tuple[Tensor, PolicyStats]:
-    """Clipped, dual-clipped surrogate loss, 0-d and differentiable in `logprob`, and its statistics (Eq. 22-23).
+    """Compute the clipped, dual-clipped policy loss and its statistics (Eq. 22-23).
 
-    r = exp(clamp(logprob - old_logprob, -20, 20)); l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and
-    min(l, -A dual_clip) where A < 0 (None: no dual clip); plus kl_coef times an estimate of the KL to ref_logprob.
+    With r = exp(clamp(logprob - old_logprob, -20, 20)), a step's loss is l = max(-A r, -A clip(r, 1 - clip_low,
+    1 + clip_high)). Where A < 0 it is at most -A dual_clip (None: no bound). kl_coef times an estimate of the KL to the
+    reference is added. The aggregate is 0-d, and differentiable in `logprob`.
 
     Args:
         aggregation: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", or "seq-mean-token-sum-norm" (Dr. GRPO:
             sums divided by the constant T).
         ratio: "token", or "sequence": r is exp of the response's mean log-ratio, and the gradient of step t is
-            A_t r dlogprob_t (GSPO-token, arXiv 2507.18071, 4.3; GSPO itself where A is one number a response).
+            A_t r dlogprob_t (GSPO-token, arXiv 2507.18071, 4.3; GSPO itself if A is one number per response).
         objective: "clip", or "cispo": l = -A stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) logprob, so that no
-            step loses its gradient (arXiv 2506.13585); clip_low = 1 is no bound below, and dual_clip is not read.
-        kl_estimator: with g = ref_logprob - logprob in [-20, 20]: "k1" -g (its gradient has mean zero on-policy), "k2"
-            g^2 / 2, or "k3" exp(g) - g - 1, at most 10 (Schulman 2020).
+            step loses its gradient (arXiv 2506.13585). With clip_low = 1, r has no lower bound. dual_clip is not read.
+        kl_estimator: with g = ref_logprob - logprob clamped to [-20, 20]: "k1" is -g (its gradient has mean zero
+            on-policy), "k2" is g^2 / 2, "k3" is exp(g) - g - 1, at most 10 (Schulman 2020).
 
     Masked steps may hold anything, NaN included. A fully masked batch gives 0.
-    Raises ValueError or TypeError naming the argument; RuntimeError where `impl="triton"` cannot run.
+    Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("logprob", logprob, [None, None])
     options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
     check_loss_options(list(logprob.shape), logprob, old_logprob, advantages, mask, ref_logprob, options)
     if resolve("policy_loss", impl, logprob) == "triton":
-        from latent_kernels._triton import policy_loss as kernel
+        from latent_kernels._triton.policy_loss import policy_loss as triton_policy_loss
 
         keep = mask.bool()
         lengths = keep.sum(-1, dtype=torch.float32)
         weights = response_weights(lengths, mask.shape[1], aggregation)
-        of_response = None
+        response_log_ratio = None
         if ratio == "sequence":
-            of_response = sequence_log_ratio(logprob.detach().float(), old_logprob.float(), keep)
-        spec = LossSpec(old_logprob, advantages, ref_logprob, weights, of_response, options)
-        return kernel.policy_loss(logprob, spec, keep, lengths.sum())
+            response_log_ratio = sequence_log_ratio(logprob.detach().float(), old_logprob.float(), keep)
+        spec = LossSpec(old_logprob, advantages, ref_logprob, weights, response_log_ratio, options)
+        return triton_policy_loss(logprob, spec, keep, lengths.sum())
     return policy_loss_ref(
-        logprob, old_logprob, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-        aggregation=aggregation, ratio=ratio, objective=objective, ref_logprob=ref_logprob, kl_coef=kl_coef,
+        logprob,
+        old_logprob,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        aggregation=aggregation,
+        ratio=ratio,
+        objective=objective,
+        ref_logprob=ref_logprob,
+        kl_coef=kl_coef,
         kl_estimator=kl_estimator,
-    )  # fmt: skip
+    )

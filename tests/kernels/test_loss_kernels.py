@@ -1,4 +1,4 @@
-"""What only the compiled loss has: slopes written over the logits by many threads, memory, waits for the host."""
+"""What only the compiled loss has: gradients written over the logits by many threads, memory, waits for the host."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def make_spec(rows: int, vocab: int, top_k: int = 5) -> LogprobSpec:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [100, 8192, 8193, 16_400, 20_011])
-def test_a_narrow_slope_over_the_logits_is_the_rounded_wide_one(vocab, dtype):
-    """The narrow slope lies in the second half of the logits' own bytes: nothing may be read after it is written."""
+def test_a_narrow_gradient_over_the_logits_is_the_rounded_wide_one(vocab, dtype):
+    """The narrow gradient lies in the second half of the logits' own bytes: nothing may be read after it is written."""
     from latent_kernels._triton.latent_logprob import logprob_rows_
 
     rows = 3 if DEVICE == "cpu" else 700
@@ -47,17 +47,17 @@ def test_a_narrow_slope_over_the_logits_is_the_rounded_wide_one(vocab, dtype):
     wide = logprob_rows_(make_logits(rows, vocab, storage), spec, torch.float32)
     narrow = logprob_rows_(make_logits(rows, vocab, storage), spec, dtype)
     assert torch.equal(narrow.logprob, wide.logprob)
-    assert narrow.slope.dtype == dtype
+    assert narrow.dlogits.dtype == dtype
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
-    spacing = torch.finfo(dtype).eps * wide.slope.abs().clamp_min(torch.finfo(dtype).tiny)
-    assert ((narrow.slope.float() - wide.slope).abs() <= spacing).all()
-    sums = wide.slope.double().sum(-1)
+    spacing = torch.finfo(dtype).eps * wide.dlogits.abs().clamp_min(torch.finfo(dtype).tiny)
+    assert ((narrow.dlogits.float() - wide.dlogits).abs() <= spacing).all()
+    sums = wide.dlogits.double().sum(-1)
     torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=tol.FLOAT32)  # softmax and targets balance
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_slope_beyond_the_range_of_its_dtype_is_held_at_its_end(dtype):
-    """A component e^16 times too likely: its slope times no gradient is no gradient."""
+def test_a_gradient_beyond_the_range_of_its_dtype_is_held_at_its_end(dtype):
+    """A component e^16 times too likely: its gradient times no upstream gradient is no gradient."""
     hidden, head = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((1, 4, 32), (200, 32)))
     head = head / 6
     ids = torch.randint(200, (1, 4, 3), device=DEVICE)
@@ -78,9 +78,9 @@ def test_a_slope_beyond_the_range_of_its_dtype_is_held_at_its_end(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [100, 8193, 20_011])
-def test_entropies_and_their_slope_over_the_logits_equal_float64(vocab, dtype):
+def test_entropies_and_their_gradient_over_the_logits_equal_float64(vocab, dtype):
     """Over several tiles, with logits of -inf, at a temperature, text and latent rows."""
-    from latent_kernels._triton.latent_logprob import entropy_rows, entropy_slope_
+    from latent_kernels._triton.latent_logprob import entropy_dlogits_, entropy_rows
 
     rows, storage = 6, -(-vocab // 16) * 16
     spec = make_spec(rows, vocab)
@@ -102,11 +102,11 @@ def test_entropies_and_their_slope_over_the_logits_equal_float64(vocab, dtype):
     found = entropy_rows(logits, spec)
     torch.testing.assert_close(found.logprob.double().cpu(), logprob.detach(), rtol=tol.FLOAT32, atol=tol.FLOAT32)
     torch.testing.assert_close(found.entropy.double().cpu(), entropy.detach(), rtol=tol.FLOAT32, atol=tol.FLOAT32)
-    slope = entropy_slope_(logits, spec, found, dtype, upstream, bonus)
-    assert slope.dtype == dtype
+    dlogits = entropy_dlogits_(logits, spec, found, dtype, upstream, bonus)
+    assert dlogits.dtype == dtype
     spacing = torch.finfo(dtype).eps * expected.abs() + tol.FLOAT32
-    assert ((slope.double().cpu() - expected).abs() <= spacing).all()
-    assert not slope[:, unreachable].any()
+    assert ((dlogits.double().cpu() - expected).abs() <= spacing).all()
+    assert not dlogits[:, unreachable].any()
 
 
 def make_batch(responses: int, steps: int, vocab: int, width: int, device: str) -> dict[str, Tensor]:

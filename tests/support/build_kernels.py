@@ -163,29 +163,32 @@ def project_with_noise_builds() -> Iterator[Build]:
 
 
 def logprob_builds() -> Iterator[Build]:
-    """Log-probs alone; with the slope over float32 logits in each dtype; the slope alone, for logits of each dtype; and
-    with an entropy."""
+    """Log-probs alone; with dlogits over float32 logits in each dtype; dlogits alone, each dtype; with an entropy."""
     variants = [(logits, None, 10, "aligned", True, False, False) for logits in DTYPES]
     variants += [(logits, logits, 10, "aligned", False, True, False) for logits in DTYPES]
-    variants += [("fp32", slope, 10, margin, True, False, False) for slope, margin in product(DTYPES, logprob.MARGINS)]
+    variants += [
+        ("fp32", dlogits, 10, margin, True, False, False) for dlogits, margin in product(DTYPES, logprob.MARGINS)
+    ]
     variants += [("fp32", "bf16", width, "aligned", True, True, False) for width in (1, 10, 32, 128)]
     variants += [("fp32", None, width, "aligned", True, False, True) for width in (10, 128)]
-    variants += [("fp32", slope, 10, margin, False, True, True) for slope, margin in product(DTYPES, logprob.MARGINS)]
+    variants += [
+        ("fp32", dlogits, 10, margin, False, True, True) for dlogits, margin in product(DTYPES, logprob.MARGINS)
+    ]
     variants += [("fp32", "bf16", width, "aligned", False, True, True) for width in (1, 32, 128)]
-    for logits, slope, width, margin, forward, upstream, entropy in variants:
+    for logits, dlogits, width, margin, forward, upstream, entropy in variants:
         chosen = logprob.constants(
-            128_256, width, margin, forward=forward, slope=slope is not None, upstream=upstream, entropy=entropy
+            128_256, width, margin, forward=forward, dlogits=dlogits is not None, upstream=upstream, entropy=entropy
         )
         types = {
             "logits_ptr": f"*{logits}", "ids_ptr": "*i64", "scores_ptr": "*fp32",
             **dict.fromkeys(("advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr"), "*fp32"),
             **dict.fromkeys(("entropy_ptr", "bonus_ptr"), "*fp32"),
-            "crossed_ptr": "*i32", "slope_ptr": f"*{slope or logits}",
-            **dict.fromkeys(("logits_stride", "slope_stride", "V"), "i32"), "inverse_temperature": "fp32",
+            "crossed_ptr": "*i32", "dlogits_ptr": f"*{dlogits or logits}",
+            **dict.fromkeys(("logits_stride", "dlogits_stride", "V"), "i32"), "inverse_temperature": "fp32",
         }  # fmt: skip
         options = logprob.launch_options(128_256)
-        name = f"logprob {logits} slope={slope} K={width} {margin} {forward=} {upstream=} {entropy=}"
-        strides = ("logits_stride", "slope_stride", "V")
+        name = f"logprob {logits} dlogits={dlogits} K={width} {margin} {forward=} {upstream=} {entropy=}"
+        strides = ("logits_stride", "dlogits_stride", "V")
         yield Build(name, logprob.logprob_kernel, types, chosen, options, aligned=strides)
 
 
