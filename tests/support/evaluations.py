@@ -1,4 +1,4 @@
-"""A reward and sampling options that tests of the evaluation use, in this process and in others."""
+"""A reward and sampling options for tests of the evaluation, in the test's process and in others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from latent_grpo.model import end_marker_ids
 
 
 def even(completions, **kwargs):
-    """A reward that a random text meets half the time."""
+    """Return 1.0 for texts whose character codes have an even sum, which holds for half of random texts."""
     return [float(sum(map(ord, text)) % 2 == 0) for text in completions]
 
 
 def sampling(tokenizer, **options) -> LatentSampling:
-    return LatentSampling(
-        latent_top_k=2, max_new_tokens=6, end_token_id=end_marker_ids(tokenizer, "</think>")[0],
-        eos_token_id=tokenizer.eos_token_id, temperature=1.0, **options,
-    )  # fmt: skip
+    """Return options for short responses with two components per mixture."""
+    ids = {"end_token_id": end_marker_ids(tokenizer, "</think>")[0], "eos_token_id": tokenizer.eos_token_id}
+    return LatentSampling(latent_top_k=2, max_new_tokens=6, temperature=1.0, **ids, **options)

@@ -1,4 +1,4 @@
-"""Evaluation: estimators and intervals against what is known, row streams across batches and ranks, benchmarks."""
+"""Evaluation: estimators and intervals against known values, and the same responses in every batch and on any rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +20,6 @@ from support.evaluations import even, sampling
 
 from latent_grpo import LatentSFTConfig, LatentSFTTrainer, evaluate, pass_at_k
 from latent_grpo.commands.main import main
-from latent_grpo.data.benchmarks import BENCHMARKS, GROUPS, benchmark_name, load_benchmarks
-from latent_grpo.data.rows import DataError
 from latent_grpo.evaluation import bootstrap_interval, tokens_before
 from latent_grpo.model import load_model
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
@@ -40,12 +37,18 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """A model that has learned the form of a response and little else, so that its samples are right now and then."""
+    """A folder with problems and a model that has learned little more than the form of a response.
+
+    So its samples are correct now and then.
+    """
     folder = tmp_path_factory.mktemp("evaluate")
     args = LatentSFTConfig(
-        output_dir=str(folder / "model"), max_steps=40, learning_rate=3e-3, answer_template="{answer}",
+        output_dir=str(folder / "model"),
+        max_steps=40,
+        learning_rate=3e-3,
+        answer_template="{answer}",
         per_device_train_batch_size=16,
-    )  # fmt: skip
+    )
     LatentSFTTrainer(make_model(tokenizer, seed=0), args, make_problems(64, seed=1), tokenizer).train()
     (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     return folder
@@ -69,7 +72,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(samples, data):
 
 @given(st.integers(1, 9), st.integers(1, 4))
 def test_pass_at_k_is_unbiased(numerator, k):
-    """The mean over all outcomes of six draws is the chance of one success in k."""
+    """The mean of pass@k over all outcomes of six draws is the probability of a success in k draws."""
     p = numerator / 10
     mean = sum(
         p ** sum(outcome) * (1 - p) ** (6 - sum(outcome)) * pass_at_k(6, sum(outcome), k)
@@ -79,13 +82,13 @@ def test_pass_at_k_is_unbiased(numerator, k):
 
 
 def test_pass_at_k_keeps_its_digits_for_many_samples():
-    assert pass_at_k(10**6, 1, 1) == 1e-6  # 1 - C(n-1, 1) / n in floats is off in the eleventh digit
+    assert pass_at_k(10**6, 1, 1) == 1e-6  # in floats, 1 - C(n-1, 1) / n is wrong in the eleventh digit
     assert pass_at_k(4096, 4096, 1024) == 1.0
     assert pass_at_k(4096, 0, 1024) == 0.0
 
 
 @pytest.mark.parametrize(("samples", "correct", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)])
-def test_pass_at_k_refuses_what_cannot_be(samples, correct, k):
+def test_pass_at_k_refuses_impossible_counts(samples, correct, k):
     with pytest.raises(ValueError, match=r"pass@|cannot be right"):
         pass_at_k(samples, correct, k)
 
@@ -97,7 +100,7 @@ def test_bootstrap_intervals_cover_the_mean_as_often_as_they_say():
         low, high = bootstrap_interval((generator.random(problems) < p).astype(float), resamples=400, seed=trial)
         covered += low <= p <= high
         widths.append(high - low)
-    # 95% of 300 is 285; three standard deviations of that count are 11, and percentile intervals run a little short.
+    # 95% of 300 is 285. Three standard deviations of this count are 11. Percentile intervals are a little too short.
     assert 270 <= covered <= 297
     normal = 2 * 1.96 * (p * (1 - p) / problems) ** 0.5
     assert np.mean(widths) == pytest.approx(normal, rel=0.05)
@@ -117,16 +120,25 @@ def text_rollout(tokens: list[list[int]], lengths: list[int]) -> Rollout:
     mask = torch.arange(token.shape[1]) < torch.tensor(lengths).unsqueeze(-1)
     empty = torch.zeros(len(token), 1)
     return Rollout(
-        prompt_ids=empty, prompt_mask=empty, prompt_index=empty, token=token, ids=empty, scores=empty,
-        is_latent=torch.zeros_like(mask), mask=mask, logprob=empty, finished=mask.all(-1), tau=1.0,
-    )  # fmt: skip
+        prompt_ids=empty,
+        prompt_mask=empty,
+        prompt_index=empty,
+        token=token,
+        ids=empty,
+        scores=empty,
+        is_latent=torch.zeros_like(mask),
+        mask=mask,
+        logprob=empty,
+        finished=mask.all(-1),
+        tau=1.0,
+    )
 
 
 def test_reasoning_tokens_of_a_text_stop_at_the_whole_marker():
     rollout = text_rollout(
         [[5, 8, 9, 7, 8, 9], [8, 5, 9, 6, 6, 0], [5, 5, 8, 9, 0, 0], [8, 9, 1, 1, 1, 1]], [6, 5, 3, 6]
     )
-    assert tokens_before(rollout, [8, 9]).tolist() == [1, 5, 3, 0]  # cut inside the marker: no marker
+    assert tokens_before(rollout, [8, 9]).tolist() == [1, 5, 3, 0]  # a cut marker does not count
     assert tokens_before(rollout, [9]).tolist() == [2, 2, 3, 1]
     assert tokens_before(rollout, []).tolist() == [6, 5, 3, 6]
     assert tokens_before(rollout, [1] * 7).tolist() == [6, 5, 3, 6]
@@ -144,7 +156,7 @@ def test_evaluation_counts_every_problem_once(model, tokenizer):
     assert 0 < result["response_length"] <= 6
 
 
-def test_figures_are_those_of_the_records(model, tokenizer):
+def test_results_are_the_means_of_the_records(model, tokenizer):
     result = evaluate(model, tokenizer, ROWS, sampling(tokenizer), pass_at=(1, 3), num_samples=5, reward=even)
     solved = [record["solved"] for record in result["samples"]]
     assert len(set(solved)) > 1
@@ -155,7 +167,7 @@ def test_figures_are_those_of_the_records(model, tokenizer):
         assert low <= result[name] <= high
 
 
-def test_noise_free_alone_by_default_and_one_sample_where_asked(model, tokenizer):
+def test_samples_are_drawn_only_on_request(model, tokenizer):
     assert "pass@1" not in evaluate(model, tokenizer, ROWS[:2], sampling(tokenizer), reward=even)
     assert "pass@1" in evaluate(model, tokenizer, ROWS[:2], sampling(tokenizer), reward=even, num_samples=1)
     with pytest.raises(ValueError, match="pass@4 needs at least 4"):
@@ -172,7 +184,7 @@ def test_samples_depend_neither_on_the_batch_nor_on_their_number(model, tokenize
     for tries in (2, 4):
 
         def keep(completions, tries=tries, **kwargs):
-            if len(completions) > len(ROWS):  # not the noise-free ones
+            if len(completions) > len(ROWS):  # not the noise-free responses
                 texts[tries] = [completions[i : i + tries] for i in range(0, len(completions), tries)]
             return even(completions)
 
@@ -181,7 +193,7 @@ def test_samples_depend_neither_on_the_batch_nor_on_their_number(model, tokenize
     assert any(row[0] != row[1] for row in texts[2])
 
 
-def test_text_mode_counts_what_stands_before_the_marker(model, tokenizer):
+def test_text_mode_counts_the_tokens_before_the_marker(model, tokenizer):
     options = replace(sampling(tokenizer), latent=False, end_token_id=None)
     result = evaluate(model, tokenizer, ROWS, options, reward=even)
     assert 0 < result["reasoning_tokens"] < result["response_length"]
@@ -212,24 +224,23 @@ sys.exit(code)
 
 
 def test_two_processes_give_the_results_of_one(folder, model, tokenizer, capfd):
-    arguments = [
-        "eval", "--model", str(folder / "model"), "--data", f"gsm8k={folder / 'data.jsonl'}", "--latent_top_k", "2",
-        "--max_completion_length", "6", "--pass-at", "1,2", "--limit", "7",
-    ]  # fmt: skip
+    arguments = ["eval", "--model", str(folder / "model"), "--data", f"gsm8k={folder / 'data.jsonl'}", "--limit", "7"]
+    arguments += ["--latent_top_k", "2", "--max_completion_length", "6", "--pass-at", "1,2"]
     assert main([*arguments, "--out", str(folder / "one.json")]) == 0
     capfd.readouterr()
     script = folder / "two.py"
     script.write_text(TWO_PROCESSES.format(folder=str(folder)))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
-        json.dumps(arguments),
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(script), json.dumps(arguments)]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        command,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Evaluation") == 1  # rank 0 alone reports
+    assert done.stdout.count("Evaluation") == 1  # only rank 0 reports
     one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["results"] == two["results"]
     assert len(one["results"]["gsm8k-aug"]["samples"]) == 7
@@ -242,29 +253,24 @@ def test_two_processes_give_the_results_of_one(folder, model, tokenizer, capfd):
 def test_results_as_json_and_markdown(folder, capsys):
     data = str(folder / "data.jsonl")
     out = folder / "results" / "v1.5"
-    arguments = [
-        "eval", "--model", str(folder / "model"), "--data", f"svamp={data}", f"mine={data}", "--mode", "text",
-        "--max_completion_length", "4", "--pass-at", "1,2", "--num_samples", "3", "--limit", "6", "--out", str(out),
-    ]  # fmt: skip
+    arguments = ["eval", "--model", str(folder / "model"), "--data", f"svamp={data}", f"other={data}", "--limit", "6"]
+    arguments += ["--mode", "text", "--max_completion_length", "4", "--pass-at", "1,2", "--num_samples", "3"]
+    arguments += ["--out", str(out)]
     assert main(arguments) == 0
     assert "mean of 2" in capsys.readouterr().out
     record = json.loads(out.with_name("v1.5.json").read_text())
     assert set(record) == {"model", "data", "pass_at", "sampling", "environment", "mean", "results"}
-    assert list(record["results"]) == ["svamp", "mine"]
+    assert list(record["results"]) == ["svamp", "other"]
     assert record["sampling"]["latent"] is False
     for result in record["results"].values():
-        names = {
-            "pass_at_1", "pass@1", "pass@2", "reasoning_tokens", "response_length", "end_marker_rate",
-            "truncation_rate",
-        }  # fmt: skip
+        names = {"pass_at_1", "pass@1", "pass@2", "reasoning_tokens", "response_length"}
+        names |= {"end_marker_rate", "truncation_rate"}
         assert set(result["intervals"]) == names
         assert set(result) == {*names, "intervals", "num_samples", "problems", "samples"}
         assert (result["problems"], result["num_samples"], len(result["samples"])) == (6, 3, 6)
         for sample in result["samples"]:
-            assert set(sample) == {
-                "prompt", "answer", "response", "reward", "correct", "reasoning_tokens", "response_length", "ended",
-                "truncated", "solved",
-            }  # fmt: skip
+            counts = {"reasoning_tokens", "response_length", "ended", "truncated", "solved"}
+            assert set(sample) == {"prompt", "answer", "response", "reward", "correct"} | counts
     page = out.with_name("v1.5.md").read_text()
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len(table) == 5
@@ -289,74 +295,3 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         write_json(tmp_path / "new" / "a.json", {"x": object()})
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": 1}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that knows every data set, with one row in the format that the real one has."""
-    columns = {
-        "whynlp/gsm8k-aug": {"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"},
-        "reasoning-machines/gsm-hard": {"input": "q", "code": "", "target": 2.0},
-        "ChilleD/SVAMP": {"Body": "b", "Question": "q", "Equation": "( 1.0 + 1.0 )", "Answer": "2.0"},
-        "ChilleD/MultiArith": {"question": "q", "final_ans": "2"},
-        "HuggingFaceH4/MATH-500": {"problem": "q", "solution": "s", "answer": "2"},
-        "HuggingFaceH4/aime_2024": {"problem": "q", "solution": "s", "answer": "2"},
-        "math-ai/aime25": {"problem": "q", "answer": "2"},
-        "Idavidrein/gpqa": {
-            "Question": "q", "Correct Answer": "2", **{f"Incorrect Answer {i}": str(i + 6) for i in (1, 2, 3)},
-        },
-    }  # fmt: skip
-    asked = []
-
-    def load_dataset(name, config, *, split):
-        asked.append((name, config, split))
-        return [columns[name]]
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return asked
-
-
-def test_the_eight_benchmarks_by_name(hub):
-    rows = load_benchmarks(["low-difficulty", "high_difficulty"])
-    assert list(rows) == list(BENCHMARKS) == [*GROUPS["low-difficulty"], *GROUPS["high-difficulty"]]
-    assert len(rows) == len(hub) == 8
-    for name, (row,) in rows.items():
-        assert row["answer"] in ("2", "A", "B", "C", "D"), name
-    assert hub[-1] == ("Idavidrein/gpqa", "gpqa_diamond", "train")
-    assert {split for *_, split in hub} == {"test", "train"}
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [("GSM8K", "gsm8k-aug"), ("math500", "math-500"), ("AIME_24", "aime24"), ("gpqa", "gpqa-diamond"), ("gsm9k", None)],
-)
-def test_names_whatever_their_spelling(text, name):
-    assert benchmark_name(text) == name
-
-
-def test_a_file_in_place_of_a_benchmark(hub, tmp_path):
-    path = tmp_path / "a=b.jsonl"
-    path.write_text('{"question": "q", "answer": "#### 7"}\n' * 3)
-    rows = load_benchmarks([f"gsm8k={path}", f"other={path}", str(path)], limit=2)
-    assert {label: [r["answer"] for r in found] for label, found in rows.items()} == {
-        "gsm8k-aug": ["7", "7"], "other": ["7", "7"], str(path): ["7", "7"],
-    }  # fmt: skip
-    assert not hub
-    with pytest.raises(DataError, match="given twice"):
-        load_benchmarks(["gsm8k", f"gsm8k-aug={path}"])
-
-
-def test_a_benchmark_out_of_reach_names_the_remedy(monkeypatch):
-    def load_dataset(*args, **kwargs):
-        raise ConnectionError("the Hub is out of reach\nand so on")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    for name in BENCHMARKS:
-        with pytest.raises(DataError) as info:
-            load_benchmarks([name])
-        message = str(info.value)
-        assert "\n" not in message
-        assert BENCHMARKS[name].hub in message
-        assert "ConnectionError: the Hub is out of reach" in message
-        assert message.endswith(f"give a file in its place, as {name}=FILE.jsonl")
-        assert ("accept its terms" in message) == (name == "gpqa-diamond")

@@ -27,7 +27,7 @@ def data(shared):
 
 @pytest.fixture(scope="module")
 def warm(data, tmp_path_factory):
-    """SmolLM2 after two steps of Latent-SFT."""
+    """The folder of SmolLM2 after two steps of Latent-SFT."""
     out = tmp_path_factory.mktemp("real") / "sft"
     arguments = ["sft", "--model_name_or_path", MODEL, "--dataset", str(data / "gsm8k_train.jsonl"), "--limit", "8"]
     options = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--output_dir", str(out)]
@@ -39,13 +39,10 @@ def warm(data, tmp_path_factory):
 
 def test_train_saves_a_model_that_eval_and_generate_read(warm, data, tmp_path, capsys):
     out = tmp_path / "grpo"
-    arguments = [
-        "train", "--model_name_or_path", str(warm), "--dataset", str(data / "gsm8k_train.jsonl"), "--limit", "4",
-        "--max_steps", "2", "--generation_batch_size", "8", "--num_generations", "4",
-        "--per_device_train_batch_size", "8",
-        "--max_completion_length", "12", "--no_group_filter", "--output_dir", str(out),
-    ]  # fmt: skip
-    assert main(arguments) == 0
+    arguments = ["train", "--model_name_or_path", str(warm), "--dataset", str(data / "gsm8k_train.jsonl")]
+    arguments += ["--limit", "4", "--max_steps", "2", "--generation_batch_size", "8", "--num_generations", "4"]
+    arguments += ["--per_device_train_batch_size", "8", "--max_completion_length", "12", "--no_group_filter"]
+    assert main([*arguments, "--output_dir", str(out)]) == 0
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["logprob_gap"] < 1e-4 for row in steps)
@@ -69,7 +66,7 @@ def test_log_probs_while_sampling_agree_with_one_teacher_forced_pass():
         max_new_tokens=12, end_token_id=end_marker_ids(tokenizer, "</think>")[0], eos_token_id=eos_ids(model, tokenizer)
     )
     probe = generate_latent(model, *prompts, likely_end, num_generations=2)
-    # End the latent run at a token that the model likes, so that text steps are checked as well.
+    # With a token that the model prefers as end marker, rows end their latent run, and text steps are checked too.
     likely_end.end_token_id = int(probe.token[0, 4])
     rollout = generate_latent(model, *prompts, likely_end, num_generations=2)
     assert rollout.is_latent.any()

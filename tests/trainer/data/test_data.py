@@ -1,4 +1,4 @@
-"""What every supported data format is read into, and what each broken source is told."""
+"""Data sets: the rows that each format is read into, and the error that each broken source gets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-# (file, rows, rows with a chain, first prompt starts with, first answer, first chain starts with)
+# File, rows, rows with a chain, start of the first prompt, first answer, start of the first chain.
 REAL_FILES = [
     ("gsm8k_train.jsonl", 7473, 7473, "Natalia sold clips to 48", "72", "48/2=24 48+24=72"),
     ("gsm8k_test.jsonl", 1319, 1319, "Janet\u2019s ducks lay 16 eggs", "18", "16-3-4=9 9*2=18"),
@@ -68,7 +68,7 @@ def test_real_file(name: str, count: int, chains: int, prompt: str, answer: str,
 
 
 @pytest.mark.parametrize("name", ["gsm8k_train.jsonl", "gsm8k_test.jsonl"])
-def test_gsm8k_answers_are_integers_and_chains_hold_no_marks(name: str) -> None:
+def test_gsm8k_answers_are_integers_and_chains_have_no_marks(name: str) -> None:
     for row in load_rows(shared(name)):
         assert str(int(row["answer"])) == row["answer"]
         assert "<<" not in row["chain"]
@@ -157,12 +157,12 @@ def test_gpqa_choices_are_shuffled_the_same_way_every_time(tmp_path: Path) -> No
         assert sorted(choices.values()) == ["chlorine", "neon", "nitrogen", "oxygen"]
         assert choices[row["answer"]] == "neon"
         assert "letter" in row["prompt"]
-    # 50 expected for each letter; below 25 is four standard deviations out.
+    # 50 rows are expected per letter, and 25 are four standard deviations away.
     assert all([row["answer"] for row in rows].count(letter) > 25 for letter in "ABCD")
     assert load_rows(write_lines(tmp_path / "backward.jsonl", *reversed(sources)))[::-1] == rows
 
 
-def test_json_file_holds_a_list_or_lines(tmp_path: Path) -> None:
+def test_json_file_has_a_list_or_lines(tmp_path: Path) -> None:
     rows = [{"prompt": "1+1?", "answer": "2"}, {"prompt": "2+2?", "answer": "4"}]
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     assert load_rows(str(tmp_path / "list.json")) == rows
@@ -190,7 +190,7 @@ def test_limit(tmp_path: Path) -> None:
 
 
 def check_error(source: str, *parts: str, **options: Any) -> None:
-    """``load_rows`` refuses the source in one line that holds every part."""
+    """Assert that ``load_rows`` refuses the source in one line that contains every part."""
     with pytest.raises(DataError) as caught:
         load_rows(source, **options)
     message = str(caught.value)
@@ -226,7 +226,7 @@ def test_gpqa_row_without_a_choice(tmp_path: Path, name: str) -> None:
     check_error(path, "gpqa.jsonl: row 1", "question or one of its four choices is empty")
 
 
-def test_format_rows_that_hold_nothing(tmp_path: Path) -> None:
+def test_format_rows_without_content(tmp_path: Path) -> None:
     svamp = {"Body": "b", "Question": None, "Equation": None, "Answer": 1}
     check_error(write_lines(tmp_path / "svamp.jsonl", svamp), "row 1", "prompt is empty")
     arith = {"sQuestion": "q", "lEquations": [], "lSolutions": []}
@@ -273,7 +273,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # not chmod, which does not stop root
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # chmod would not stop the user root
     check_error(str(tmp_path / "latin.jsonl"), "latin.jsonl", "Permission denied", "permissions")
 
 
@@ -283,17 +283,17 @@ def test_limit_below_one(limit: int) -> None:
 
 
 def test_hub_name_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
+    requests: list[tuple[Any, ...]] = []
 
     def load_dataset(name: str, config: str | None, *, split: str) -> list[dict[str, str]]:
-        asked.append((name, config, split))
+        requests.append((name, config, split))
         return [{"question": "q", "answer": "so <<1+1=2>>2\n#### 2"}] * 3
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     rows = load_rows("openai/gsm8k:main", split="test", limit=2)
     assert rows == [{"prompt": "q", "answer": "2", "chain": "1+1=2"}] * 2
     load_rows("org/set-v1.5")
-    assert asked == [("openai/gsm8k", "main", "test"), ("org/set-v1.5", None, "train")]
+    assert requests == [("openai/gsm8k", "main", "test"), ("org/set-v1.5", None, "train")]
 
 
 def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Prompts that tests of rollouts share."""
+"""The prompts that tests of rollouts share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from support.rollouts import VOCAB
 
 @pytest.fixture(scope="module")
 def prompts():
+    """Return ids and mask [3, 9] of prompts, two of which are padded on the left."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(50, VOCAB, (3, 9), generator=generator)
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""Rollouts and their replay: parity, row streams, the record of SPEC 3."""
+"""Rollouts and their replay: equal log-probs, independence of the batch, the record, and text sampling."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.rollouts import EOS, SIZES, ending_early, make_model
-from transformers import (
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import MistralConfig, MistralForCausalLM
 
 from latent_grpo import LatentSampling, generate_latent
 from latent_grpo.model import body, embedding_table, positions
@@ -90,7 +87,7 @@ def test_rows_that_wait_for_a_slot_have_the_same_trajectories(model, prompts):
 def test_dropping_finished_rows_changes_no_trajectory(model, prompts, monkeypatch):
     options = ending_early(model, prompts)
     dropped = generate_latent(model, *prompts, options, num_generations=4)
-    monkeypatch.setattr(generation, "COMPACT_BELOW", 0.0)  # until all are finished
+    monkeypatch.setattr(generation, "COMPACT_BELOW", 0.0)  # finished rows stay until all are finished
     kept = generate_latent(model, *prompts, options, num_generations=4)
     assert torch.equal(dropped.ids[dropped.mask], kept.ids[kept.mask])
     assert torch.equal(dropped.mask, kept.mask)
@@ -119,20 +116,21 @@ def test_a_prompt_is_computed_once_for_all_its_rows(model, prompts, monkeypatch)
 def test_the_cost_of_a_batch_follows_its_live_rows(model, prompts, monkeypatch):
     decoded = []
     advance = decoding.Decoder.advance
-    monkeypatch.setattr(
-        decoding.Decoder,
-        "advance",
-        lambda self, state, *args: decoded.append(len(state.row)) or advance(self, state, *args),
-    )
+
+    def counted(self, state, *args):
+        decoded.append(len(state.row))
+        return advance(self, state, *args)
+
+    monkeypatch.setattr(decoding.Decoder, "advance", counted)
     options = replace(ending_early(model, prompts), max_new_tokens=40)
     rollout = generate_latent(model, *prompts, options, num_generations=16)
     lengths = rollout.lengths
     assert len(lengths.unique()) > 5
-    live = int((lengths - 1).sum())  # the first element comes of the prefill
+    live = int((lengths - 1).sum())  # the first element comes from the prefill
     assert live <= sum(decoded) < 1.12 * live + 40
 
 
-def test_sliding_window_layers_see_their_window_only(prompts):
+def test_sliding_window_layers_see_only_their_window(prompts):
     torch.manual_seed(3)
     config = MistralConfig(**SIZES, sliding_window=4, tie_word_embeddings=True)
     windowed = MistralForCausalLM(config).eval()
@@ -143,7 +141,7 @@ def test_sliding_window_layers_see_their_window_only(prompts):
     assert (replay_logprob(full, rollout, 1.0) - rollout.logprob).abs().max() > 1e-3
 
 
-def test_no_rows_at_once_is_refused(model, prompts):
+def test_max_rows_of_zero_is_refused(model, prompts):
     with pytest.raises(ValueError, match="max_rows is 0"):
         generate_latent(model, *prompts, LatentSampling(latent=False), max_rows=0)
 
@@ -156,9 +154,9 @@ def test_the_record_of_text_and_latent_steps(model, prompts):
     assert (rollout.ids[rollout.is_latent] >= 0).all()
     # A response is a latent run, then text: no latent step after a text step.
     assert not (rollout.is_latent[:, 1:] & ~rollout.is_latent[:, :-1]).any()
-    last = rollout.token.gather(1, rollout.lengths.unsqueeze(1) - 1).squeeze(1)
-    assert torch.equal(rollout.finished, torch.isin(last, torch.tensor(EOS)) & ~rollout.is_latent.gather(
-        1, rollout.lengths.unsqueeze(1) - 1).squeeze(1))  # fmt: skip
+    last = rollout.lengths.unsqueeze(1) - 1
+    is_eos = torch.isin(rollout.token.gather(1, last), torch.tensor(EOS))
+    assert torch.equal(rollout.finished, (is_eos & ~rollout.is_latent.gather(1, last)).squeeze(1))
     ended = rollout.is_latent[:, :-1] & text[:, 1:]
     first_text = rollout.token[:, 1:][ended]
     assert len(first_text)
@@ -195,12 +193,11 @@ def test_latent_sampling_without_an_end_marker_is_refused(model, prompts):
 def test_concatenated_rollouts_keep_their_rows(model, prompts):
     ids, mask = prompts
     options = ending_early(model, prompts)
+    streams = torch.arange(6).view(3, 2)
     parts = [
-        generate_latent(
-            model, ids[i : i + 1], mask[i : i + 1], options, num_generations=2, row_ids=torch.arange(2 * i, 2 * i + 2)
-        )
+        generate_latent(model, ids[i : i + 1], mask[i : i + 1], options, num_generations=2, row_ids=streams[i])
         for i in range(3)
-    ]  # fmt: skip
+    ]
     joined = concatenate(parts)
     whole = generate_latent(model, ids, mask, options, num_generations=2)
     assert torch.equal(joined.ids[joined.mask], whole.ids[whole.mask])
@@ -237,7 +234,7 @@ def test_text_tokens_follow_temperature_top_k_and_top_p():
     used = expected > 0
     assert (counts[~used] == 0).all()
     chi_squared = float(((counts - expected).square() / expected)[used].sum())
-    assert chi_squared < 16.3  # 0.1% point with 3 degrees of freedom
+    assert chi_squared < 16.3  # the 0.1% point for 3 degrees of freedom
 
 
 def test_greedy_text_is_the_highest_logit():
@@ -248,16 +245,16 @@ def test_greedy_text_is_the_highest_logit():
 
 def test_text_without_top_k_is_drawn_from_the_sorted_vocabulary():
     logits = 2.0 * torch.randn(40, 3000, generator=torch.Generator().manual_seed(0))
-    logits[:3] *= 0.01  # a nucleus of nearly all tokens
+    logits[:3] *= 0.01  # rows whose nucleus is nearly the whole vocabulary
     draw = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     options = LatentSampling(latent=False, temperature=0.7, top_k=0, top_p=0.9)
     probs, ids = (logits.double() / 0.7).softmax(-1).sort(dim=-1, descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= 0.9, 0.0)
-    place = (probs.cumsum(-1) <= draw.unsqueeze(-1) * probs.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    assert torch.equal(sample_text(logits, options, draw), ids.gather(-1, place).squeeze(-1))
+    index = (probs.cumsum(-1) <= draw.unsqueeze(-1) * probs.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    assert torch.equal(sample_text(logits, options, draw), ids.gather(-1, index).squeeze(-1))
 
 
-def test_a_float64_model_is_sampled_from(prompts):
+def test_rollouts_of_a_float64_model(prompts):
     double = make_model("llama-tied").double()
     rollout = generate_latent(double, *prompts, ending_early(double, prompts), num_generations=2)
     gap = (replay_logprob(double, rollout, 1.0) - rollout.logprob) * rollout.mask

@@ -1,7 +1,7 @@
-"""Decoding in captured steps: the same trajectories from fixed shapes, few checks and kept tensors.
+"""Decoding in captured steps: fixed shapes, few looks at the device and kept tensors give the same trajectories.
 
-Without a GPU a stand-in replays what it was given at the first use of a key, as a graph would: whatever a step reads
-from Python and not from a tensor is what it was then.
+Without a GPU, a stand-in for the graphs runs the step that it got at the first use of a key. As in a graph, everything
+that the step reads from Python, and not from a tensor, keeps the value that it had then.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures n
 
 
 class Replays:
-    """`StepGraphs` without a GPU."""
+    """A stand-in for `StepGraphs` on a CPU."""
 
-    made: list[Replays]
+    made: list[Replays]  # all instances since the fixture was set up
 
     def __init__(self, device) -> None:
         self.steps, self.runs = {}, 0
@@ -39,7 +39,7 @@ class Replays:
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """Every CPU model decodes in captured steps, of the stand-in; those that were made."""
+    """Let every model on a CPU decode in captured steps of the stand-in. Return the stand-ins that are made."""
     Replays.made = []
     monkeypatch.setattr(decoding, "captures", lambda device, sampling: sampling.cuda_graphs)
     monkeypatch.setattr(decoding, "StepGraphs", Replays)
@@ -47,18 +47,19 @@ def replayed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "wanted", "top_k", "expected"),
+    ("device", "enabled", "top_k", "expected"),
     [("cuda", True, 10, True), ("cuda", True, 33, False), ("cuda", False, 10, False), ("cpu", True, 10, False)],
 )
-def test_steps_are_captured_where_nothing_in_them_asks_the_host(device, wanted, top_k, expected, monkeypatch):
+def test_steps_are_captured_if_triton_runs_all_their_operators(device, enabled, top_k, expected, monkeypatch):
     monkeypatch.setattr(_dispatch, "triton_available", lambda: True)
-    sampling = LatentSampling(latent_top_k=top_k, cuda_graphs=wanted)
+    sampling = LatentSampling(latent_top_k=top_k, cuda_graphs=enabled)
     assert captures(torch.device(device), sampling) is expected
     monkeypatch.setattr(_dispatch, "triton_available", lambda: False)
     assert not captures(torch.device(device), sampling)
 
 
 def same(first, second) -> None:
+    """Assert that two rollouts have the same trajectories. Log-probs and scores may differ by rounding."""
     assert torch.equal(first.mask, second.mask)
     assert torch.equal(first.is_latent, second.is_latent)
     assert torch.equal(first.ids[first.mask], second.ids[second.mask])
@@ -80,7 +81,7 @@ def test_captured_steps_give_the_same_trajectories(kind, max_rows, prompts, repl
 
 
 @pytest.mark.parametrize("check_every", [1, 3, 40])
-def test_rows_that_end_between_checks_rest(check_every, prompts, replayed, monkeypatch):
+def test_rows_that_end_between_checks_stay_idle(check_every, prompts, replayed, monkeypatch):
     monkeypatch.setattr(decoding, "CHECK_EVERY", check_every)
     model = make_model("llama-tied")
     options = replace(ending_early(model, prompts), max_new_tokens=21)
@@ -96,20 +97,20 @@ def test_text_in_captured_steps(prompts, replayed):
         same(exact, generate_latent(model, *prompts, options, num_generations=2))
 
 
-def test_a_rollout_uses_the_steps_of_the_last(prompts, replayed):
+def test_a_rollout_uses_the_captured_steps_of_the_last_one(prompts, replayed):
     model = make_model("llama-tied")
     options = ending_early(model, prompts)
     replayed.clear()
     for seed in (5, 6, 7):
-        found = generate_latent(model, *prompts, replace(options, seed=seed), num_generations=4)
+        actual = generate_latent(model, *prompts, replace(options, seed=seed), num_generations=4)
         exact = generate_latent(model, *prompts, replace(options, seed=seed, cuda_graphs=False), num_generations=4)
-        same(exact, found)
+        same(exact, actual)
     assert len(replayed) == 1
     assert len(replayed[0].steps) < replayed[0].runs
 
 
 @pytest.mark.parametrize("change", ["options", "rows", "weights"])
-def test_steps_are_not_used_for_what_they_were_not_captured_with(change, prompts, replayed):
+def test_captured_steps_are_not_used_after_a_change(change, prompts, replayed):
     model = make_model("llama-tied")
     options = ending_early(model, prompts)
     generate_latent(model, *prompts, options, num_generations=4)
@@ -122,13 +123,13 @@ def test_steps_are_not_used_for_what_they_were_not_captured_with(change, prompts
         for parameter in model.parameters():
             parameter.data = 0.9 * parameter.data
     before = len(replayed)
-    found = generate_latent(model, *prompts, options, num_generations=generations)
+    actual = generate_latent(model, *prompts, options, num_generations=generations)
     assert len(replayed) == before + 1
     exact = generate_latent(model, *prompts, replace(options, cuda_graphs=False), num_generations=generations)
-    same(exact, found)
+    same(exact, actual)
 
 
-def test_weights_that_are_updated_in_place_are_seen(prompts, replayed):
+def test_captured_steps_read_weights_that_are_updated_in_place(prompts, replayed):
     model = make_model("llama-tied")
     options = ending_early(model, prompts)
     generate_latent(model, *prompts, options, num_generations=4)
@@ -136,12 +137,12 @@ def test_weights_that_are_updated_in_place_are_seen(prompts, replayed):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
-    found = generate_latent(model, *prompts, options, num_generations=4)
+    actual = generate_latent(model, *prompts, options, num_generations=4)
     assert len(replayed) == before
-    same(generate_latent(model, *prompts, replace(options, cuda_graphs=False), num_generations=4), found)
+    same(generate_latent(model, *prompts, replace(options, cuda_graphs=False), num_generations=4), actual)
 
 
-def test_what_is_kept_for_a_model_goes_with_it(prompts, replayed):
+def test_the_kept_decoder_of_a_model_is_freed_with_it(prompts, replayed):
     model = make_model("llama-tied")
     generate_latent(model, *prompts, ending_early(model, prompts), num_generations=4)
     assert model in decoding._KEPT
@@ -171,13 +172,13 @@ def test_cuda_graphs_give_the_same_trajectories_as_eager_steps(dtype, prompts):
         captured = generate_latent(model, ids, mask, replace(options, seed=seed), num_generations=8)
         if dtype == torch.float32:
             same(eager, captured)
-        else:  # products of another batch size round differently; the first step is of the same size
+        else:  # products round differently in another batch size, but the first steps have the same size
             assert torch.equal(eager.ids[:, 0], captured.ids[:, 0])
     assert decoding._KEPT[model][1].graphs.graphs
 
 
 @NEEDS_GPU
-def test_a_captured_step_asks_nothing_of_the_host(prompts):
+def test_a_captured_step_never_waits_for_the_device(prompts):
     model = make_model("llama-tied").cuda()
     ids, mask = (x.cuda() for x in prompts)
     options = replace(ending_early(model, (ids, mask)), max_new_tokens=40)
