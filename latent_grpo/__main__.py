@@ -1,4 +1,4 @@
-"""`latent-grpo` and `python -m latent_grpo`."""
+"""The entry point of `latent-grpo` and `python -m latent_grpo`."""
 
 import sys
 

@@ -114,6 +114,7 @@ def load_rows(
 
 
 def _is_file_like(path: Path, source: str) -> bool:
+    # A missing file must be reported as one, and not be looked for on the Hub. A Hub name has at most one slash.
     return (
         os.path.exists(path)  # Path.exists would raise an error for a path in a folder without permission
         or path.suffix.lower() in _FILE_LIKE
@@ -217,6 +218,7 @@ def _recognise(first: _Record, columns: _Columns) -> Format | None:
             f"{first.place}: the fields {_listed(fields)} are of no known format "
             f"({', '.join(each.name for each in FORMATS)}); {_COLUMN_REMEDY}"
         )
+    # With both fields named, a row need not have the other fields of a format that it happens to resemble.
     return None if columns.prompt is not None and columns.answer is not None else source_format
 
 
@@ -311,6 +313,7 @@ def _question_answer(row: Mapping[str, Any]) -> Fields:
 
 
 def _svamp(row: Mapping[str, Any]) -> Fields:
+    """Read a row of SVAMP. Its prompt is the story, then the question about it."""
     prompt = f"{str(row['Body'] or '').strip()} {str(row['Question']).strip()}" if row["Question"] else None
     return Fields(prompt, row["Answer"], _equation_chain(row["Equation"], row["Answer"]))
 

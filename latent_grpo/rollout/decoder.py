@@ -311,7 +311,7 @@ class Decoder:
         return sample_text(logits, self.sampling, state.draws.gather(1, step).squeeze(-1))
 
 
-# The decoder of each model's last rollout, with the key that says what it can be used for.
+# The decoder of each model's last rollout, with a key of everything that its graphs depend on.
 _KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Decoder]] = weakref.WeakKeyDictionary()
 
 

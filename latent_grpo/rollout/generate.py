@@ -97,7 +97,7 @@ class _Schedule:
         """Drop finished rows, put waiting rows into free slots, and return whether any row is left to decode."""
         self.drop()
         slots = self.decoder.slots
-        # Prefilling many rows at once costs less than a few at a time, so it waits until enough slots are free.
+        # One prefill of many rows costs less than many of a few rows, so rows wait until enough slots are free.
         while len(self.waiting) and (self.count == 0 or slots - self.count > REFILL_ABOVE * slots):
             free = slots - self.count
             rows, self.waiting = self.waiting[:free], self.waiting[free:]

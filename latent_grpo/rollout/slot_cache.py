@@ -69,8 +69,8 @@ class SlotCache:
         self.sliding_window = int(getattr(config, "sliding_window", None) or 0)
         self.layers: list[SlotLayer] = []
         self.cache: Cache | None = None
-        # `view` sends mask writes that are meant for no token to the column behind the last token. There are ALIGNMENT
-        # more columns, not one, so that every row of the mask stays aligned.
+        # Spare columns behind the last token take writes of `view` that are meant for no token. One would do, but with
+        # ALIGNMENT of them every row of the mask stays aligned.
         empty = torch.full((slots, capacity + ALIGNMENT), -torch.inf, dtype=dtype, device=device)
         empty[:, 0] = 0.0  # a batch may contain a slot that was never filled, and a softmax over nothing is NaN
         self.masks = {kind: empty.clone() for kind in attention_kinds(config)}
@@ -117,7 +117,7 @@ class SlotCache:
         for kind, mask in self.masks.items():
             set_column(mask[:count], cache_position, 0.0)
             if kind == SLIDING:
-                # Hide the token that has just left the window. If there is none, hide the column that stands for none.
+                # Hide the token that has just left the window. While there is none, write to a spare column instead.
                 left = cache_position - self.sliding_window
                 left = torch.where(left < 0, self.capacity, left) if isinstance(left, Tensor) else max(left, -1)
                 set_column(mask[:count], left, -torch.inf)

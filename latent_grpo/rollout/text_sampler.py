@@ -38,15 +38,14 @@ def sample_text(logits: Tensor, sampling: LatentSampling, draw: Tensor) -> Tenso
 def _candidates(logits: Tensor, sampling: LatentSampling) -> tuple[Tensor, Tensor, Tensor]:
     """Return the C best logits [B, C] in descending order, their ids, and the float64 log-sum-exp [B, 1].
 
-    The log-sum-exp is over the tokens that top-k leaves. C is top_k, or without top_k a number of tokens that holds the
-    nucleus.
+    The log-sum-exp is over the tokens that top-k leaves. C is top_k. Without top_k it is large enough for the nucleus.
     """
     vocab = logits.shape[-1]
     if sampling.top_k:
         best, ids = logits.topk(min(sampling.top_k, vocab), dim=-1)
         return best, ids, best.double().logsumexp(-1, keepdim=True)
     log_z = logits.double().logsumexp(-1, keepdim=True)
-    # The size of the nucleus is a question to the device, for which a GPU would have to wait: it sorts all tokens.
+    # To know the size of the nucleus, the host would wait for the GPU. So on a GPU all tokens are sorted.
     count = vocab if logits.is_cuda else FIRST_CANDIDATES
     while True:
         best, ids = logits.topk(min(count, vocab), dim=-1)
