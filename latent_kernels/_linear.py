@@ -65,6 +65,7 @@ def back_project(dlogits: Tensor, weight: Tensor) -> Tensor:
 def add_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """Add `dlogits.T @ hidden` to out [V, D], float32 or float64, for dlogits [n, V] and hidden [n, D]."""
     with _no_autocast(out.device):
+        # 16-bit operands, accumulated in float32 over the chunks.
         if dlogits.is_cuda and dlogits.dtype == hidden.dtype != out.dtype:
             torch.addmm(out, dlogits.T, hidden, out_dtype=out.dtype, out=out)
             return

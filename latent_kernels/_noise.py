@@ -66,13 +66,14 @@ def _numpy_words(ids: Any, rows: Any, seed: Any, step: Any) -> Any:
 
     def halves(number: Any) -> tuple[Any, Any]:
         """Return the low and the high words: views if the inner axis is contiguous."""
-        words = np.ascontiguousarray(number).view("<u4")
+        words = np.ascontiguousarray(number).view("<u4")  # little-endian: the low word comes first
         return words[..., ::2], words[..., 1::2]
 
     (c0, _), (c1, c2), (c3, _), (k0, k1) = halves(ids), halves(rows), halves(step), halves(seed)
     for number in range(_ROUNDS):
         low0, high0 = halves(c0 * np.uint64(_MULTIPLIERS[0]))
         low1, high1 = halves(c2 * np.uint64(_MULTIPLIERS[1]))
+        # The key of round n is the first key plus n steps, modulo 2^32.
         key0, key1 = (k + np.uint32(number * s & _WORD) for k, s in zip((k0, k1), _KEY_STEPS, strict=True))
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
     return c0.astype(np.int64)

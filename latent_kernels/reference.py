@@ -209,16 +209,16 @@ def group_advantages_ref(
 ) -> GroupAdvantages:
     """Compute group-relative advantages, one group at a time (Eq. 9-11, 18-21)."""
     rewards = rewards.double()
-    broken = torch.zeros_like(rewards, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
+    is_invalid = torch.zeros_like(rewards, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
     advantages, mean, std = torch.zeros_like(rewards), torch.zeros_like(rewards), torch.ones_like(rewards)
     first_step = torch.zeros_like(rewards)
     for group in group_ids.unique():
         member = group_ids == group
-        counted = member & ~broken if invalid == "exclude" else member
+        counted = member & ~is_invalid if invalid == "exclude" else member
         if counted.sum() > 1:
             mean[member], std[member] = rewards[counted].mean(), rewards[counted].std()
         scale = std + STD_EPSILON if normalize_std else 1.0
-        kept = counted if invalid != "zero" else member & ~broken
+        kept = counted if invalid != "zero" else member & ~is_invalid
         advantages = torch.where(kept, (rewards - mean) / scale, advantages)
         first = torch.where(member, advantages, 0.0)
         correct = member & (advantages > 0)

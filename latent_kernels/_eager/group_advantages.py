@@ -21,8 +21,8 @@ def group_advantages_eager(
     """Compute `latent_kernels.group_advantages` on checked arguments."""
     rewards = rewards.double()  # the mean of equal float32 rewards is then exactly these rewards
     segment = _segments(group_ids)
-    broken = torch.zeros_like(segment, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
-    counted = (~broken if invalid == "exclude" else torch.ones_like(broken)).to(rewards.dtype)
+    is_invalid = torch.zeros_like(segment, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
+    counted = (~is_invalid if invalid == "exclude" else torch.ones_like(is_invalid)).to(rewards.dtype)
     count = _segment_sum(counted, segment)
     mean = _segment_sum(rewards * counted, segment) / count.clamp_min(1.0)
     spread = _segment_sum((rewards - mean).square() * counted, segment) / (count - 1.0).clamp_min(1.0)
@@ -31,7 +31,7 @@ def group_advantages_eager(
     centred = rewards - mean
     advantages = centred / (std + STD_EPSILON) if normalize_std else centred
     if invalid != "keep":
-        advantages = advantages.masked_fill(broken, 0.0)
+        advantages = advantages.masked_fill(is_invalid, 0.0)
     first = advantages
     if first_token != "all":
         assert mean_logprob is not None

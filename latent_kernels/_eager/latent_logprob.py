@@ -65,7 +65,7 @@ def _coefficients(margin: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
     """Return the gradient of the log-prob in the log-probs of the components, [n, K]."""
     coefficients = margin_coefficients(margin, spec.advantages, spec.margin_gradient) / margin.shape[1]
     first = torch.zeros_like(coefficients)
-    first[:, 0] = 1.0
+    first[:, 0] = 1.0  # the only component of a text row is its token
     return torch.where(hard.unsqueeze(-1), first, coefficients)
 
 

@@ -51,6 +51,7 @@ def counter_option(value, IS_TENSOR: tl.constexpr, offset=0):
 @triton.jit
 def exponential_draws(ids, rows, seed, step):
     """Return the Exp(1) draws of `latent_kernels._noise.exponential_draws`; ids and rows are broadcast."""
+    # Adding `zero` broadcasts the words of the counter to one shape, as tl.philox needs them.
     zero = (ids + rows).to(tl.int32) * 0
     low = zero + (rows & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     high = zero + (rows >> 32).to(tl.int32)

@@ -27,19 +27,19 @@ SELECTIONS = {"all": 0, "best_of_correct": 1, "best_of_group": 2}
 
 
 @triton.jit
-def members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, VALID_ONLY: tl.constexpr):
+def members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, VALID_ONLY: tl.constexpr):
     """Return which rows j are in the group of which own row [BLOCK_R, BLOCK_J], and the rewards of the rows j."""
     other = tl.load(groups_ptr + j, mask=j < R, other=0)
     same = (group[:, None] == other[None, :]) & (j < R)[None, :]
     if VALID_ONLY:
-        same = same & (tl.load(broken_ptr + j, mask=j < R, other=1) == 0)[None, :]
+        same = same & (tl.load(invalid_ptr + j, mask=j < R, other=1) == 0)[None, :]
     return same, tl.load(rewards_ptr + j, mask=j < R, other=0.0).to(tl.float64)
 
 
 @triton.jit
 def group_advantages_kernel(
-    rewards_ptr, groups_ptr, broken_ptr, logprob_ptr, advantage_ptr, first_ptr, mean_ptr, std_ptr, R, epsilon,
-    HAS_BROKEN: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, NORMALIZE: tl.constexpr,
+    rewards_ptr, groups_ptr, invalid_ptr, logprob_ptr, advantage_ptr, first_ptr, mean_ptr, std_ptr, R, epsilon,
+    HAS_INVALID: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, NORMALIZE: tl.constexpr,
     SELECTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -51,7 +51,7 @@ def group_advantages_kernel(
     total = tl.zeros([BLOCK_R], dtype=tl.float64)
     for start in range(0, R, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        counted, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and EXCLUDE)
+        counted, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, HAS_INVALID and EXCLUDE)
         count += tl.sum(counted.to(tl.float64), 1)
         total += tl.sum(tl.where(counted, value[None, :] - reward[:, None], 0.0), 1)
     # `total` adds distances to the row's own reward. The sum is exact, and 0 if all rewards are equal, so quotients can
@@ -64,7 +64,7 @@ def group_advantages_kernel(
     spread = tl.zeros([BLOCK_R], dtype=tl.float64)
     for start in range(0, R, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        counted, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and EXCLUDE)
+        counted, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, HAS_INVALID and EXCLUDE)
         distance = value[None, :] - mean[:, None]
         spread += tl.sum(tl.where(counted, distance * distance, 0.0), 1)
     variance = tl.div_rn(spread.to(tl.float32), tl.maximum(count - 1.0, 1.0).to(tl.float32))
@@ -73,15 +73,15 @@ def group_advantages_kernel(
     advantage = above_mean
     if NORMALIZE:
         advantage = tl.div_rn(advantage, std + epsilon)
-    if HAS_BROKEN and not KEEP:
-        advantage = tl.where(tl.load(broken_ptr + rows, mask=inside, other=1) == 0, advantage, 0.0)
+    if HAS_INVALID and not KEEP:
+        advantage = tl.where(tl.load(invalid_ptr + rows, mask=inside, other=1) == 0, advantage, 0.0)
     first = advantage
     if SELECTION > 0:
         best = tl.full([BLOCK_R], -float("inf"), dtype=tl.float64)
         winner = tl.zeros([BLOCK_R], dtype=tl.int32) + R  # stays R if the group has no correct row
         for start in range(0, R, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            correct, value = members(rewards_ptr, groups_ptr, broken_ptr, group, j, R, HAS_BROKEN and not KEEP)
+            correct, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, HAS_INVALID and not KEEP)
             # "reward > mean" without a quotient, whose rounding could differ between the rows of a group.
             correct = correct & ((value[None, :] - reward[:, None]) * divisor[:, None] > total[:, None])
             logprob = tl.load(logprob_ptr + j, mask=j < R, other=0.0).to(tl.float64)
@@ -100,10 +100,10 @@ def group_advantages_kernel(
     tl.store(std_ptr + rows, std, mask=inside)
 
 
-def constants(*, has_broken: bool, invalid: str, normalize_std: bool, first_token: str) -> dict[str, int | bool]:
+def constants(*, has_invalid: bool, invalid: str, normalize_std: bool, first_token: str) -> dict[str, int | bool]:
     """Return the constants of the kernel."""
     return {
-        "HAS_BROKEN": has_broken, "EXCLUDE": invalid == "exclude", "KEEP": invalid == "keep",
+        "HAS_INVALID": has_invalid, "EXCLUDE": invalid == "exclude", "KEEP": invalid == "keep",
         "NORMALIZE": normalize_std, "SELECTION": SELECTIONS[first_token], "BLOCK_R": BLOCK_R, "BLOCK_J": BLOCK_J,
     }  # fmt: skip
 
@@ -118,11 +118,11 @@ def group_advantages(
     if rows:
         unused = rewards  # in the place of a tensor that the kernel does not read
         chosen = constants(
-            has_broken=invalid_mask is not None, invalid=invalid, normalize_std=normalize_std, first_token=first_token
+            has_invalid=invalid_mask is not None, invalid=invalid, normalize_std=normalize_std, first_token=first_token
         )
         group_advantages_kernel[(triton.cdiv(rows, BLOCK_R),)](
             rewards_ptr=rewards, groups_ptr=group_ids.contiguous(),
-            broken_ptr=unused if invalid_mask is None else invalid_mask.bool().contiguous().view(torch.int8),
+            invalid_ptr=unused if invalid_mask is None else invalid_mask.bool().contiguous().view(torch.int8),
             logprob_ptr=unused if mean_logprob is None else mean_logprob.contiguous(),
             advantage_ptr=result.advantages, first_ptr=result.first_step, mean_ptr=result.group_mean,
             std_ptr=result.group_std, R=rows, epsilon=STD_EPSILON, **chosen, num_warps=NUM_WARPS,

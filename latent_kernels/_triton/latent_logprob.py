@@ -160,12 +160,12 @@ def logprob_kernel(
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, MARGIN: tl.constexpr, FORWARD: tl.constexpr,
     DLOGITS: tl.constexpr, HAS_UPSTREAM: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # n * V may exceed 2^31
     row_ptr = logits_ptr + row * logits_stride
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
     hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
-    used = k < tl.where(hard, 1, K)
+    used = k < tl.where(hard, 1, K)  # the only component of a text row is its token
     ids = tl.maximum(ids, 0)
     inverse_temperature = tl.where(hard, inverse_temperature, 1.0)  # the temperature is that of text rows only
     entropy, bonus = 0.0, 0.0

@@ -239,10 +239,11 @@ def latent_step_kernel(
     ids_ptr, scores_ptr, weights_ptr, mixture_ptr, top_ptr, is_latent_ptr,
     top_p, tau, scale, seed, step, step_stride, end_token_id, logits_stride, draws_stride, table_stride, V, G, D,
     NOISE: tl.constexpr, INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
-    HAS_MASK: tl.constexpr, TOP_P_A_ROW: tl.constexpr, TAU_A_ROW: tl.constexpr, SCALE_A_ROW: tl.constexpr,
+    HAS_MASK: tl.constexpr, TOP_P_PER_ROW: tl.constexpr, TAU_PER_ROW: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
     SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One program computes the step of one row. list [B, G] and buffer [B, N] are scratch."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     list_ptr += row * G
@@ -255,10 +256,11 @@ def latent_step_kernel(
     if HAS_MASK:
         latent = latent & (tl.load(latent_ptr + row) != 0)
     noisy = latent if NOISE else latent & False
-    limit = row_option(top_p, row, TOP_P_A_ROW)
-    limit = tl.where(limit < 1.0, limit, float("inf"))
-    tau = tl.where(noisy, row_option(tau, row, TAU_A_ROW), 1.0)
-    scale = tl.where(noisy, row_option(scale, row, SCALE_A_ROW), 0.0)
+    limit = row_option(top_p, row, TOP_P_PER_ROW)
+    limit = tl.where(limit < 1.0, limit, float("inf"))  # top_p = 1 keeps all tokens, whatever rounding does to the mass
+    # A row without noise gets the noise-free mixture: the softmax of its log-probs.
+    tau = tl.where(noisy, row_option(tau, row, TAU_PER_ROW), 1.0)
+    scale = tl.where(noisy, row_option(scale, row, SCALE_PER_ROW), 0.0)
     seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR, row * step_stride)
     noise_row = row
     if HAS_ROW_IDS:
@@ -303,6 +305,7 @@ def latent_step_kernel(
             ceiling = frontier
             tries = 0
             if settled == 0:
+                # Doubling the groups above the frontier keeps the number of segments logarithmic.
                 most = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
                 frontier = frontier_between(group_keys, needed, ceiling, most // 2 + 1, most)
 
@@ -321,8 +324,8 @@ def constants(vocab: int, options: LatentStepOptions) -> dict[str, int | bool]:
         "NOISE": options.noise != "none", "ONE_SIDED": options.noise == "one_sided",
         "INJECTED": options.exponential is not None, "HAS_ROW_IDS": options.row_ids is not None,
         "HAS_MASK": options.latent_mask is not None,
-        "TOP_P_A_ROW": isinstance(options.top_p, Tensor), "TAU_A_ROW": isinstance(options.tau, Tensor),
-        "SCALE_A_ROW": isinstance(options.noise_scale, Tensor), "SEED_TENSOR": isinstance(options.seed, Tensor),
+        "TOP_P_PER_ROW": isinstance(options.top_p, Tensor), "TAU_PER_ROW": isinstance(options.tau, Tensor),
+        "SCALE_PER_ROW": isinstance(options.noise_scale, Tensor), "SEED_TENSOR": isinstance(options.seed, Tensor),
         "STEP_TENSOR": isinstance(options.step, Tensor), "GROUP": GROUP, "AT_ONCE": GROUPS_AT_ONCE,
         "K": options.top_k, "N": max(BUFFER, BUFFER_PER_K * block_k), "BLOCK_K": block_k,
         "BLOCK_G": triton.next_power_of_2(triton.cdiv(vocab, GROUP)), "BLOCK_D": min(512, MIX_TILE // block_k),

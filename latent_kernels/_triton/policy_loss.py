@@ -49,7 +49,7 @@ def policy_loss_kernel(
     HAS_MASK: tl.constexpr, SEQUENCE: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK steps."""
+    """One program handles BLOCK steps, and stores sums in the order of SUMS."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = at < N
     if HAS_MASK:
@@ -57,17 +57,18 @@ def policy_loss_kernel(
     logprob = tl.load(logprob_ptr + at, mask=keep, other=0.0).to(tl.float32)
     old = tl.load(old_ptr + at, mask=keep, other=0.0).to(tl.float32)
     advantage = tl.load(advantages_ptr + at, mask=keep, other=0.0).to(tl.float32)
-    weight = tl.load(weights_ptr + at // T, mask=keep, other=0.0)
+    weight = tl.load(weights_ptr + at // T, mask=keep, other=0.0)  # one weight per response
 
     log_ratio = clamped(logprob - old, -LOG_RATIO_MAX, LOG_RATIO_MAX)
-    # Outside the clamp the log-ratio is a constant, so its gradient is 0. A NaN stays a NaN.
+    # Outside the clamp the log-ratio is a constant, so its gradient is 0. `x != x` is true for NaN, which must not turn
+    # into a gradient of 0.
     moving = (tl.abs(logprob - old) <= LOG_RATIO_MAX) | (log_ratio != log_ratio)
     ratio = tl.exp(tl.load(sequence_ptr + at // T, mask=keep, other=0.0) if SEQUENCE else log_ratio)
     clipped_ratio = clamped(ratio, lowest_ratio, highest_ratio)
     out = sums_ptr + tl.program_id(0) * N_SUMS
     if CISPO:
         clips = clipped_ratio != ratio
-        gradient = -advantage * clipped_ratio
+        gradient = -advantage * clipped_ratio  # the clipped ratio is a constant: only the log-prob has a gradient
         loss = gradient * logprob
     else:
         plain, clipped = -advantage * ratio, -advantage * clipped_ratio

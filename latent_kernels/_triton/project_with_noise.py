@@ -31,12 +31,13 @@ BLOCK_V, BLOCK_B, BLOCK_D = 64, 32, 32  # in a larger tile, the draws spill
 BUILD_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": MAX_REGISTERS}
 
 
+# Batch sizes and counters change from call to call. Without specialisation, no value of them compiles a variant.
 @triton.jit(do_not_specialize=["B", "seed", "step"])
 def project_with_noise_kernel(
     weight_ptr, hidden_ptr, bias_ptr, draws_ptr, row_ids_ptr, out_ptr, scale, seed, step,
     weight_stride, hidden_stride, draws_stride, B, V, D,
     NOISE: tl.constexpr, ONE_SIDED: tl.constexpr, INJECTED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALE_A_ROW: tl.constexpr, SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr,
     DOT_TYPE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -57,7 +58,7 @@ def project_with_noise_kernel(
                 noise_row = tl.load(row_ids_ptr + b, mask=b < B, other=0)[None, :]
             seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR)
             draws = exponential_draws(v[:, None], noise_row, seed, step)
-        row_scale = row_option(scale, tl.minimum(b, B - 1)[None, :], SCALE_A_ROW)
+        row_scale = row_option(scale, tl.minimum(b, B - 1)[None, :], SCALE_PER_ROW)
         out += gumbel_noise(draws, ONE_SIDED) * row_scale
     tl.store(out_ptr + row * V + v[:, None], out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -67,7 +68,7 @@ def constants(noise: NoiseSpec, dtype: torch.dtype, *, has_bias: bool) -> dict[s
     return {
         "NOISE": noise.kind != "none", "ONE_SIDED": noise.kind == "one_sided",
         "INJECTED": noise.exponential is not None, "HAS_ROW_IDS": noise.row_ids is not None, "HAS_BIAS": has_bias,
-        "SCALE_A_ROW": isinstance(noise.scale, Tensor), "SEED_TENSOR": isinstance(noise.seed, Tensor),
+        "SCALE_PER_ROW": isinstance(noise.scale, Tensor), "SEED_TENSOR": isinstance(noise.seed, Tensor),
         "STEP_TENSOR": isinstance(noise.step, Tensor), "DOT_TYPE": triton_dtype(dtype), "BLOCK_V": BLOCK_V,
         "BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D,
     }  # fmt: skip
@@ -80,6 +81,7 @@ class _ProjectWithNoise(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        # The kernel addresses rows by their stride, and assumes that the elements of a row are adjacent.
         hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
         (rows, width), outputs = hidden.shape, len(weight)
         out = torch.empty(rows, outputs, dtype=hidden.dtype, device=hidden.device)
@@ -101,7 +103,7 @@ class _ProjectWithNoise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
-        common = torch.promote_types(hidden.dtype, weight.dtype)
+        common = torch.promote_types(hidden.dtype, weight.dtype)  # a product needs operands of one dtype
         grad_hidden = grad_weight = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:

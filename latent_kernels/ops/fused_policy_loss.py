@@ -125,7 +125,10 @@ class _Fused(torch.autograd.Function):
             losses = _chunk_losses_(logits, logprob_spec.select(index), loss_spec.select(index), stored_dtype, kernels)
             sums += losses.sums
             crossed += losses.crossed.sum()
+            # Without a bonus the entropies are not known, and the statistic is NaN.
             entropy += torch.nan if losses.entropy is None else losses.entropy.sum()
+            # Without an entropy bonus, dlogits is the gradient of the log-prob. The loss's own factor, one number per
+            # row, is multiplied into the smaller [n, D] tensors.
             factor = 1.0 if losses.factor is None else losses.factor.unsqueeze(-1)
             if dhidden is not None and losses.dlogits is not None:
                 dhidden[index] = (back_project(losses.dlogits, lm_head) * factor).to(hidden.dtype)

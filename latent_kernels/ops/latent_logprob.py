@@ -56,6 +56,7 @@ class _FromLogits(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for chunk in row_chunks(len(logits), logits.shape[1], grad.dtype, logits.device):
+            # `logprob_rows_` overwrites its input, and the logits belong to the caller.
             overwritten = logits[chunk].to(grad.dtype, copy=True)
             dlogits = logprob_rows_(overwritten, ctx.spec.select(chunk), grad.dtype, grad[chunk]).dlogits
             assert dlogits is not None

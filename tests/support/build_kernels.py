@@ -66,16 +66,16 @@ def group_advantages_builds() -> Iterator[Build]:
     modes = list(product(("exclude", "zero", "keep"), (True, False), advantages.SELECTIONS))
     variants = [("fp32", True, *mode) for mode in modes]
     variants += [(dtype, True, *modes[0]) for dtype in ("fp64", "bf16", "fp16")] + [("fp32", False, *modes[0])]
-    for dtype, has_broken, invalid, normalize_std, first_token in variants:
+    for dtype, has_invalid, invalid, normalize_std, first_token in variants:
         constants = advantages.constants(
-            has_broken=has_broken, invalid=invalid, normalize_std=normalize_std, first_token=first_token
+            has_invalid=has_invalid, invalid=invalid, normalize_std=normalize_std, first_token=first_token
         )
         types = {
-            "rewards_ptr": f"*{dtype}", "groups_ptr": "*i64", "broken_ptr": "*i8" if has_broken else f"*{dtype}",
+            "rewards_ptr": f"*{dtype}", "groups_ptr": "*i64", "invalid_ptr": "*i8" if has_invalid else f"*{dtype}",
             "logprob_ptr": "*fp32", **dict.fromkeys(("advantage_ptr", "first_ptr", "mean_ptr", "std_ptr"), "*fp32"),
             "R": "i32", "epsilon": "fp32",
         }  # fmt: skip
-        name = f"group_advantages {dtype} {invalid} {first_token} std={normalize_std} mask={has_broken}"
+        name = f"group_advantages {dtype} {invalid} {first_token} std={normalize_std} mask={has_invalid}"
         options = {"num_warps": advantages.NUM_WARPS}
         yield Build(name, advantages.group_advantages_kernel, types, constants, options)
 
