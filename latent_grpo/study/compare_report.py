@@ -33,7 +33,7 @@ WINDOWS = 15  # points of a curve of lengths; lengths of single steps are noisy
 def read_records(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Return the records of every arm, one per seed that has a result, each with the curves of its run."""
     records: dict[str, list[dict[str, Any]]] = {}
-    for name in ARMS:
+    for name in ARMS:  # their order is the order of the tables
         for run in (run for run in all_runs(plan.args) if run.arm == name):
             path = run.folder(plan.args) / RESULT
             if path.is_file():
@@ -66,6 +66,7 @@ def summarise(records: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, A
     summary = {}
     for name, runs in records.items():
         figures = {key: _spread([run["result"][key] for run in runs]) for key in COLUMNS}
+        # A failed run of the full method leaves its seed out.
         pairs = [run["result"]["pass_at_1"] - full[run["seed"]] for run in runs if run["seed"] in full]
         if pairs and name != FULL:
             figures["difference"] = _spread(pairs)

@@ -59,6 +59,7 @@ def inspect_run(
     checkpoints = ", ".join(folder.name for folder in checkpoints_in(run)) or "no checkpoint"
     console.print(f"[bold]{run}[/]: {rows[-1]['phase']} step {rows[-1]['step']}; {checkpoints}")
     console.print(curve_table(rows, every_metric, console.width))
+    # A run prints its alarms but does not keep them. Its metrics set them off again.
     alarms = Alarms()
     for line in [line for row in rows for line in alarms.update(row)]:
         console.print(f"warning: {line}", style="yellow", markup=False)
@@ -94,6 +95,7 @@ def curve_table(rows: list[dict[str, Any]], every_metric: bool, width: int) -> T
     table = Table(box=None, pad_edge=False)
     for heading in ("metric", "first", "last", "lowest", "highest", "curve"):
         table.add_column(heading, justify="left" if heading in ("metric", "curve") else "right", no_wrap=True)
+    # The metrics of all rows, in order of first appearance: an evaluation, for example, is only in some rows.
     recorded = list(dict.fromkeys(name for row in rows for name in row if name not in ("phase", "step")))
     names = recorded if every_metric else [name for name in MAIN_METRICS if name in recorded]
     curve_width = min(CURVE_WIDTH, max(8, width - FIGURES_WIDTH - max(map(len, names), default=0)))

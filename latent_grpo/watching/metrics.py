@@ -55,6 +55,7 @@ class Metrics:
     def __init__(self, args: RunOptions, history: list[dict[str, Any]] | None = None) -> None:
         self.history = list(history or [])
         self.alarms = Alarms()
+        # An alarm that fired before the checkpoint must not fire again.
         for values in self.history:
             self.alarms.update(values)
         self.show = args.log_table
@@ -64,13 +65,16 @@ class Metrics:
     def open(self, args: RunOptions, resumed: bool) -> None:
         """Open the file and the trackers. Raise ConfigError if the folder is taken or cannot be written."""
         folder, path = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
+        # An empty file is of a run that stopped before its first logged step: there is nothing to lose.
         has_metrics = path.is_file() and path.stat().st_size > 0
         if not resumed and (has_metrics or checkpoints_in(folder)):
             raise ConfigError(f"output_dir {str(folder)!r} already holds a run; resume it or choose another folder")
+        # A run writes its final model into the folder itself.
         if not resumed and any(folder.glob("*.safetensors")):
             raise ConfigError(f"output_dir {str(folder)!r} already holds a model; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # Before the first write, because a missing library is an error.
             self.trackers = open_trackers(args, last_step(self.history) if resumed else None)
             if resumed:
                 write_whole(path, "".join(map(json_line, self.history)))

@@ -35,6 +35,7 @@ def write_completions(
     columns: dict[str, Any] = {
         "step": pyarrow.array([step] * len(rewards), pyarrow.int64()),
         "prompt": [prompt_text(prompt) for prompt in samples.prompts],
+        # Typed, because Arrow infers no type from answers that are all None.
         "answer": pyarrow.array([None if a is None else str(a) for a in samples.answers], pyarrow.string()),
         "completion": samples.completions,
         "reward": rewards.tolist(),

@@ -26,6 +26,7 @@ class TensorBoard:
 
     def __init__(self, args: RunOptions, resumed_step: int | None) -> None:
         library = import_extra("torch.utils.tensorboard", "tensorboard")
+        # TensorBoard hides earlier events from this step on: they are of the steps that the checkpoint does not hold.
         purge = None if resumed_step is None else resumed_step + 1
         self.writer = library.SummaryWriter(str(Path(args.output_dir) / "tensorboard"), purge_step=purge)
 
@@ -47,6 +48,7 @@ class Wandb:
 
     def __init__(self, args: RunOptions, resumed_step: int | None) -> None:
         library = import_extra("wandb", "wandb")
+        # The id is in a file, so that another process can resume the run.
         id_file = Path(args.output_dir) / "wandb_run_id.txt"
         if resumed_step is None or not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
