@@ -1,8 +1,8 @@
-"""Training jobs for tests of several processes: `python ranks.py FILE`, by itself or under torchrun.
+"""Training jobs for tests of several processes: `python -m support.ranks FILE`, by itself or under torchrun.
 
-FILE is a JSON list of {"kind": "train" or "sft", "model": a folder or {options of the tiny model}, "options": {...},
-"resume": folder of a checkpoint or null}. Every rank runs every job; rank 0 writes `parameters.safetensors`, the
-trained model's own parameters put together, beside what the run itself leaves in its `output_dir`.
+FILE is a JSON list of jobs: {"kind": "train" or "sft", "model": a folder or {options of the tiny model}, "options":
+{...}, "resume": a checkpoint folder or null}. Every rank runs every job. In the `output_dir` of a job, rank 0 adds
+`parameters.safetensors`, the full parameters of the trained model, and `held.json`, how many of them a rank held.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROWS = make_problems(30, seed=1)
 
 
 def uneven(completions: list[str], answer: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """A reward that mixes right answers, lengths and the last token, so that groups disagree."""
+    """Reward right answers, lengths and the last token together, so that groups disagree."""
     return [
         float(text == right) + 0.1 * len(ids) + 0.01 * (ids[-1] % 7)
         for text, right, ids in zip(completions, answer, completion_ids, strict=True)
@@ -36,12 +36,12 @@ def uneven(completions: list[str], answer: list[str], completion_ids: list[list[
 
 
 def run(job: dict[str, Any]) -> None:
-    """One job on this rank."""
+    """Run one job on this rank."""
     tokenizer = make_tokenizer()
     given, options, out = job["model"], dict(job["options"]), Path(job["options"]["output_dir"])
     dtype = options.get("dtype", "float32")
     model = load_model(given, dtype) if isinstance(given, str) else make_model(tokenizer, seed=0, **given)
-    # The same update on any number of ranks.
+    # An update has the same size on any number of ranks.
     options["per_device_train_batch_size"] = options["per_device_train_batch_size"] // world_size()
     if job["kind"] == "train":
         trainer: Any = LatentGRPOTrainer(model, uneven, LatentGRPOConfig(**options), ROWS, ROWS[:5], tokenizer)
@@ -50,15 +50,15 @@ def run(job: dict[str, Any]) -> None:
     trainer.train(resume_from_checkpoint=job.get("resume"))
     state = {name: full_tensor(p.detach()).contiguous() for name, p in trainer.model.named_parameters()}
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.updater.masters)
-    whole = sum(p.numel() for p in trainer.updater.masters)
+    full = sum(p.numel() for p in trainer.updater.masters)
     if rank() == 0:
         save_file(state, out / "parameters.safetensors")
-        (out / "held.json").write_text(json.dumps({"held": held, "whole": whole, "world": world_size()}))
-    all_reduce_max(0)  # nobody reads before it is there
+        (out / "held.json").write_text(json.dumps({"held": held, "full": full, "world": world_size()}))
+    all_reduce_max(0)  # a barrier: the next job may read what rank 0 wrote
 
 
 def main() -> None:
-    """All jobs."""
+    """Run all jobs of the file."""
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     with process_group():
