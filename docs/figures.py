@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
 def draw_latent_step(path: Path) -> None:
-    """Candidates, scores with noise, and the weights of the mixture, of one step over a vocabulary of 40."""
+    """Draw candidates, noisy scores and mixture weights of one step over a vocabulary of 40."""
     torch.manual_seed(3)
     logits = 2.0 * torch.randn(1, 40)
     log_probs = logits.log_softmax(-1)[0]
@@ -37,12 +37,12 @@ def draw_latent_step(path: Path) -> None:
         left, middle, right = axes[0]
         left.bar(names, log_probs[order].exp(), color=[BLUE if c else INK for c in inside])
         left.set(title="1. Candidates: the nucleus (blue)", ylabel="probability", xlabel="token")
-        for place, token in enumerate(order.tolist()):
-            low = float(log_probs[token])
+        for rank, token in enumerate(order.tolist()):
+            log_prob = float(log_probs[token])
             if token in kept:
-                middle.plot([place, place], [low, kept[token][0]], color=GREEN, linewidth=3)
-                middle.plot(place, kept[token][0], "^", color=GREEN)
-            middle.plot(place, low, "o", color=BLUE if inside[place] else INK)
+                middle.plot([rank, rank], [log_prob, kept[token][0]], color=GREEN, linewidth=3)
+                middle.plot(rank, kept[token][0], "^", color=GREEN)
+            middle.plot(rank, log_prob, "o", color=BLUE if inside[rank] else INK)
         middle.set_xticks(range(SHOWN), names)
         middle.set(title="2. Noise (green) picks K of them", ylabel="log-prob, score", xlabel="token")
         right.bar(names, [kept.get(int(i), (0.0, 0.0))[1] for i in order], color=GREEN)
@@ -50,7 +50,7 @@ def draw_latent_step(path: Path) -> None:
 
 
 def draw_noise(path: Path) -> None:
-    """Densities of the two noises."""
+    """Draw the densities of one-sided and two-sided noise."""
     torch.manual_seed(0)
     draws = torch.empty(200_000, dtype=torch.float64).exponential_()
     caption = (
@@ -68,11 +68,11 @@ def draw_noise(path: Path) -> None:
 
 
 def draw_surrogate(path: Path) -> None:
-    """The surrogate log-prob of one component, and what multiplies its gradient."""
+    """Draw the surrogate log-prob of one component, and the factor on its gradient."""
     margin = torch.linspace(-2, 4.5, 400, dtype=torch.float64)
     caption = (
-        "d = score - log-prob of a component. Right: the factor c on the gradient of the log-prob; below d = 0 and "
-        f"where the advantage is not positive it is replaced, by `margin_gradient`. {DRAWN}"
+        "d = score - log-prob of a component. Right: the factor c on the gradient of the log-prob. Where d < 0 and the "
+        f"advantage is not positive, `margin_gradient` replaces it. {DRAWN}"
     )
     with drawn_figure(path, 1, 2, (9, 3.2), caption=caption) as axes:
         left, right = axes[0]
@@ -87,10 +87,10 @@ def draw_surrogate(path: Path) -> None:
 
 
 def draw_loss(path: Path) -> None:
-    """The loss of one step over the ratio, for both signs of the advantage."""
+    """Draw the loss of one step over the ratio, for both signs of the advantage."""
     ratio = torch.linspace(0.02, 4, 200, dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
-    caption = f"Clip range 0.2 to both sides, dual clip 3. {DRAWN}"
+    caption = f"Clip range 0.2 on both sides, dual clip 3. {DRAWN}"
     with drawn_figure(path, 1, 1, (7, 2.8), caption=caption) as axes:
         for advantage, colour in ((1.0, BLUE), (-1.0, ORANGE)):
             losses = [policy_loss(r.log() * one, 0 * one, advantage * one, one)[0].item() for r in ratio]
@@ -100,23 +100,23 @@ def draw_loss(path: Path) -> None:
 
 
 def draw_advantages(path: Path) -> None:
-    """A group of eight responses: three right, one of the wrong ones cut off by the limit."""
+    """Draw the advantages of eight responses: three are right, and one wrong response was cut off by the limit."""
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0])
     invalid = torch.tensor([False] * 7 + [True])
     mean_logprob = torch.tensor([-1.2, -2, -1, -0.7, -1.5, -0.9, -2, -3])
-    found = group_advantages(
+    result = group_advantages(
         rewards, torch.zeros(8, dtype=torch.int64), invalid_mask=invalid, mean_logprob=mean_logprob
     )
-    places = torch.arange(8)
+    responses = torch.arange(8)
     caption = (
-        "A group of 8 responses, of which 0, 3 and 5 are right and 7 was cut off by the limit (advantage 0). Of the "
-        f"right ones, response 3 has the highest mean log-prob and alone counts at the first step. {DRAWN}"
+        "A group of 8 responses. Responses 0, 3 and 5 are right; 7 was cut off by the limit (advantage 0). Of the "
+        f"right responses, 3 has the highest mean log-prob, and only this one counts at the first step. {DRAWN}"
     )
     with drawn_figure(path, 1, 1, (7, 2.8), caption=caption) as axes:
-        axes[0, 0].bar(places - 0.2, found.advantages, 0.4, color=BLUE, label="all steps but the first")
-        axes[0, 0].bar(places + 0.2, found.first_step, 0.4, color=ORANGE, label="first step")
+        axes[0, 0].bar(responses - 0.2, result.advantages, 0.4, color=BLUE, label="all steps except the first")
+        axes[0, 0].bar(responses + 0.2, result.first_step, 0.4, color=ORANGE, label="first step")
         axes[0, 0].set(xlabel="response", ylabel="advantage")
-        axes[0, 0].set_xticks(places.tolist())
+        axes[0, 0].set_xticks(responses.tolist())
         axes[0, 0].legend()
 
 
