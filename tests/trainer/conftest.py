@@ -17,9 +17,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def warm(tokenizer, tmp_path_factory):
     """A model that has learned the form of a response and little else, so that rewards disagree within a group."""
-    args = LatentSFTConfig(
-        output_dir=str(tmp_path_factory.mktemp("warm")), max_steps=40, learning_rate=3e-3, answer_template="{answer}",
-    )  # fmt: skip
+    out = str(tmp_path_factory.mktemp("warm"))
+    args = LatentSFTConfig(output_dir=out, max_steps=40, learning_rate=3e-3, answer_template="{answer}")
     model = make_model(tokenizer, seed=0)
     LatentSFTTrainer(model, args, ROWS, tokenizer).train()
     return model

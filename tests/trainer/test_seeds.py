@@ -30,8 +30,6 @@ def test_the_largest_seed_derives_seeds_that_generators_accept(count, epoch, epo
 
 
 def test_the_largest_seed_updates_over_several_epochs(tokenizer, warm, tmp_path):
-    trainer = grpo(
-        tmp_path, tokenizer, even, warm, seed=LARGEST, num_iterations=3, generation_batch_size=4,
-        per_device_train_batch_size=4, max_completion_length=4,
-    )  # fmt: skip
+    size = dict(generation_batch_size=4, per_device_train_batch_size=4, max_completion_length=4)
+    trainer = grpo(tmp_path, tokenizer, even, warm, seed=LARGEST, num_iterations=3, **size)
     assert math.isfinite(trainer.train()["loss"])
