@@ -1,6 +1,6 @@
 """Fused operators for latent reasoning with reinforcement learning.
 
-Importable without Triton and without a GPU. Semantics and equation numbers: arXiv 2604.27998.
+The package can be imported without Triton and without a GPU. Equation numbers are those of arXiv 2604.27998.
 """
 
 from latent_kernels._chunks import chunk_bytes

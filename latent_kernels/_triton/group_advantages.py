@@ -108,7 +108,7 @@ def constants(*, has_invalid: bool, invalid: str, normalize_std: bool, first_tok
     }  # fmt: skip
 
 
-def group_advantages(
+def group_advantages_triton(
     rewards: Tensor, group_ids: Tensor, invalid_mask: Tensor | None, invalid: str, normalize_std: bool,
     mean_logprob: Tensor | None, first_token: str,
 ) -> GroupAdvantages:  # fmt: skip

@@ -154,7 +154,7 @@ def store_dlogits(
         "advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr", "crossed_ptr", "entropy_ptr", "bonus_ptr"
     ]
 )  # fmt: skip
-def logprob_kernel(
+def latent_logprob_kernel(
     logits_ptr, ids_ptr, scores_ptr, advantages_ptr, upstream_ptr, logprob_ptr, log_z_ptr, crossed_ptr, dlogits_ptr,
     entropy_ptr, bonus_ptr, logits_stride, dlogits_stride, V, inverse_temperature,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, MARGIN: tl.constexpr, FORWARD: tl.constexpr,
@@ -270,7 +270,7 @@ def _launch(
         upstream=upstream is not None,
         entropy=entropy is not None,
     )
-    logprob_kernel[(rows,)](
+    latent_logprob_kernel[(rows,)](
         logits_ptr=logits, ids_ptr=spec.ids.contiguous(), scores_ptr=spec.scores.contiguous(),
         advantages_ptr=unused if spec.advantages is None else spec.advantages.contiguous(),
         upstream_ptr=unused if upstream is None else upstream.contiguous(),

@@ -45,7 +45,7 @@ def row_weights(ids_ptr, scores_ptr, tau_ptr, row, K: tl.constexpr, BLOCK_K: tl.
 
 
 @triton.jit
-def mix_kernel(
+def mix_embeddings_kernel(
     ids_ptr, scores_ptr, tau_ptr, table_ptr, out_ptr, table_stride, D,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAU_PER_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def mix_kernel(
 
 
 @triton.jit
-def mix_backward_scores_kernel(
+def mix_embeddings_backward_kernel(
     ids_ptr, scores_ptr, tau_ptr, table_ptr, grad_ptr, out_ptr, table_stride, D,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAU_PER_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -82,6 +82,8 @@ def mix_backward_scores_kernel(
 
 
 class _MixEmbeddings(torch.autograd.Function):
+    """The mixtures. Saves ids, scores, table and tau."""
+
     @staticmethod
     def forward(ctx, ids: Tensor, scores: Tensor, embedding: Tensor, tau: Tensor) -> Tensor:
         ids, scores = ids.contiguous(), scores.contiguous()
@@ -90,7 +92,7 @@ class _MixEmbeddings(torch.autograd.Function):
         out = torch.empty(rows, dim, dtype=table.dtype, device=table.device)
         if rows and dim:
             chosen = constants(width, per_row=tau.ndim == 1)
-            mix_kernel[(rows, triton.cdiv(dim, chosen["BLOCK_D"]))](
+            mix_embeddings_kernel[(rows, triton.cdiv(dim, chosen["BLOCK_D"]))](
                 ids, scores, tau, table, out, table.stride(0), dim, **chosen, num_warps=NUM_WARPS
             )
         ctx.save_for_backward(ids, scores, table, tau)
@@ -105,7 +107,7 @@ class _MixEmbeddings(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_scores = torch.empty_like(scores)
             if rows:
-                mix_backward_scores_kernel[(rows,)](
+                mix_embeddings_backward_kernel[(rows,)](
                     ids, scores, tau, table, grad, grad_scores, table.stride(0), table.shape[1],
                     **constants(width, per_row=tau.ndim == 1), num_warps=NUM_WARPS,
                 )  # fmt: skip
@@ -133,7 +135,7 @@ def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, gra
     return total.to(table.dtype)
 
 
-def mix_embeddings(ids: Tensor, scores: Tensor, embedding: Tensor, tau: float | Tensor) -> Tensor:
+def mix_embeddings_triton(ids: Tensor, scores: Tensor, embedding: Tensor, tau: float | Tensor) -> Tensor:
     """Compute `latent_kernels.mix_embeddings` on checked arguments."""
     if not isinstance(tau, Tensor):  # filled on the device, because a copy from the host would wait for the device
         tau = torch.full((), tau, dtype=torch.float32, device=embedding.device)

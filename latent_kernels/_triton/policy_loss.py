@@ -167,7 +167,7 @@ class _PolicyLoss(torch.autograd.Function):
         return (gradient * grad).to(ctx.dtype), None, None, None
 
 
-def policy_loss(logprob: Tensor, spec: LossSpec, mask: Tensor, count: Tensor) -> tuple[Tensor, PolicyStats]:
+def policy_loss_triton(logprob: Tensor, spec: LossSpec, mask: Tensor, count: Tensor) -> tuple[Tensor, PolicyStats]:
     """Compute `ops.policy_loss` on checked arguments [R, T], with weights [R] and the `count` of active steps."""
     loss, *stats = _PolicyLoss.apply(logprob, spec, mask, count)
     return loss, PolicyStats(*stats)

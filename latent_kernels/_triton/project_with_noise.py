@@ -115,7 +115,7 @@ class _ProjectWithNoise(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None
 
 
-def project_with_noise(hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
+def project_with_noise_triton(hidden: Tensor, weight: Tensor, bias: Tensor | None, noise: NoiseSpec) -> Tensor:
     """Compute `latent_kernels.project_with_noise` on checked arguments."""
     if isinstance(noise.scale, Tensor):
         noise = noise._replace(scale=noise.scale.expand(len(hidden)).contiguous())

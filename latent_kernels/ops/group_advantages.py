@@ -51,9 +51,9 @@ def group_advantages(
     elif first_token != "all":
         raise ValueError(f"first_token={first_token!r} needs mean_logprob; give it or use first_token='all'")
     if resolve("group_advantages", impl, rewards) == "triton":
-        from latent_kernels._triton.group_advantages import group_advantages as triton_group_advantages
+        from latent_kernels._triton.group_advantages import group_advantages_triton
 
-        return triton_group_advantages(
+        return group_advantages_triton(
             rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token
         )
     return group_advantages_eager(rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token)

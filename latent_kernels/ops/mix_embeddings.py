@@ -31,7 +31,7 @@ def mix_embeddings(
     check_components(ids, scores, len(ids), embedding)
     check_row_range("tau", tau, len(ids), embedding, 0.0, open_low=True)
     if resolve("mix_embeddings", impl, embedding) == "triton":
-        from latent_kernels._triton.mix_embeddings import mix_embeddings as triton_mix_embeddings
+        from latent_kernels._triton.mix_embeddings import mix_embeddings_triton
 
-        return triton_mix_embeddings(ids, scores, embedding, tau)
+        return mix_embeddings_triton(ids, scores, embedding, tau)
     return mix_embeddings_ref(ids, scores, embedding, tau=tau)

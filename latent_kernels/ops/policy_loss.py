@@ -85,7 +85,7 @@ def policy_loss(
     options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
     check_loss_options(list(logprob.shape), logprob, old_logprob, advantages, mask, ref_logprob, options)
     if resolve("policy_loss", impl, logprob) == "triton":
-        from latent_kernels._triton.policy_loss import policy_loss as triton_policy_loss
+        from latent_kernels._triton.policy_loss import policy_loss_triton
 
         keep = mask.bool()
         lengths = keep.sum(-1, dtype=torch.float32)
@@ -94,7 +94,7 @@ def policy_loss(
         if ratio == "sequence":
             response_log_ratio = sequence_log_ratio(logprob.detach().float(), old_logprob.float(), keep)
         spec = LossSpec(old_logprob, advantages, ref_logprob, weights, response_log_ratio, options)
-        return triton_policy_loss(logprob, spec, keep, lengths.sum())
+        return policy_loss_triton(logprob, spec, keep, lengths.sum())
     return policy_loss_ref(
         logprob,
         old_logprob,

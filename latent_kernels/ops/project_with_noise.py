@@ -45,9 +45,9 @@ def project_with_noise(
     # Under autocast the eager products would be rounded to 16 bits.
     with torch.autocast(hidden.device.type, enabled=False):
         if implementation == "triton":
-            from latent_kernels._triton.project_with_noise import project_with_noise as triton_project_with_noise
+            from latent_kernels._triton.project_with_noise import project_with_noise_triton
 
-            return triton_project_with_noise(hidden, weight, bias, spec)
+            return project_with_noise_triton(hidden, weight, bias, spec)
         return project_with_noise_ref(
             hidden,
             weight,

@@ -56,9 +56,9 @@ def mix_embeddings_builds() -> Iterator[Build]:
         name = f"{dtype} K={width} tau {'a row' if per_row else 'one'}"
         forward = {**pointers, **table, "out_ptr": f"*{dtype}", **sizes}
         options = {"num_warps": mix.NUM_WARPS}
-        yield Build(f"mix {name}", mix.mix_kernel, forward, constants, options)
+        yield Build(f"mix {name}", mix.mix_embeddings_kernel, forward, constants, options)
         gradient = {**pointers, **table, "grad_ptr": f"*{dtype}", "out_ptr": "*fp32", **sizes}
-        yield Build(f"mix backward {name}", mix.mix_backward_scores_kernel, gradient, constants, options)
+        yield Build(f"mix backward {name}", mix.mix_embeddings_backward_kernel, gradient, constants, options)
 
 
 def group_advantages_builds() -> Iterator[Build]:
@@ -189,7 +189,7 @@ def logprob_builds() -> Iterator[Build]:
         options = logprob.launch_options(128_256)
         name = f"logprob {logits} dlogits={dlogits} K={width} {margin} {forward=} {upstream=} {entropy=}"
         strides = ("logits_stride", "dlogits_stride", "V")
-        yield Build(name, logprob.logprob_kernel, types, chosen, options, aligned=strides)
+        yield Build(name, logprob.latent_logprob_kernel, types, chosen, options, aligned=strides)
 
 
 def policy_loss_builds() -> Iterator[Build]:
