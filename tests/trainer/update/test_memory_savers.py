@@ -1,4 +1,4 @@
-"""Options that save memory: float32 copies of 16-bit parameters, 8-bit state, recomputed layers, LoRA."""
+"""Options that save memory: 16-bit parameters with float32 copies, 8-bit state, recomputed layers, LoRA."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import tolerances as tol
+from support.trainers import gradients
 from transformers import AutoModelForCausalLM
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
@@ -28,16 +29,23 @@ ROWS = make_problems(16, seed=1)
 
 
 def mixed_reward(completions, **columns):
-    """Chance, from a stream that the trainer seeds and checkpoints keep."""
+    """Draw rewards from a stream that the trainer seeds and checkpoints keep."""
     return [random.random() for _ in completions]
 
 
 def grpo(out: Path, dtype=torch.float32, **options) -> LatentGRPOTrainer:
+    sampling = dict(latent_top_k=3, temperature=1.0, top_k=0, top_p=1.0)
+    size = dict(num_generations=4, generation_batch_size=8, max_completion_length=6, max_steps=2)
     base = dict(
-        output_dir=str(out), latent_top_k=3, num_generations=4, generation_batch_size=8, max_completion_length=6,
-        group_filter=False, max_steps=2, save_steps=0, temperature=1.0, top_k=0, top_p=1.0, invalid="keep",
-        learning_rate=1e-3, log_table=False,
-    )  # fmt: skip
+        output_dir=str(out),
+        group_filter=False,
+        save_steps=0,
+        invalid="keep",
+        learning_rate=1e-3,
+        log_table=False,
+        **sampling,
+        **size,
+    )
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=0).to(dtype)
     return LatentGRPOTrainer(model, mixed_reward, LatentGRPOConfig(**{**base, **options}), ROWS, None, tokenizer)
@@ -45,27 +53,34 @@ def grpo(out: Path, dtype=torch.float32, **options) -> LatentGRPOTrainer:
 
 def sft(out: Path, **options) -> LatentSFTTrainer:
     base = dict(
-        output_dir=str(out), max_steps=2, per_device_train_batch_size=8, learning_rate=1e-3,
-        answer_template="{answer}", log_table=False, save_steps=0,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        answer_template="{answer}",
+        log_table=False,
+        save_steps=0,
+    )
     tokenizer = make_tokenizer()
     args = LatentSFTConfig(**{**base, **options})
     return LatentSFTTrainer(make_model(tokenizer, seed=0), args, ROWS, tokenizer)
 
 
-def figures(out: Path) -> list[dict[str, float]]:
+def metrics(out: Path) -> list[dict[str, float]]:
+    """Return the metrics of a run, without times."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("time_") and k != "tokens_per_second"} for row in rows]
 
 
 def one_weight(value: float, dtype=torch.bfloat16) -> torch.nn.Module:
+    """Return a model with a single parameter."""
     model = torch.nn.Linear(1, 1, bias=False, dtype=dtype)
     torch.nn.init.constant_(model.weight, value)
     return model
 
 
 @pytest.mark.parametrize("masters", [True, False])
-def test_updates_under_the_precision_of_the_parameters_add_up_in_float32_copies(masters):
+def test_updates_smaller_than_bfloat16_can_hold_add_up_in_float32_copies_only(masters):
     model = one_weight(1.0)
     args = LatentGRPOConfig(learning_rate=1e-4, master_weights=masters, max_grad_norm=0.0)
     updater = Updater(model, args, 200, freeze_embeddings=False)
@@ -82,7 +97,7 @@ def test_updates_under_the_precision_of_the_parameters_add_up_in_float32_copies(
 def test_gradients_of_micro_batches_add_up_in_float32():
     model = one_weight(1.0)
     updater = Updater(model, LatentGRPOConfig(max_grad_norm=0.0), 1, freeze_embeddings=False)
-    for scale in (256.0, 1.0):  # their sum is no bfloat16
+    for scale in (256.0, 1.0):  # bfloat16 cannot hold their sum
         updater.backward(scale * model.weight.sum())
     assert updater.step() == 257.0
     assert model.weight.grad is None
@@ -100,14 +115,14 @@ def test_a_bfloat16_run_is_resumed_bit_for_bit(options, tmp_path):
     grpo(tmp_path / "whole", torch.bfloat16, max_steps=4, **options).train()
     grpo(tmp_path / "cut", torch.bfloat16, max_steps=2, save_steps=2, **options).train()
     grpo(tmp_path / "cut", torch.bfloat16, max_steps=4, **options).train(resume_from_checkpoint=True)
-    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
-    assert all(row["grad_norm"] > 0 for row in figures(tmp_path / "whole"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "whole"))
     cut, whole = (tmp_path / name / "model.safetensors" for name in ("cut", "whole"))
     assert cut.read_bytes() == whole.read_bytes()
 
 
 def fake_bitsandbytes(monkeypatch) -> list[dict]:
-    """A bitsandbytes whose AdamW8bit is torch's AdamW and notes its options."""
+    """Install a bitsandbytes whose AdamW8bit is PyTorch's AdamW. Return the list of the options it is made with."""
     made = []
 
     class AdamW8bit(torch.optim.AdamW):
@@ -123,7 +138,7 @@ def fake_bitsandbytes(monkeypatch) -> list[dict]:
     return made
 
 
-def test_the_8_bit_optimizer_is_the_librarys_with_our_options(monkeypatch, tmp_path):
+def test_the_options_reach_the_8_bit_optimizer_of_the_library(monkeypatch, tmp_path):
     made = fake_bitsandbytes(monkeypatch)
     trainer = grpo(tmp_path / "run", optim="adamw_8bit", adam_beta1=0.8, adam_beta2=0.95, weight_decay=0.1, max_steps=1)
     assert made == [{"lr": 1e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}]
@@ -141,10 +156,10 @@ def test_8_bit_state_is_8_bits_and_resumes_bit_for_bit(tmp_path):
     assert torch.uint8 in dtypes
     grpo(tmp_path / "cut", max_steps=2, save_steps=2, **options).train()
     grpo(tmp_path / "cut", max_steps=4, **options).train(resume_from_checkpoint=True)
-    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
-def test_the_default_optimizer_is_torchs(tmp_path):
+def test_the_default_optimizer_is_that_of_pytorch(tmp_path):
     assert type(grpo(tmp_path).updater.optimizer) is torch.optim.AdamW
 
 
@@ -154,15 +169,17 @@ def test_the_default_optimizer_is_torchs(tmp_path):
         ({"optim": "adamw_8bit"}, "bitsandbytes.optim", r"optim is 'adamw_8bit': .*'latent-grpo\[bitsandbytes\]'"),
         ({"use_peft": True}, "peft", r"use_peft is True: .*'latent-grpo\[peft\]'"),
     ],
-)  # fmt: skip
-def test_a_library_that_is_not_installed_is_one_line(options, module, match, monkeypatch, tmp_path):
+)
+def test_a_library_that_is_not_installed_is_refused_with_the_command_to_install_it(
+    options, module, match, monkeypatch, tmp_path
+):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=match):
         grpo(tmp_path, **options)
 
 
 class LayerCalls:
-    """Counts the forward passes of the first decoder layer's attention."""
+    """Count the forward passes of the first decoder layer's attention."""
 
     def __init__(self, model) -> None:
         self.count = 0
@@ -173,7 +190,7 @@ class LayerCalls:
 
 
 def saved_bytes(forward) -> int:
-    """Bytes of the tensors that a forward pass keeps for its backward pass, parameters left out."""
+    """Return the bytes of the tensors, except parameters, that a forward pass keeps for its backward pass."""
     kept: dict[int, int] = {}
 
     def pack(tensor):
@@ -191,7 +208,7 @@ def test_recomputed_layers_give_the_same_gradients_for_less_memory(tmp_path):
     trainer = grpo(tmp_path)
     rollout = trainer.collect()[0].rollout
     model, calls = trainer.model, LayerCalls(trainer.model)
-    found = {}
+    results = {}
     for enabled in (False, True):
         calls.count = 0
         with recomputed(model, enabled):
@@ -199,14 +216,12 @@ def test_recomputed_layers_give_the_same_gradients_for_less_memory(tmp_path):
         assert calls.count == 2  # the prompts, and the responses on top of their cache
         hidden.square().sum().backward()
         assert calls.count == (4 if enabled else 2)
-        found[enabled] = (
-            hidden.detach(),
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
-        )
+        results[enabled] = (hidden.detach(), gradients(model))
         model.zero_grad()
-    assert torch.equal(found[True][0], found[False][0])
-    scale = float(found[False][1].abs().max())
-    torch.testing.assert_close(found[True][1], found[False][1], rtol=0, atol=tol.REORDERED * scale)
+    (hidden, gradient), (expected_hidden, expected_gradient) = results[True], results[False]
+    assert torch.equal(hidden, expected_hidden)
+    scale = float(expected_gradient.abs().max())
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=tol.REORDERED * scale)
 
     def forward(enabled):
         with recomputed(model, enabled):
@@ -216,19 +231,19 @@ def test_recomputed_layers_give_the_same_gradients_for_less_memory(tmp_path):
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
-def test_decoding_within_recomputed_layers_is_what_it_was(tmp_path):
+def test_decoding_within_recomputed_layers_gives_the_same_hidden_states(tmp_path):
     trainer = grpo(tmp_path)
     model = trainer.model
     embeds = embedding_table(model)[torch.arange(5)].detach().unsqueeze(0)
-    mask, where = torch.ones(1, 5, dtype=torch.long), torch.arange(5).unsqueeze(0)
+    mask, positions = torch.ones(1, 5, dtype=torch.long), torch.arange(5).unsqueeze(0)
     with torch.no_grad():
-        expected = body(model, embeds, mask, where)
+        expected = body(model, embeds, mask, positions)
         with recomputed(model):
-            assert torch.equal(body(model, embeds, mask, where), expected)
+            assert torch.equal(body(model, embeds, mask, positions), expected)
 
 
 @pytest.mark.parametrize("make", [grpo, sft], ids=["train", "sft"])
-def test_gradient_checkpointing_trains_the_same_and_computes_layers_again(make, tmp_path):
+def test_gradient_checkpointing_trains_the_same_model_and_computes_layers_again(make, tmp_path):
     counts = {}
     for enabled in (False, True):
         trainer = make(tmp_path / str(enabled), gradient_checkpointing=enabled, max_steps=1)
@@ -236,7 +251,7 @@ def test_gradient_checkpointing_trains_the_same_and_computes_layers_again(make, 
         trainer.train()
         counts[enabled] = calls.count
     assert counts[True] > counts[False]
-    for plain, again in zip(figures(tmp_path / "False"), figures(tmp_path / "True"), strict=True):
+    for plain, again in zip(metrics(tmp_path / "False"), metrics(tmp_path / "True"), strict=True):
         assert again["loss"] == pytest.approx(plain["loss"], abs=tol.REORDERED)
         assert again["grad_norm"] == pytest.approx(plain["grad_norm"], rel=tol.REORDERED)
 
@@ -251,7 +266,7 @@ def parameters(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("make", [grpo, sft], ids=["train", "sft"])
-def test_lora_trains_adapters_alone_and_saves_them_merged(make, peft, tmp_path):
+def test_lora_trains_only_adapters_and_saves_them_merged(make, peft, tmp_path):
     trainer = make(tmp_path / "run", use_peft=True, lora_r=4, lora_alpha=8, save_steps=1, save_total_limit=1)
     model = trainer.model
     assert model.model.layers[0].self_attn.q_proj.r["default"] == 4
@@ -281,10 +296,10 @@ def test_adapters_are_resumed_bit_for_bit(peft, tmp_path):
     grpo(tmp_path / "cut", max_steps=2, save_steps=1, **options).train()
     trainer = grpo(tmp_path / "cut", max_steps=4, **options)
     trainer.train(resume_from_checkpoint=True)
-    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert trainer.reference is trainer.model
-    kl = [row["kl"] for row in figures(tmp_path / "whole")]
-    assert abs(kl[0]) < 1e-6  # adapters begin at zero
+    kl = [row["kl"] for row in metrics(tmp_path / "whole")]
+    assert abs(kl[0]) < 1e-6  # new adapters change nothing
     assert kl[-1] > 1e-6
 
 
@@ -307,18 +322,19 @@ def test_adapters_of_bfloat16_models_are_float32_and_merge_into_bfloat16(peft, t
     assert {p.dtype for p in merged_model(trainer.model).parameters()} == {torch.bfloat16}
 
 
-def test_lora_targets_are_chosen(peft, tmp_path):
-    names = lambda trainer: {  # noqa: E731
-        name.split(".")[-1] for name, module in trainer.model.named_modules() if hasattr(module, "base_layer")
-    }
-    assert names(grpo(tmp_path, use_peft=True)) == {"q_proj", "v_proj"}
-    assert names(grpo(tmp_path, use_peft=True, lora_target_modules=["o_proj", "up_proj"])) == {"o_proj", "up_proj"}
+def test_lora_adapts_the_layers_that_its_option_names(peft, tmp_path):
+    def adapted(**options) -> set[str]:
+        model = grpo(tmp_path, use_peft=True, **options).model
+        return {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "base_layer")}
+
+    assert adapted() == {"q_proj", "v_proj"}
+    assert adapted(lora_target_modules=["o_proj", "up_proj"]) == {"o_proj", "up_proj"}
     every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert names(grpo(tmp_path, use_peft=True, lora_target_modules=["all-linear"])) == every
+    assert adapted(lora_target_modules=["all-linear"]) == every
 
 
 @pytest.mark.parametrize("targets", [["nowhere"], ["lm_head", "q_proj"], ["embed_tokens"]])
-def test_lora_targets_that_cannot_be_are_refused(targets, peft, tmp_path):
+def test_lora_targets_that_do_not_exist_or_are_tables_are_refused(targets, peft, tmp_path):
     with pytest.raises(ConfigError, match="lora_target_modules is") as error:
         grpo(tmp_path, use_peft=True, lora_target_modules=targets)
     assert "\n" not in str(error.value)
@@ -330,7 +346,7 @@ def test_a_checkpoint_of_adapters_of_another_rank_is_refused(peft, tmp_path):
         grpo(tmp_path / "run", use_peft=True, lora_r=8).train(resume_from_checkpoint=True)
 
 
-def test_a_model_of_finished_adapters_is_not_trained_by_accident(peft, tmp_path):
+def test_a_model_whose_adapters_are_frozen_is_refused(peft, tmp_path):
     trainer = grpo(tmp_path / "run", use_peft=True)
     model = copy.deepcopy(trainer.model).requires_grad_(False)
     with pytest.raises(ConfigError, match="adapters that are not trainable"):
