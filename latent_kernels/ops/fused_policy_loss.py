@@ -196,7 +196,7 @@ def fused_policy_loss(
         clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator, entropy_coef
     )
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
-    _check_arguments(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options)
+    _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
     unsupported = components_limit(ids.shape[2])
     kernels = _row_kernels(resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported))
     return _loss_of_active_steps(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options, kernels)
@@ -207,6 +207,7 @@ def _check_arguments(
     lm_head: Tensor,
     spec: LogprobSpec,
     old_logprob: Tensor,
+    advantages: Tensor,
     mask: Tensor,
     ref_logprob: Tensor | None,
     options: LossOptions,
@@ -217,8 +218,7 @@ def _check_arguments(
     check_tensor("lm_head", lm_head, [None, hidden.shape[2]], like=hidden)
     check_tensor("ids", spec.ids, [*steps, None], (torch.int64,), like=hidden)
     check_tensor("scores", spec.scores, list(spec.ids.shape), like=hidden)
-    assert spec.advantages is not None
-    check_loss_options(steps, hidden, old_logprob, spec.advantages, mask, ref_logprob, options)
+    check_loss_options(steps, hidden, old_logprob, advantages, mask, ref_logprob, options)
     ids, scores = spec.ids.flatten(0, 1), spec.scores.flatten(0, 1)
     check_logprob_options(ids, scores, len(ids), hidden, spec.temperature, None, spec.margin_gradient)
     check_range("entropy_coef", options.entropy_coef, 0.0)

@@ -27,9 +27,10 @@ def check_loss_options(
     options: LossOptions,
 ) -> None:
     """Check the arguments that `policy_loss` and `fused_policy_loss` share; tensors have `shape`, [R, T]."""
-    for name, value in (("old_logprob", old_logprob), ("advantages", advantages), ("ref_logprob", ref_logprob)):
-        if value is not None:
-            check_tensor(name, value, shape, like=like)
+    check_tensor("old_logprob", old_logprob, shape, like=like)
+    check_tensor("advantages", advantages, shape, like=like)
+    if ref_logprob is not None:
+        check_tensor("ref_logprob", ref_logprob, shape, like=like)
     check_tensor("mask", mask, shape, None, like=like)
     check_range("clip_low", options.clip_low, 0.0, 1.0)
     check_range("clip_high", options.clip_high, 0.0)
