@@ -90,6 +90,7 @@ class Collector:
         kept: list[Groups] = []
         all_rewards: list[Tensor] = []
         kept_count = 0
+        # Dynamic sampling: new prompts replace the groups that agree, from which nothing can be learnt.
         for _ in range(args.max_generation_batches):
             groups = self.sample(model)
             all_rewards.append(groups.rewards)
@@ -109,7 +110,7 @@ class Collector:
                 )
         batch = concatenate_groups(kept or [groups])
         seconds = time.perf_counter() - started
-        # Rewards are reported of all responses. Those of the kept groups alone would look alike from step to step.
+        # The metrics are of all responses. The filter would hide prompts that are always or never solved.
         by_group = torch.cat(all_rewards).view(-1, args.num_generations)
         values = {
             "reward": float(by_group.mean()),
@@ -140,6 +141,7 @@ class Collector:
         self.generations += 1
         if world_size() == 1:
             return self.respond(model, sampling, rows, ids, mask, range(len(rows)))
+        # By the length of the prompts: the length of a response is not known before it is sampled.
         shares = snake_draft(mask.sum(-1).tolist(), world_size())
         own = self.respond(model, sampling, rows, ids, mask, shares[rank()])
         gathered = concatenate_groups(all_gather([own.to("cpu")])).to(model.device)
@@ -163,7 +165,7 @@ class Collector:
         args, width = self.args, self.args.num_generations
         index = torch.tensor(list(indices), device=ids.device)
         streams = rows_of_groups(index, width)  # numbers of the responses in the whole rollout
-        max_rows = None
+        max_rows = None  # how many responses are decoded at a time; the others wait for a free slot
         if args.rollout_memory is not None:
             tokens = ids.shape[1] + args.max_completion_length
             max_rows = rows_within(args.rollout_memory, model.config, model.dtype, tokens)
@@ -202,7 +204,7 @@ class Collector:
         # The order is drawn again from the epoch's number, so that a resumed run needs only `prompts_seen`.
         for position in range(self.prompts_seen, self.prompts_seen + self.prompts_per_batch):
             epoch, offset = divmod(position, len(self.rows))
-            if not indices or offset == 0:
+            if not indices or offset == 0:  # a batch may reach over the end of an epoch
                 generator = torch.Generator().manual_seed(derive_seed(self.args.seed, epoch))
                 order = torch.randperm(len(self.rows), generator=generator).tolist()
             indices.append(order[offset])

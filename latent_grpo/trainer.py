@@ -138,7 +138,7 @@ class LatentGRPOTrainer:
         return sampling
 
     def _count_steps(self) -> int:
-        """Return the number of steps of the run."""
+        """Return the number of steps of the run; ConfigError if there are more processes than prompts per rollout."""
         args, prompts = self.args, self.collector.prompts_per_batch
         remedy = f"{world_size()} processes share its {prompts} prompts; give each one or more"
         require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, remedy)
@@ -153,12 +153,13 @@ class LatentGRPOTrainer:
         path: where the initial model can be loaded from again; None if it was given as an object.
         """
         args = self.args
+        # The last update of an epoch may be smaller than the others.
         updates_per_step = args.num_iterations * -(-args.generation_batch_size // self.update_size)
         if args.use_peft:
             add_adapters(self.model, args)
         self.full_model = shard(self.model, sampling=True)
         self.updater = Updater(self.model, args, self.total_steps * updates_per_step, args.freeze_embeddings)
-        self.reference = None
+        self.reference = None  # a second model in memory, so only for a KL penalty
         if args.beta > 0 and args.use_peft:
             self.reference = self.full_model
         elif args.beta > 0 and path is not None:

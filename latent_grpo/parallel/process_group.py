@@ -98,6 +98,7 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
         return function()
     outcome: list[Any] = [None, None]  # the result, the message of a ConfigError
     if rank() == 0:
+        # A ConfigError that left the function here would leave the other ranks waiting in the broadcast.
         try:
             outcome[0] = function()
         except ConfigError as error:

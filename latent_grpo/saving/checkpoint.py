@@ -76,7 +76,7 @@ class Checkpoints:
         final, partial = self.output_dir / f"checkpoint-{step}", self.output_dir / f".checkpoint-{step}.partial"
         on_rank_zero(lambda: self._make_partial(partial))
         write_shards(partial / SHARDS, self.updater.tensors())
-        copy_to_full(self.full_model, self.model)
+        copy_to_full(self.full_model, self.model)  # rank 0 writes the full model, which may lag behind the shards
         tensors = {"updater": self.updater.state_dict(), "random": all_gather([random_state()]), "position": position}
         on_rank_zero(lambda: self._finish(final, partial, tensors, {"step": step, "log_history": history}))
         return final
@@ -91,6 +91,7 @@ class Checkpoints:
         """Write the files of rank 0, and rename the checkpoint once all of it is on the disk."""
         write_model(partial, self.full_model, self.tokenizer)
         torch.save(tensors, partial / TENSOR_FILE)
+        # The sizes tell a torn checkpoint from a whole one, so this file is the last.
         files = {str(path.relative_to(partial)): path.stat().st_size for path in files_in(partial)}
         (partial / STATE_FILE).write_text(json.dumps({**state, **self._identity(), "files": files}, indent=1))
         for path in (*files_in(partial), partial / SHARDS, partial):
@@ -113,6 +114,7 @@ class Checkpoints:
         Raises:
             ConfigError: the checkpoint is missing, torn or of another run. Nothing has been written then.
         """
+        # Rank 0 chooses, since all ranks must resume the same checkpoint.
         folder = on_rank_zero(lambda: find_checkpoint(self.output_dir, choice))
         state = read_state(folder)
         check_identity(folder, state, self._identity())

@@ -69,13 +69,14 @@ class Updater:
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
                 copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
-                parameter.grad = None
+                parameter.grad = None  # a second gradient per parameter would stay in memory
 
     def step(self) -> float:
         """Clip the gradients, update and clear them. Return their norm before clipping.
 
         If the norm is not finite, skip the update, warn and count it. The learning rate moves on in any case.
         """
+        # The norm of sharded gradients is a DTensor with a partial norm per rank. full_tensor combines them.
         norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -107,6 +108,7 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rest of the state, which is small and the same on every rank."""
+        # By name: PyTorch's own state_dict numbers the parameters, and it mixes large and small values.
         small = {
             name: {k: v for k, v in self.optimizer.state.get(copy, {}).items() if not _is_large(v, copy)}
             for name, copy, _ in self.trained()
