@@ -37,6 +37,8 @@ DONE, FAILED, CUT_OFF, NOT_STARTED = "done", "failed", "cut off", "not started"
 UNPLANNED = 30  # seconds expected of an operator that the plan does not name
 LIMIT = 3.0  # times the expected seconds: most that a job may take
 KERNEL_TESTS = ("tests/kernels", "tests/trainer/rollout/test_step_graphs.py")
+# Of these, the tests that run kernels or need a GPU. Not "kernel": it is in the folder's name and would select all.
+SELECTED = "triton or _kernel or captured or cuda"
 REHEARSAL_TESTS = ("tests/kernels/test_mix_embeddings.py",)
 TEST_WORKERS = 8  # Triton compiles kernels on the CPU, so several processes help
 PATIENCE = 10.0  # seconds for a process to end after a signal
@@ -87,8 +89,7 @@ def gpu_jobs() -> list[Job]:
     The expected seconds include the compilation of every case, in a rollout that of a whole model.
     """
     workers = ("-n", str(TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
-    select = ("-k", "triton or kernel or captured or cuda")
-    tests = Job("tests of the kernels", (*_pytest(), *workers, *select, *KERNEL_TESTS), 120, tests=True)
+    tests = Job("tests of the kernels", (*_pytest(), *workers, "-k", SELECTED, *KERNEL_TESTS), 120, tests=True)
     plan = [
         ("latent_step", "llama-1b", 70),
         ("fused_policy_loss", "llama-1b", 80),

@@ -1,4 +1,4 @@
-"""The short run of a real model, on the tiny one: what it leaves, and what it says when there was no time."""
+"""The short run of a real model, with the tiny model: what it leaves, and what it says if the time was too short."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def arguments(tmp_path: Path) -> list[str]:
     for name, count in (("train", 60), ("test", 8)):
         lines = (json.dumps(problem) for problem in make_problems(count, seed=count))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    return [
-        "--model", str(tmp_path / "model"), "--train", str(tmp_path / "train.jsonl"), "--device", "cpu",
-        "--test", f"gsm8k={tmp_path / 'test.jsonl'}", "--out", str(tmp_path / "out"), "--dtype", "float32",
-        "--latent_top_k", "2", "--limit", "6", "--max_completion_length", "12",
-    ]  # fmt: skip
+    command = (
+        f"--model {tmp_path}/model --train {tmp_path}/train.jsonl --test gsm8k={tmp_path}/test.jsonl "
+        f"--out {tmp_path}/out --device cpu --dtype float32 --latent_top_k 2 --limit 6 --max_completion_length 12"
+    )
+    return command.split()
 
 
 class Impatient(subprocess.Popen):  # type: ignore[type-arg]
-    """A process whose time is up when a run of the warm start has logged its third step."""
+    """A process whose time is up when the warm start has logged its third step."""
 
     def wait(self, timeout: float | None = None) -> int:
         assert isinstance(self.args, list)
@@ -43,6 +43,7 @@ class Impatient(subprocess.Popen):  # type: ignore[type-arg]
         return super().wait()
 
 
+@pytest.mark.slow
 def test_training_that_does_not_end_is_stopped_and_evaluated(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +62,7 @@ def test_training_that_does_not_end_is_stopped_and_evaluated(
     assert "| gsm8k-aug | 6 |" in (tmp_path / "out" / "before-after.md").read_text()
 
 
-def test_a_slot_that_is_too_short_or_a_folder_in_use_is_told_of(
+def test_a_slot_that_is_too_short_or_a_folder_in_use_is_an_error(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:

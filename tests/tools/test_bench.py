@@ -1,4 +1,4 @@
-"""The benchmark's command line, schema, correctness gate and memory measure. Times are never judged."""
+"""The benchmark's command line, schema, check of correctness and measure of memory. Times are never judged."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.harness import run
 from bench.harness.cases import SHAPES, Parameters, Problem, Provider, Run
 from bench.harness.memory import peak_extra_bytes
 from bench.harness.report import Row
-from bench.harness.timing import time_alternating
+from bench.harness.timing import Roofline, measure_roofline, time_alternating
 from bench.operators import OPERATORS
 from bench.routes import Timing, table_of
 from bench.routes import main as routes_main
 
 CPU = torch.device("cpu")
 LIGER = importlib.util.find_spec("liger_kernel") is not None
-NOT_HERE = {"ours-triton", "cut-cross-entropy"} | (set() if LIGER else {"liger"})  # providers, on a CPU
-NOT_HERE |= set() if hasattr(torch.nn, "LinearCrossEntropyOptions") else {"linear_cross_entropy"}
-BARE_PRODUCT = ("fused_policy_loss", "latent_step")  # operators that are compared with it
+NOT_ON_A_CPU = {"ours-triton", "cut-cross-entropy"} | (set() if LIGER else {"liger"})  # providers
+NOT_ON_A_CPU |= set() if hasattr(torch.nn, "LinearCrossEntropyOptions") else {"linear_cross_entropy"}
+WITH_BARE_PRODUCT = ("fused_policy_loss", "latent_step")  # operators
+SLOW = ("rollout_ragged", "rollout")  # operators whose tiny case takes seconds: hundreds of rows or steps
 QUICK = ["--shapes", "tiny", "--device", "cpu", "--repeats", "2"]
 
 
@@ -39,8 +41,19 @@ def _one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _known_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare every call of `main` a second for the measurement of the device's limits."""
+    monkeypatch.setattr(run, "measure_roofline", lambda device, dtype: Roofline(2e9, 3e12))
+
+
+def each_operator(*slow: str) -> list[Any]:
+    """Return all operators as parameters of a test. The named ones run only with --slow."""
+    return [pytest.param(op, marks=[pytest.mark.slow] if op in slow else []) for op in OPERATORS]
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, op: str, name: str, bad: Run | None = None) -> list[str]:
-    """Make a provider of `op` return outputs that are off by one (or do what `bad` does); lists its timed calls."""
+    """Make a provider of `op` return outputs that are off by one, or do what `bad` does. Return its timed calls."""
     operator = OPERATORS[op]
     calls: list[str] = []
 
@@ -59,23 +72,27 @@ def spoil(monkeypatch: pytest.MonkeyPatch, op: str, name: str, bad: Run | None =
     return calls
 
 
-def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ops",
+    [[op for op in OPERATORS if op not in SLOW], pytest.param(list(SLOW), marks=pytest.mark.slow)],
+    ids=["quick", "slow"],
+)
+def test_operators_on_the_tiny_shape(ops: list[str], tmp_path: Path) -> None:
     path, table = tmp_path / "out.json", tmp_path / "out.csv"
-    assert main([*QUICK, "--no-memory", "--json", str(path), "--csv", str(table)]) == 0
+    assert main([*ops, *QUICK, "--no-memory", "--json", str(path), "--csv", str(table)]) == 0
     report = json.loads(path.read_text())
     assert set(report) == {"schema", "environment", "rows"}
     stamp = report["environment"]
     assert stamp["device"]
     assert stamp["torch"] == torch.__version__
     assert stamp["threads"] == 1
-    assert stamp["copy_gb_per_s"] > 0
-    assert stamp["matmul_tflop_per_s"] > 0
-    assert {row["op"] for row in report["rows"]} == set(OPERATORS)
+    assert (stamp["copy_gb_per_s"], stamp["matmul_tflop_per_s"]) == (2, 3)
+    assert {row["op"] for row in report["rows"]} == set(ops)
     for row in report["rows"]:
         assert set(row) == {field.name for field in fields(Row)}
         assert (row["shape"], row["dtype"]) == ("tiny", "float32")
         assert row["peak_extra_mb"] is None
-        if row["provider"] in NOT_HERE:
+        if row["provider"] in NOT_ON_A_CPU:
             assert row["correct"] is row["median_ms"] is row["ratio"] is None
             assert row["note"].startswith("not available: ")
         else:
@@ -85,7 +102,7 @@ def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
             assert row["ratio"] > 0
             assert row["roofline"] > 0
             assert row["gb_per_s"] > 0
-            assert (row["over_matmul"] is not None) == (row["op"] in BARE_PRODUCT)
+            assert (row["over_matmul"] is not None) == (row["op"] in WITH_BARE_PRODUCT)
         if row["provider"] == OPERATORS[row["op"]].baseline:
             assert row["ratio"] == 1
         if row["provider"] == "matmul":
@@ -96,7 +113,7 @@ def test_all_operators_on_the_tiny_shape(tmp_path: Path) -> None:
     assert json.loads(lines[0]["parameters"]) == report["rows"][0]["parameters"]
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", each_operator(*SLOW))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_providers_are_right_in_half_precision(op: str, dtype: torch.dtype) -> None:
     for parameters in OPERATORS[op].cases(SHAPES["tiny"], CPU):
@@ -107,7 +124,7 @@ def test_providers_are_right_in_half_precision(op: str, dtype: torch.dtype) -> N
                 assert (provider.check or problem.check)((provider.checked or provider.run)()) is None, provider.name
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", each_operator(*SLOW))
 def test_a_wrong_provider_is_not_timed(
     op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,19 +176,35 @@ def test_memory_measure_sees_a_known_allocation() -> None:
     assert peak_extra_bytes(tuple, CPU) < 2**20
 
 
-def test_memory_of_every_provider_is_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "providers",
+    [
+        ["ours-eager", "ours-triton"],
+        # A process per provider and case, each of which imports torch.
+        pytest.param(["eager", "reference", "liger", "matmul", "ours-eager", "ours-triton"], marks=pytest.mark.slow),
+    ],
+    ids=["ours", "all"],
+)
+def test_memory_of_a_provider_is_measured(providers: list[str], tmp_path: Path) -> None:
     path, rows = tmp_path / "out.json", 8192
     logits, gradient = (rows * width * 4 / 1e6 for width in (SHAPES["tiny"].vocab, SHAPES["tiny"].hidden))
     # Far above what the system's count of a process's memory is off by, and what an allocator still holds.
     assert gradient > 2
-    assert main(["fused_policy_loss", *QUICK, "--rows", str(rows), "--json", str(path)]) == 0
+    chosen = ["--rows", str(rows), "--providers", *providers]
+    assert main(["fused_policy_loss", *QUICK, *chosen, "--json", str(path)]) == 0
     peaks = [(row["provider"], row["peak_extra_mb"]) for row in json.loads(path.read_text())["rows"]]
-    assert {name for name, _ in peaks} >= {"eager", "reference", "matmul", "ours-eager", "ours-triton"}
+    assert {name for name, _ in peaks} == set(providers)
     for name, peak in peaks:
-        if name in NOT_HERE:
+        if name in NOT_ON_A_CPU:
             assert peak is None
         else:
             assert (logits if name == "eager" else gradient) * 0.9 < peak < 20 * logits, name
+
+
+def test_limits_of_the_device_are_measured() -> None:
+    limits = measure_roofline(CPU, torch.float32)
+    assert limits.bytes_per_second > 0
+    assert limits.flops_per_second > 0
 
 
 def test_providers_take_turns() -> None:

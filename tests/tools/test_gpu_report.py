@@ -1,4 +1,4 @@
-"""`python -m bench gpu-report`: what runs within the time, and what the report says of the rest. No GPU is needed."""
+"""`python -m bench gpu-report`: what runs within the time, and what the report says about the rest. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from bench.gpu_report import (
     CUT_OFF,
     DONE,
     FAILED,
+    KERNEL_TESTS,
     LIMIT,
     NOT_STARTED,
+    REHEARSAL_TESTS,
     Job,
     Outcome,
     execute,
@@ -32,7 +34,7 @@ from bench.plot import main as plot
 
 
 class Bench:
-    """Jobs that take as long as `seconds` says, on a clock that only they move."""
+    """Runs jobs that take as long as `seconds` says, on a clock that only they move."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.now, self.seconds = 0.0, seconds
@@ -46,7 +48,10 @@ class Bench:
         return Outcome(job.name, DONE if taken <= limit else CUT_OFF, min(taken, limit))
 
     def run(self, jobs: list[Job], budget: float) -> dict[str, str]:
-        outcomes = run_jobs(jobs, budget, self.execute, lambda found: self.records.append(len(found)), lambda: self.now)
+        def record(outcomes: list[Outcome]) -> None:
+            self.records.append(len(outcomes))
+
+        outcomes = run_jobs(jobs, budget, self.execute, record, lambda: self.now)
         return {outcome.name: outcome.status for outcome in outcomes}
 
 
@@ -79,16 +84,20 @@ def test_no_job_runs_beyond_the_time() -> None:
     assert bench.now == 12
 
 
-def test_the_plan_names_operators_and_puts_the_tests_first(repository: Path) -> None:
+def test_the_plan_names_operators_and_puts_the_tests_first() -> None:
     jobs = gpu_jobs()
     assert [job.tests for job in jobs] == [True] + [False] * (len(jobs) - 1)
     benched = [job.arguments[1] for job in jobs[1:]]
     assert set(benched) == set(with_cases("llama-1b", "cuda")) <= set(OPERATORS)
     assert benched[:2] == ["latent_step", "fused_policy_loss"]
-    files = [argument for argument in jobs[0].arguments if argument.endswith(".py")]
-    assert files
-    assert all((repository / file).is_file() for file in files)
+    assert jobs[0].arguments[-len(KERNEL_TESTS) :] == KERNEL_TESTS
     assert sum(job.expected for job in jobs[:5]) < 9 * 60  # what matters most fits into the shortest slot
+
+
+@pytest.mark.parametrize("path", [*KERNEL_TESTS, *REHEARSAL_TESTS])
+def test_the_tests_of_a_report_exist(path: str, repository: Path) -> None:
+    place = repository / path
+    assert list(place.glob("test_*.py")) if place.is_dir() else place.is_file(), path
 
 
 def test_the_plan_times_compiled_rivals() -> None:
@@ -98,17 +107,17 @@ def test_the_plan_times_compiled_rivals() -> None:
 
 
 def write_rows(path: Path, **fields: Any) -> str:
-    """A program that writes one row to the file after --json, as a bench does."""
-    row = {
-        "op": "latent_step", "shape": "tiny", "provider": "ours", "dtype": "float32", "parameters": {"rows": 4},
-        "median_ms": 1.5, "p20": 1.4, "p80": 1.6, "samples": 3, "peak_extra_mb": None, "ratio": 2.0,
-        "over_matmul": None, "gb_per_s": 1.0, "roofline": 0.5, "correct": True, "note": "", **fields,
-    }  # fmt: skip
-    stamp = {
-        "device": "some device", "device_type": "cpu", "threads": 1, "cuda": None, "torch": "2", "triton": None,
-        "python": "3", "commit": "abc", "date": "2026-01-01T00:00:00Z", "copy_gb_per_s": 1.0,
-        "matmul_tflop_per_s": 1.0, "matmul_dtype": "float32",
-    }  # fmt: skip
+    """Write a program that writes one row to the file after --json, as a bench does. Return its module name.
+
+    Its arguments are the seconds that it sleeps and its exit code.
+    """
+    case = {"op": "latent_step", "shape": "tiny", "provider": "ours", "dtype": "float32", "parameters": {"rows": 4}}
+    times = {"median_ms": 1.5, "p20": 1.4, "p80": 1.6, "samples": 3, "ratio": 2.0, "over_matmul": None}
+    rest = {"peak_extra_mb": None, "gb_per_s": 1.0, "roofline": 0.5, "correct": True, "note": ""}
+    row = {**case, **times, **rest, **fields}
+    stamp = {"device": "some device", "device_type": "cpu", "threads": 1, "cuda": None, "commit": "abc"}
+    stamp |= {"torch": "2", "triton": None, "python": "3", "date": "2026-01-01T00:00:00Z"}
+    stamp |= {"copy_gb_per_s": 1.0, "matmul_tflop_per_s": 1.0, "matmul_dtype": "float32"}
     content = json.dumps({"environment": stamp, "rows": [row]})
     program = path / "fake_bench.py"
     program.write_text(
