@@ -121,7 +121,8 @@ def lm_head_sidecar(hidden: Tensor, lm_head: Tensor, config: ProductConfig) -> S
     logits = torch.empty(rows, groups * GROUP, dtype=torch.float32, device=hidden.device)
     maxima, sums = _empty_sidecar(rows, vocab, hidden.device)
     lm_head_kernel[(groups * triton.cdiv(rows, config.block_b),)](
-        lm_head, hidden, logits, maxima, sums, lm_head.stride(0), hidden.stride(0), rows, vocab, width, groups,
+        weight_ptr=lm_head, hidden_ptr=hidden, logits_ptr=logits, maxima_ptr=maxima, sums_ptr=sums,
+        weight_stride=lm_head.stride(0), hidden_stride=hidden.stride(0), B=rows, V=vocab, D=width, G=groups,
         **product_constants(config, dot_dtype(hidden, lm_head)), **product_options(config),
     )  # fmt: skip
     return Sidecar(logits, maxima, sums)
@@ -135,6 +136,7 @@ def logits_sidecar(logits: Tensor) -> Sidecar:
     if rows:
         groups = maxima.shape[1]
         sidecar_kernel[(rows, triton.cdiv(groups, GROUPS_PER_PROGRAM))](
-            logits, maxima, sums, logits.stride(0), vocab, groups, **sidecar_constants(), num_warps=SIDECAR_WARPS
-        )
+            logits_ptr=logits, maxima_ptr=maxima, sums_ptr=sums, logits_stride=logits.stride(0), V=vocab, G=groups,
+            **sidecar_constants(), num_warps=SIDECAR_WARPS,
+        )  # fmt: skip
     return Sidecar(logits, maxima, sums)

@@ -93,8 +93,9 @@ class _MixEmbeddings(torch.autograd.Function):
         if rows and dim:
             chosen = constants(width, per_row=tau.ndim == 1)
             mix_embeddings_kernel[(rows, triton.cdiv(dim, chosen["BLOCK_D"]))](
-                ids, scores, tau, table, out, table.stride(0), dim, **chosen, num_warps=NUM_WARPS
-            )
+                ids_ptr=ids, scores_ptr=scores, tau_ptr=tau, table_ptr=table, out_ptr=out,
+                table_stride=table.stride(0), D=dim, **chosen, num_warps=NUM_WARPS,
+            )  # fmt: skip
         ctx.save_for_backward(ids, scores, table, tau)
         return out
 
@@ -108,7 +109,8 @@ class _MixEmbeddings(torch.autograd.Function):
             grad_scores = torch.empty_like(scores)
             if rows:
                 mix_embeddings_backward_kernel[(rows,)](
-                    ids, scores, tau, table, grad, grad_scores, table.stride(0), table.shape[1],
+                    ids_ptr=ids, scores_ptr=scores, tau_ptr=tau, table_ptr=table, grad_ptr=grad,
+                    out_ptr=grad_scores, table_stride=table.stride(0), D=table.shape[1],
                     **constants(width, per_row=tau.ndim == 1), num_warps=NUM_WARPS,
                 )  # fmt: skip
         if ctx.needs_input_grad[2]:
