@@ -98,13 +98,22 @@ def commands() -> list[str]:
     return lines
 
 
+def relatives(part: type) -> str:
+    """Return the groups that a configuration consists of, or the configurations that a group is part of."""
+    if part in CONFIGS:
+        inherited = [other for other in groups() if other is not part and issubclass(part, other)]
+        links = ", ".join(f"[{other.__name__}](#{other.__name__.lower()})" for other in inherited)
+        return f" It inherits {links}." if links else ""
+    return f" Part of {', '.join(f'`{config.__name__}`' for config in CONFIGS if issubclass(config, part))}."
+
+
 def page() -> str:
     """Return the page in Markdown."""
     lines = [INTRODUCTION]
-    users = {part: [config.__name__ for config in CONFIGS if issubclass(config, part)] for part in groups()}
     for part, options in groups().items():
-        used_by = "" if part in CONFIGS else f" Part of {', '.join(f'`{name}`' for name in users[part])}."
-        lines += [f"## {part.__name__}", "", f"{(part.__doc__ or '').strip()}{used_by}", ""]
+        lines += [f"## {part.__name__}", "", f"{(part.__doc__ or '').strip()}{relatives(part)}", ""]
+        if not options:
+            continue
         lines += ["| option | takes | default | |", "| --- | --- | --- | --- |"]
         for option, annotation in options:
             meaning = escaped(str(option.metadata["help"]))

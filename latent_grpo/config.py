@@ -36,7 +36,9 @@ class Range:
         return above and below and value == value
 
     def __str__(self) -> str:
-        """Return the range in words, as `0 or more, below 1`."""
+        """Return the range in words, as `0 to 1` or `0 or more, below 1`."""
+        if None not in (self.low, self.high) and not (self.open_low or self.open_high):
+            return f"{self.low} to {self.high}"
         words = []
         if self.low is not None:
             words.append(f"above {self.low:g}" if self.open_low else f"{self.low:g} or more")
