@@ -331,8 +331,8 @@ def test_every_option_is_documented_once() -> None:
 
     page = docs_script("options").page()
     configurations = page[: page.index("## Flags of the other commands")]
-    # `sft` gives these a default of its own, or `compare` has an option of the same name.
-    twice = {"learning_rate", "latent", "freeze_embeddings", "output_dir"}
+    # `sft` gives these a default of its own, or another configuration has an option of the same name.
+    twice = {"learning_rate", "latent", "freeze_embeddings", "output_dir", "seed"}
     for option in fields(LatentGRPOConfig):
         assert configurations.count(f"| `{option.name}` |") == (2 if option.name in twice else 1), option.name
         assert option.metadata["help"].strip(), option.name
