@@ -171,7 +171,10 @@ def policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
 ) -> PolicyLoss:
-    """Return the clipped policy loss one step at a time, its gradient in the log-probs and its statistics."""
+    """Return the clipped policy loss one step at a time, its gradient in the log-probs and its statistics (Eq. 22-23).
+
+    Statistics are means over the active steps; the KL of `stats` is weighed as the loss is.
+    """
     mask = mask.bool()
     policy, old, gain = (x.double().tolist() for x in (logprob, old_logprob, advantages))
     reference = None if ref_logprob is None else ref_logprob.tolist()
@@ -208,7 +211,7 @@ def policy_loss(
 
 
 class FusedLoss(NamedTuple):
-    """A loss, its gradients in hidden [R, T, D] and lm_head [V, D] in float64, and its statistics."""
+    """A loss, its gradients in hidden [R, T, D] and lm_head [V, D] as float64, and its statistics."""
 
     loss: float
     hidden: Tensor
@@ -222,14 +225,17 @@ def fused_policy_loss(
     temperature: float = 1.0,
     margin_gradient: str = "aligned",
     entropy_coef: float = 0.0,
+    dtype: torch.dtype = torch.float64,
     **loss_options: Any,
 ) -> FusedLoss:
     """Return the loss of a batch of responses and its gradients by the chain rule, over all logits of active steps.
 
     An entropy bonus takes `entropy_coef` times the entropy of text steps, weighed as the loss is, off the loss.
+    `dtype` is that of the matrix products: in a coarse one, the result has the least error of a composition of PyTorch
+    operations, which rounds logits and their gradient.
     """
     mask = batch["mask"].bool()
-    hidden, head = batch["hidden"].detach()[mask].double(), batch["lm_head"].detach().double()
+    hidden, head = batch["hidden"].detach()[mask].to(dtype), batch["lm_head"].detach().to(dtype)
     ids, scores, advantages = (batch[name][mask] for name in ("ids", "scores", "advantages"))
     logits = hidden @ head.T
     scored = oracle.logprob(
@@ -246,8 +252,8 @@ def fused_policy_loss(
         slope = slope - entropy_coef * weights.unsqueeze(-1) * bonus.gradient
         stats["entropy"] = float(bonus.value[torch.tensor([oracle.is_text(row) for row in ids])].mean())
     for_hidden = torch.zeros(batch["hidden"].shape, dtype=torch.float64)
-    for_hidden[mask] = slope @ head
-    return FusedLoss(loss, for_hidden, slope.T @ hidden, stats)
+    for_hidden[mask] = (slope.to(dtype) @ head).double()
+    return FusedLoss(loss, for_hidden, (slope.to(dtype).T @ hidden).double(), stats)
 
 
 def crossed_share(logits: Tensor, ids: Tensor, scores: Tensor) -> float:
