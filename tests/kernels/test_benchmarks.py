@@ -1,7 +1,7 @@
 """A small set for pytest-benchmark: `python -m pytest tests/kernels/test_benchmarks.py --benchmark-only`.
 
-Elsewhere (and under xdist, which turns benchmarks off) each provider is checked and called, and its time not looked at.
-`python -m bench` has all operators, sizes and measures.
+In an ordinary run of the tests, each provider is checked and called, and nothing looks at its time. The same holds
+under xdist, which turns benchmarks off. `python -m bench` has all operators, sizes and measures.
 """
 
 from __future__ import annotations
@@ -25,18 +25,13 @@ SMALL_SET = ("latent_step", "mix_embeddings", "fused_policy_loss", "group_advant
 PROVIDERS = ("eager", "ours-eager")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny inputs: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.benchmark(max_time=0.3, min_rounds=5)
 @pytest.mark.parametrize("provider_name", PROVIDERS)
 @pytest.mark.parametrize("op", SMALL_SET)
-def test_operator(op: str, provider_name: str, benchmark: Any) -> None:
+def test_every_provider_is_correct_and_can_be_timed(op: str, provider_name: str, benchmark: Any) -> None:
     benchmark.group = op
     parameters = OPERATORS[op].cases(SHAPES["tiny"], CPU)[0]
     problem = OPERATORS[op].build(parameters, CPU, torch.float32, False)
@@ -47,14 +42,14 @@ def test_operator(op: str, provider_name: str, benchmark: Any) -> None:
     benchmark(provider.run)
 
 
-def test_benchmark_only_times_them(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_benchmark_only_times_the_providers(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     chosen = ["-k", "mix_embeddings", "--benchmark-only", f"--benchmark-json={out}", "-p", "no:xdist"]
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/kernels/test_benchmarks.py", *chosen],
-        cwd=repository, env={**plain, "PYTHONPATH": str(repository)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    environment = {**plain, "PYTHONPATH": str(repository)}
+    command = [sys.executable, "-m", "pytest", "tests/kernels/test_benchmarks.py", *chosen]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     timed = json.loads(out.read_text())["benchmarks"]
     assert {run["group"] for run in timed} == {"mix_embeddings"}

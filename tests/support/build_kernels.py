@@ -1,8 +1,8 @@
-"""Builds every launchable configuration of the kernels without a GPU: `python build_kernels.py CAPABILITY`.
+"""Build every launchable configuration of the kernels without a GPU: `python build_kernels.py CAPABILITY [--quick]`.
 
-Prints one JSON line a configuration: its name, registers, bytes of stack, local memory and shared memory, and how many
-warpgroup matrix instructions (HGMMA) it has. A process of its own, because Triton decides when it is imported whether
-kernels are compiled or interpreted.
+With `--quick`, build one configuration per family of kernels. Print one JSON line per configuration: its name,
+registers, bytes of stack, local memory and shared memory, and the number of warpgroup matrix instructions (HGMMA).
+This is a program of its own, because Triton decides when it is imported whether kernels are compiled or interpreted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import chain, product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +48,12 @@ class Build(NamedTuple):
 
 
 def mix_embeddings_builds() -> Iterator[Build]:
-    """Table dtypes, mixture sizes up to 32, one tau or one a row."""
+    """Yield dtypes of the table, mixture sizes up to 32, one tau or one per row."""
     pointers = {"ids_ptr": "*i64", "scores_ptr": "*fp32", "tau_ptr": "*fp32"}
     for dtype, width, per_row in product(("fp32", "bf16", "fp16"), (2, 10, 32), (False, True)):
         constants = mix.constants(width, per_row=per_row)
         table, sizes = {"table_ptr": f"*{dtype}"}, {"table_stride": "i64", "D": "i32"}
-        name = f"{dtype} K={width} tau {'a row' if per_row else 'one'}"
+        name = f"{dtype} K={width} tau {'per row' if per_row else 'one'}"
         forward = {**pointers, **table, "out_ptr": f"*{dtype}", **sizes}
         options = {"num_warps": mix.NUM_WARPS}
         yield Build(f"mix {name}", mix.mix_embeddings_kernel, forward, constants, options)
@@ -62,7 +62,7 @@ def mix_embeddings_builds() -> Iterator[Build]:
 
 
 def group_advantages_builds() -> Iterator[Build]:
-    """Every combination of the modes, for float32 rewards; the other reward types, and no mask, once each."""
+    """Yield every combination of modes for float32 rewards; other reward dtypes and no mask once each."""
     modes = list(product(("exclude", "zero", "keep"), (True, False), advantages.SELECTIONS))
     variants = [("fp32", True, *mode) for mode in modes]
     variants += [(dtype, True, *modes[0]) for dtype in ("fp64", "bf16", "fp16")] + [("fp32", False, *modes[0])]
@@ -71,26 +71,33 @@ def group_advantages_builds() -> Iterator[Build]:
             has_invalid=has_invalid, invalid=invalid, normalize_std=normalize_std, first_token=first_token
         )
         types = {
-            "rewards_ptr": f"*{dtype}", "groups_ptr": "*i64", "invalid_ptr": "*i8" if has_invalid else f"*{dtype}",
-            "logprob_ptr": "*fp32", **dict.fromkeys(("advantage_ptr", "first_ptr", "mean_ptr", "std_ptr"), "*fp32"),
-            "R": "i32", "epsilon": "fp32",
-        }  # fmt: skip
+            "rewards_ptr": f"*{dtype}",
+            "groups_ptr": "*i64",
+            "invalid_ptr": "*i8" if has_invalid else f"*{dtype}",
+            "logprob_ptr": "*fp32",
+            **dict.fromkeys(("advantage_ptr", "first_ptr", "mean_ptr", "std_ptr"), "*fp32"),
+            "R": "i32",
+            "epsilon": "fp32",
+        }
         name = f"group_advantages {dtype} {invalid} {first_token} std={normalize_std} mask={has_invalid}"
         options = {"num_warps": advantages.NUM_WARPS}
         yield Build(name, advantages.group_advantages_kernel, types, constants, options)
 
 
 def lm_head_builds() -> Iterator[Build]:
-    """Every tile of the product in both 16-bit dtypes; the pass over logits of any dtype."""
+    """Yield every tile of the product in both 16-bit dtypes, and the pass over logits of any dtype."""
     sidecar = {"maxima_ptr": "*fp32", "sums_ptr": "*fp32"}
     sizes = dict.fromkeys(("weight_stride", "hidden_stride", "B", "V", "D", "G"), "i32")
     for dtype, config in product(("bf16", "fp16"), routes.PRODUCTS):
         types = {"weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "logits_ptr": "*fp32", **sidecar, **sizes}
         yield Build(
-            f"lm_head {dtype} {config.block_b} rows", lm_head.lm_head_kernel, types,
-            lm_head.product_constants(config, DTYPES[dtype]), lm_head.product_options(config),
+            f"lm_head {dtype} {config.block_b} rows",
+            lm_head.lm_head_kernel,
+            types,
+            lm_head.product_constants(config, DTYPES[dtype]),
+            lm_head.product_options(config),
             aligned=("weight_stride", "hidden_stride", "D"),
-        )  # fmt: skip
+        )
     for dtype in DTYPES:
         types = {"logits_ptr": f"*{dtype}", **sidecar, **dict.fromkeys(("logits_stride", "V", "G"), "i32")}
         options = {"num_warps": lm_head.SIDECAR_WARPS}
@@ -98,7 +105,7 @@ def lm_head_builds() -> Iterator[Build]:
 
 
 def noise_spec(kind: str, *, tensors: bool, injected: bool = False) -> NoiseSpec:
-    """Noise whose options are numbers, or tensors all of them."""
+    """Return noise whose options are all numbers or all tensors."""
     value = torch.zeros(()) if tensors else 0
     return NoiseSpec(
         kind, value, value, value, torch.zeros(1) if tensors else None, torch.ones(1) if injected else None
@@ -106,16 +113,19 @@ def noise_spec(kind: str, *, tensors: bool, injected: bool = False) -> NoiseSpec
 
 
 def option_types(noise: NoiseSpec) -> dict[str, str]:
-    """Argument types of what a noise specification passes to a kernel."""
+    """Return types of the arguments that a noise specification passes to a kernel."""
     tensor = isinstance(noise.seed, torch.Tensor)
     return {
-        "draws_ptr": "*fp32", "row_ids_ptr": "*i64", "scale": "*fp32" if tensor else "fp32",
-        "seed": "*i64" if tensor else "i64", "step": "*i64" if tensor else "i32",
-    }  # fmt: skip
+        "draws_ptr": "*fp32",
+        "row_ids_ptr": "*i64",
+        "scale": "*fp32" if tensor else "fp32",
+        "seed": "*i64" if tensor else "i64",
+        "step": "*i64" if tensor else "i32",
+    }
 
 
 def latent_step_builds() -> Iterator[Build]:
-    """Kinds of noise, options as numbers and as tensors, mixture sizes, dtypes, vocabularies."""
+    """Yield kinds of noise, options as numbers and as tensors, mixture sizes, dtypes and vocabularies."""
     variants = [
         ("one_sided", 10, "fp32", "bf16", 128_256, False, False),
         ("two_sided", 10, "bf16", "bf16", 152_064, True, False),
@@ -134,13 +144,25 @@ def latent_step_builds() -> Iterator[Build]:
         constants = latent_step.constants(vocab, step_options)
         number = "*fp32" if tensors else "fp32"
         types = {
-            "logits_ptr": f"*{logits}", "maxima_ptr": "*fp32", "sums_ptr": "*fp32", "latent_ptr": "*i8",
-            "table_ptr": f"*{table}", "list_ptr": "*i32", "buffer_ptr": "*i64", "ids_ptr": "*i64",
-            "scores_ptr": "*fp32", "weights_ptr": "*fp32", "mixture_ptr": f"*{table}", "top_ptr": "*i64",
-            "is_latent_ptr": "*i8", "top_p": number, "tau": number, **option_types(noise),
+            "logits_ptr": f"*{logits}",
+            "maxima_ptr": "*fp32",
+            "sums_ptr": "*fp32",
+            "latent_ptr": "*i8",
+            "table_ptr": f"*{table}",
+            "list_ptr": "*i32",
+            "buffer_ptr": "*i64",
+            "ids_ptr": "*i64",
+            "scores_ptr": "*fp32",
+            "weights_ptr": "*fp32",
+            "mixture_ptr": f"*{table}",
+            "top_ptr": "*i64",
+            "is_latent_ptr": "*i8",
+            "top_p": number,
+            "tau": number,
+            **option_types(noise),
             **dict.fromkeys(("step_stride", "end_token_id", "logits_stride", "draws_stride", "table_stride"), "i32"),
             **dict.fromkeys(("V", "G", "D"), "i32"),
-        }  # fmt: skip
+        }
         name = f"latent_step {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
         options = {"num_warps": latent_step.NUM_WARPS, **latent_step.BUILD_OPTIONS}
         strides = ("logits_stride", "table_stride", "D")
@@ -148,14 +170,15 @@ def latent_step_builds() -> Iterator[Build]:
 
 
 def project_with_noise_builds() -> Iterator[Build]:
-    """Dtypes, options as numbers and as tensors, aligned widths and others."""
+    """Yield dtypes, options as numbers and as tensors, aligned widths and others."""
     for (dtype, dot), tensors, aligned in product(DTYPES.items(), (False, True), (False, True)):
         noise = noise_spec("one_sided", tensors=tensors)
         strides = ("weight_stride", "hidden_stride")
         types = {
-            **dict.fromkeys(("weight_ptr", "hidden_ptr", "bias_ptr", "out_ptr"), f"*{dtype}"), **option_types(noise),
+            **dict.fromkeys(("weight_ptr", "hidden_ptr", "bias_ptr", "out_ptr"), f"*{dtype}"),
+            **option_types(noise),
             **dict.fromkeys((*strides, "draws_stride", "B", "V", "D"), "i32"),
-        }  # fmt: skip
+        }
         constants = project_with_noise.constants(noise, dot, has_bias=True)
         name = f"project_with_noise {dtype} tensors={tensors} aligned={aligned}"
         options, whole = project_with_noise.BUILD_OPTIONS, (*strides, "D") if aligned else ()
@@ -163,7 +186,7 @@ def project_with_noise_builds() -> Iterator[Build]:
 
 
 def logprob_builds() -> Iterator[Build]:
-    """Log-probs alone; with dlogits over float32 logits in each dtype; dlogits alone, each dtype; with an entropy."""
+    """Yield log-probs with and without their gradient in the logits, the gradient only, and both with an entropy."""
     variants = [(logits, None, 10, "aligned", True, False, False) for logits in DTYPES]
     variants += [(logits, logits, 10, "aligned", False, True, False) for logits in DTYPES]
     variants += [
@@ -180,12 +203,16 @@ def logprob_builds() -> Iterator[Build]:
             128_256, width, margin, forward=forward, dlogits=dlogits is not None, upstream=upstream, entropy=entropy
         )
         types = {
-            "logits_ptr": f"*{logits}", "ids_ptr": "*i64", "scores_ptr": "*fp32",
+            "logits_ptr": f"*{logits}",
+            "ids_ptr": "*i64",
+            "scores_ptr": "*fp32",
             **dict.fromkeys(("advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr"), "*fp32"),
             **dict.fromkeys(("entropy_ptr", "bonus_ptr"), "*fp32"),
-            "crossed_ptr": "*i32", "dlogits_ptr": f"*{dlogits or logits}",
-            **dict.fromkeys(("logits_stride", "dlogits_stride", "V"), "i32"), "inverse_temperature": "fp32",
-        }  # fmt: skip
+            "crossed_ptr": "*i32",
+            "dlogits_ptr": f"*{dlogits or logits}",
+            **dict.fromkeys(("logits_stride", "dlogits_stride", "V"), "i32"),
+            "inverse_temperature": "fp32",
+        }
         options = logprob.launch_options(128_256)
         name = f"logprob {logits} dlogits={dlogits} K={width} {margin} {forward=} {upstream=} {entropy=}"
         strides = ("logits_stride", "dlogits_stride", "V")
@@ -193,15 +220,16 @@ def logprob_builds() -> Iterator[Build]:
 
 
 def policy_loss_builds() -> Iterator[Build]:
-    """Every combination of mask, reference and dual clip in float32; other dtypes; other ratios, objectives and KLs."""
+    """Yield every combination of mask, reference and dual clip in float32; other dtypes, ratios, objectives and KLs."""
     default = LossOptions()
     modes = list(product((True, False), (True, False), (default, default._replace(dual_clip=None))))
     others = product(("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"))
     variants = [("fp32", *mode) for mode in modes] + [(dtype, *modes[0]) for dtype in ("bf16", "fp16")]
     variants += [
         ("fp32", True, True, default._replace(ratio=ratio, objective=objective, kl_estimator=kl))
-        for ratio, objective, kl in others if (ratio, objective, kl) != ("token", "clip", "k3")
-    ]  # fmt: skip
+        for ratio, objective, kl in others
+        if (ratio, objective, kl) != ("token", "clip", "k3")
+    ]
     zero = torch.zeros(1)
     for dtype, has_mask, has_ref, options in variants:
         of_response = zero if options.ratio == "sequence" else None
@@ -209,45 +237,54 @@ def policy_loss_builds() -> Iterator[Build]:
         chosen = policy_loss.constants(spec, has_mask=has_mask)
         pointers = ("logprob_ptr", "old_ptr", "advantages_ptr", "ref_ptr")
         types = {
-            **dict.fromkeys(pointers, f"*{dtype}"), "mask_ptr": "*i8" if has_mask else f"*{dtype}",
-            **dict.fromkeys(("weights_ptr", "sequence_ptr", "gradient_ptr", "sums_ptr"), "*fp32"), "N": "i32",
-            "T": "i32", **dict.fromkeys(("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef"), "fp32"),
-        }  # fmt: skip
+            **dict.fromkeys(pointers, f"*{dtype}"),
+            "mask_ptr": "*i8" if has_mask else f"*{dtype}",
+            **dict.fromkeys(("weights_ptr", "sequence_ptr", "gradient_ptr", "sums_ptr"), "*fp32"),
+            "N": "i32",
+            "T": "i32",
+            **dict.fromkeys(("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef"), "fp32"),
+        }
         launch = {"num_warps": policy_loss.NUM_WARPS}
         name = f"policy_loss {dtype} mask={has_mask} ref={has_ref} {options}"
         yield Build(name, policy_loss.policy_loss_kernel, types, chosen, launch)
 
 
-def builds() -> list[Build]:
-    """Everything that can be launched."""
-    return list(
-        chain(
-            latent_step_builds(), lm_head_builds(), project_with_noise_builds(), mix_embeddings_builds(),
-            group_advantages_builds(), logprob_builds(), policy_loss_builds(),
-        )
-    )  # fmt: skip
+FAMILIES = (
+    latent_step_builds,
+    lm_head_builds,
+    project_with_noise_builds,
+    mix_embeddings_builds,
+    group_advantages_builds,
+    logprob_builds,
+    policy_loss_builds,
+)
+
+
+def builds(quick: bool) -> list[Build]:
+    """Return every configuration that can be launched, or the first of each family."""
+    return [build for family in FAMILIES for build in (islice(family(), 1) if quick else family())]
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    """Output of a program of the CUDA toolkit, of which Triton brings a few."""
+    """Return the output of a program of the CUDA toolkit, of which Triton brings a few."""
     tool = Path(nvidia.__file__).parent / "bin" / name
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, bytes of stack and local memory, and HGMMA instructions, as read from the cubin."""
+    """Return registers per thread, bytes of stack and local memory, and HGMMA instructions of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = run_tool("cuobjdump", "--dump-resource-usage", file.name)
-        found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-        assert set(found) == {"reg", "stack", "local"}, text
-        return {**found, "hgmma": run_tool("nvdisasm", file.name).count("HGMMA")}
+        counts = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        assert set(counts) == {"reg", "stack", "local"}, text
+        return {**counts, "hgmma": run_tool("nvdisasm", file.name).count("HGMMA")}
 
 
-def compile_one(index: int, capability: int) -> str:
-    """The JSON line of a configuration."""
-    build = builds()[index]
+def compile_one(index: int, capability: int, quick: bool) -> str:
+    """Build a configuration and return its JSON line."""
+    build = builds(quick)[index]
     pointers = [name for name, kind in build.types.items() if kind.startswith("*")]
     divisible = [["tt.divisibility", 16]]
     names = build.kernel.arg_names
@@ -258,12 +295,14 @@ def compile_one(index: int, capability: int) -> str:
     return json.dumps({"name": build.name, "shared": built.metadata.shared, **resources(built.asm["cubin"])})
 
 
-def main(capability: int) -> None:
+def main(capability: int, quick: bool) -> None:
     """Build everything for one target."""
+    tasks = [(index, capability, quick) for index in range(len(builds(quick)))]
+    # Workers that are forked inherit the imported modules.
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for line in pool.starmap(compile_one, [(i, capability) for i in range(len(builds()))], chunksize=1):
+        for line in pool.starmap(compile_one, tasks, chunksize=1):
             print(line)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), quick="--quick" in sys.argv)
