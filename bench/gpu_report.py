@@ -2,7 +2,7 @@
 
 First run the kernels' tests on the device, then the benches in order of importance, each in a process of its own, until
 the time is over. After each, write DIR/report.json (which `python -m bench.plot` and `python -m bench.compare` read)
-and DIR/report.md. A slot that ends early so leaves what was measured and says what was not. DIR/log.txt holds all
+and DIR/report.md. If a slot ends early, they hold what was measured and tell what was not. DIR/log.txt holds all
 output.
 """
 
