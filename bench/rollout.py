@@ -111,18 +111,7 @@ def compare_with_generate(
         return (torch.full((rows,), sequences.shape[1] - parameters["prompt"]),)
 
     def our_provider(latent: bool) -> Provider:
-        sampling = LatentSampling(
-            latent=latent,
-            max_new_tokens=new,
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
-            top_k=TOP_K,
-            latent_top_k=latent_top_k,
-            latent_top_p=TOP_P,
-            seed=SEED,
-            end_token_id=END,
-            eos_token_id=(),
-        )
+        sampling = sampling_of(latent, new, latent_top_k)
 
         def sample() -> Rollout:
             return generate_latent(model, prompts, mask, sampling)
@@ -154,6 +143,22 @@ def compare_with_generate(
         check,
         bytes_moved=least_bytes(model, parameters),
         flops=2 * rows * new * sum(p.numel() for p in model.parameters()),
+    )
+
+
+def sampling_of(latent: bool, new: int, latent_top_k: int) -> LatentSampling:
+    """Return the options of responses of `new` steps, all latent or all text."""
+    return LatentSampling(
+        latent=latent,
+        max_new_tokens=new,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        top_k=TOP_K,
+        latent_top_k=latent_top_k,
+        latent_top_p=TOP_P,
+        seed=SEED,
+        end_token_id=END,
+        eos_token_id=(),
     )
 
 
