@@ -41,7 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     config.addinivalue_line("markers", "golden(name): run once for each case of shared/golden/NAME.npz (`golden_case`)")
     config.addinivalue_line("markers", "slow: takes long by nature; run with --slow, as .ci/run does")
-    config.addinivalue_line("markers", "default_buffer: run the latent step's kernel with its segments as shipped")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import tolerances as tol
 from support.golden import advantage_inputs
-from support.kernels import NEEDS_TRITON, kernel, with_kernel
+from support.kernels import NEEDS_TRITON, SLOW_IF_INTERPRETED, kernel, with_kernel
 from support.oracle_loss import Advantages
 from support.oracle_loss import group_advantages as oracle_advantages
 
@@ -104,7 +104,7 @@ def test_any_batch_equals_the_oracle(data, mode):
         assert_same(operator(**data, **options), expected)
 
 
-# One of each mode is quick; the modes meet each other in the test of unequal groups already.
+# Every mode once. The test of unequal groups has every combination of modes already.
 QUICK_MODES = (
     ("exclude", "best_of_correct", True),
     ("zero", "best_of_group", False),
@@ -115,7 +115,7 @@ QUICK_MODES = (
 @NEEDS_TRITON
 @pytest.mark.parametrize(
     ("invalid", "first_token", "normalize_std"),
-    [pytest.param(*mode, marks=() if mode in QUICK_MODES else pytest.mark.slow) for mode in MODES],
+    [pytest.param(*mode, marks=() if mode in QUICK_MODES else SLOW_IF_INTERPRETED) for mode in MODES],
 )
 def test_the_kernel_joins_groups_and_ties_across_tiles(invalid, first_token, normalize_std):
     rows = 80  # three tiles of 32 rows, the last of them not full
@@ -147,8 +147,8 @@ def test_other_groups_do_not_change_a_groups_advantages(data, mode):
     together = group_advantages(**data, **options)
     for group in data["group_ids"].unique():
         member = data["group_ids"] == group
-        alone = group_advantages(**{name: value[member] for name, value in data.items()}, **options)
-        assert_same(alone, GroupAdvantages(*(part[member] for part in together)))
+        only_group = group_advantages(**{name: value[member] for name, value in data.items()}, **options)
+        assert_same(only_group, GroupAdvantages(*(part[member] for part in together)))
 
 
 # Cases by hand

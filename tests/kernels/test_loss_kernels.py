@@ -1,9 +1,10 @@
-"""What only the compiled loss has: gradients written over the logits by many threads, memory, waits for the host."""
+"""What only the kernels of the loss have: gradients written over the logits by many threads, memory, host waits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from support import oracle
 from support import tolerances as tol
 from support.kernels import DEVICE, NEEDS_TRITON
 from torch import Tensor
@@ -11,14 +12,13 @@ from torch import Tensor
 from latent_kernels import fused_policy_loss, group_advantages, latent_logprob, policy_loss
 from latent_kernels._chunks import chunk_buffer
 from latent_kernels._loss_types import LogprobSpec
-from latent_kernels.reference import UNUSED_ID, is_hard, latent_logprob_from_logits_ref, text_entropy_ref
 
 NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 pytestmark = NEEDS_TRITON
 
 
 def make_logits(rows: int, vocab: int, storage: int) -> Tensor:
-    """Float32 logits [rows, V] in a padded buffer, the same at each call, with NaN where the padding is."""
+    """Return float32 logits [rows, V], the same at each call, in a padded buffer with NaN in the padding."""
     buffer = chunk_buffer([slice(0, rows)], vocab, torch.float32, torch.device(DEVICE))
     buffer.as_strided((rows, storage), (storage, 1)).fill_(torch.nan)
     generator = torch.Generator().manual_seed(0)
@@ -26,10 +26,10 @@ def make_logits(rows: int, vocab: int, storage: int) -> Tensor:
 
 
 def make_spec(rows: int, vocab: int, top_k: int = 5) -> LogprobSpec:
-    """Rows of distinct components and of text, on the device of the kernels."""
+    """Return rows of text, of repeated and of distinct components, on the device of the kernels."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.stack([torch.randperm(vocab, generator=generator)[:top_k] for _ in range(rows)])
-    ids[::3, 1:] = UNUSED_ID
+    ids[::3, 1:] = oracle.UNUSED
     ids[1::3, 1] = ids[1::3, 0]
     scores, advantages = torch.randn(rows, top_k, generator=generator) - 4.0, torch.randn(rows, generator=generator)
     return LogprobSpec(ids.to(DEVICE), scores.to(DEVICE), advantages.to(DEVICE), 0.7, "aligned")
@@ -38,7 +38,7 @@ def make_spec(rows: int, vocab: int, top_k: int = 5) -> LogprobSpec:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [100, 8192, 8193, 16_400, 20_011])
 def test_a_narrow_gradient_over_the_logits_is_the_rounded_wide_one(vocab, dtype):
-    """The narrow gradient lies in the second half of the logits' own bytes: nothing may be read after it is written."""
+    """The narrow gradient lies in the second half of the logits' bytes, so it must not overwrite logits too early."""
     from latent_kernels._triton.latent_logprob import logprob_rows_
 
     rows = 3 if DEVICE == "cpu" else 700
@@ -56,8 +56,8 @@ def test_a_narrow_gradient_over_the_logits_is_the_rounded_wide_one(vocab, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_gradient_beyond_the_range_of_its_dtype_is_held_at_its_end(dtype):
-    """A component e^16 times too likely: its gradient times no upstream gradient is no gradient."""
+def test_a_gradient_beyond_the_range_of_its_dtype_stays_finite(dtype):
+    """A component is e^16 times too likely. Its gradient leaves the range of float16; the upstream gradient is 0."""
     hidden, head = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((1, 4, 32), (200, 32)))
     head = head / 6
     ids = torch.randint(200, (1, 4, 3), device=DEVICE)
@@ -65,21 +65,21 @@ def test_a_gradient_beyond_the_range_of_its_dtype_is_held_at_its_end(dtype):
     scores = log_probs + 1.0
     scores[0, 0, 0] -= 17.0
     old, ones = torch.full((1, 4), -1.4, device=DEVICE), torch.ones(1, 4, device=DEVICE)
-    found = {}
+    gradients = {}
     for impl in ("eager", "triton"):
         leaf = hidden.clone().requires_grad_()
         loss, _ = fused_policy_loss(leaf, head, ids, scores, old, ones, ones.bool(), impl=impl)
         loss.backward()
-        found[impl] = leaf.grad.float()
-    assert found["eager"][0, 0].abs().max() == 0
-    assert found["eager"].abs().max() > 0
-    torch.testing.assert_close(found["triton"], found["eager"], rtol=0.05, atol=0.02)
+        gradients[impl] = leaf.grad.float()
+    assert gradients["eager"][0, 0].abs().max() == 0
+    assert gradients["eager"].abs().max() > 0
+    torch.testing.assert_close(gradients["triton"], gradients["eager"], rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [100, 8193, 20_011])
-def test_entropies_and_their_gradient_over_the_logits_equal_float64(vocab, dtype):
-    """Over several tiles, with logits of -inf, at a temperature, text and latent rows."""
+def test_entropies_and_their_gradient_over_the_logits_equal_the_oracle(vocab, dtype):
+    """Rows of text and latent steps at a temperature, over several tiles, with logits of -inf."""
     from latent_kernels._triton.latent_logprob import entropy_dlogits_, entropy_rows
 
     rows, storage = 6, -(-vocab // 16) * 16
@@ -89,20 +89,19 @@ def test_entropies_and_their_gradient_over_the_logits_equal_float64(vocab, dtype
     unreachable[spec.ids.clamp_min(0).flatten()] = False
     logits[:, unreachable] = -torch.inf
     upstream, bonus = torch.randn(2, rows, device=DEVICE)
-    text = is_hard(spec.ids)
-    bonus = torch.where(text, bonus, 0.0)
-
-    exact = logits.double().cpu().requires_grad_()
     ids, scores, advantages = (x.cpu() for x in spec[:3])
-    logprob = latent_logprob_from_logits_ref(exact, ids, scores.double(), temperature=0.7, advantages=advantages)
-    reachable = exact[:, ~unreachable.cpu()]
-    entropy = text_entropy_ref(reachable, ids, 0.7)
-    (expected,) = torch.autograd.grad((upstream.cpu() * logprob + bonus.cpu() * entropy).sum(), exact)
+    text = torch.tensor([oracle.is_text(row) for row in ids], device=DEVICE)
+    bonus = torch.where(text, bonus, 0.0)
+    logprob = oracle.logprob(logits.cpu(), ids, scores, temperature=0.7, advantages=advantages)
+    entropy = oracle.entropy(logits.cpu(), ids, 0.7)
+    weights = (x.double().cpu().unsqueeze(-1) for x in (upstream, bonus))
+    expected = sum(weight * rows.gradient for weight, rows in zip(weights, (logprob, entropy), strict=True))
 
-    found = entropy_rows(logits, spec)
-    torch.testing.assert_close(found.logprob.double().cpu(), logprob.detach(), rtol=tol.FLOAT32, atol=tol.FLOAT32)
-    torch.testing.assert_close(found.entropy.double().cpu(), entropy.detach(), rtol=tol.FLOAT32, atol=tol.FLOAT32)
-    dlogits = entropy_dlogits_(logits, spec, found, dtype, upstream, bonus)
+    actual = entropy_rows(logits, spec)
+    close = dict(rtol=tol.FLOAT32, atol=tol.FLOAT32)
+    torch.testing.assert_close(actual.logprob.double().cpu(), logprob.value, **close)
+    torch.testing.assert_close(actual.entropy.double().cpu(), entropy.value, **close)
+    dlogits = entropy_dlogits_(logits, spec, actual, dtype, upstream, bonus)
     assert dlogits.dtype == dtype
     spacing = torch.finfo(dtype).eps * expected.abs() + tol.FLOAT32
     assert ((dlogits.double().cpu() - expected).abs() <= spacing).all()
@@ -110,25 +109,29 @@ def test_entropies_and_their_gradient_over_the_logits_equal_float64(vocab, dtype
 
 
 def make_batch(responses: int, steps: int, vocab: int, width: int, device: str) -> dict[str, Tensor]:
-    """bfloat16 states and head with mixed latent and text steps, a tenth masked and a tenth without an advantage."""
+    """Return bfloat16 states and head with latent and text steps, a tenth masked and a tenth without an advantage."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
     ids = torch.randint(vocab, (responses, steps, 10), generator=generator, device=device)
-    ids[:, steps // 2 :, 1:] = UNUSED_ID
+    ids[:, steps // 2 :, 1:] = oracle.UNUSED
     advantages = normal(responses, steps)
     advantages[::10] = 0.0
     return dict(
-        hidden=normal(responses, steps, width).bfloat16(), lm_head=(normal(vocab, width) / width**0.5).bfloat16(),
-        ids=ids, scores=normal(responses, steps, 10) - 9.0, old_logprob=normal(responses, steps) - 12.0,
-        advantages=advantages, mask=torch.rand(responses, steps, generator=generator, device=device) < 0.9,
-    )  # fmt: skip
+        hidden=normal(responses, steps, width).bfloat16(),
+        lm_head=(normal(vocab, width) / width**0.5).bfloat16(),
+        ids=ids,
+        scores=normal(responses, steps, 10) - 9.0,
+        old_logprob=normal(responses, steps) - 12.0,
+        advantages=advantages,
+        mask=torch.rand(responses, steps, generator=generator, device=device) < 0.9,
+    )
 
 
 def gradients(batch: dict[str, Tensor], names: tuple[str, ...], impl: str) -> list[Tensor]:
-    """The loss and its gradients in the named tensors."""
+    """Return the loss and its gradients in the named tensors."""
     leaves = [batch[name].detach().requires_grad_() for name in names]
     loss, _ = fused_policy_loss(**{**batch, **dict(zip(names, leaves, strict=True))}, impl=impl)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -148,17 +151,17 @@ def test_the_compiled_loss_is_deterministic_and_equals_eager():
 @NEEDS_GPU
 def test_memory_does_not_grow_with_rows_times_vocabulary():
     batch = make_batch(64, 128, 128_256, 2048, "cuda")
-    gradients(batch, ("hidden",), "triton")  # compiles, and takes the product library's workspace
+    gradients(batch, ("hidden",), "triton")  # compiles, and allocates the workspace of the product library
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = gradients(batch, ("hidden",), "triton")
-    extra = torch.cuda.max_memory_allocated() - before - found[1].nbytes
+    results = gradients(batch, ("hidden",), "triton")
+    extra = torch.cuda.max_memory_allocated() - before - results[1].nbytes
     assert extra < 600e6, f"{extra / 1e6:.0f} MB beyond inputs and dHidden"
 
 
 @NEEDS_GPU
-def test_nothing_but_the_number_of_active_steps_waits_for_the_device():
+def test_only_the_number_of_active_steps_waits_for_the_device():
     batch = make_batch(4, 64, 4096, 128, "cuda")
     rest = {name: batch[name] for name in ("old_logprob", "advantages", "mask")}
     rewards, groups = torch.rand(16, device="cuda"), torch.arange(16, device="cuda") // 4

@@ -204,11 +204,10 @@ def test_the_gradient_of_the_policy_loss_is_that_of_its_value(aggregation, kl_es
     logprob, old, ref = -torch.rand(3, 4).double(), -torch.rand(3, 4).double(), -torch.rand(3, 4).double()
     advantages, mask = torch.tensor([[1.0], [-1.0], [0.5]]).expand(3, 4), torch.rand(3, 4) < 0.8
 
+    options = dict(dual_clip=1.1, aggregation=aggregation, kl_estimator=kl_estimator)
+
     def run(x: Tensor) -> oracle_loss.PolicyLoss:
-        return oracle_loss.policy_loss(
-            x, old, advantages, mask, ref_logprob=ref, kl_coef=0.3, dual_clip=1.1, aggregation=aggregation,
-            kl_estimator=kl_estimator,
-        )  # fmt: skip
+        return oracle_loss.policy_loss(x, old, advantages, mask, ref_logprob=ref, kl_coef=0.3, **options)
 
     expected = numerical_gradient(lambda x: run(x).loss, logprob)
     torch.testing.assert_close(run(logprob).gradient, expected, rtol=0, atol=tol.FINITE_DIFFERENCE)
@@ -218,10 +217,9 @@ def test_gradients_of_the_fused_loss_are_those_of_its_value(make_trajectory):
     hidden, head = torch.randn(2, 2, 3).double(), torch.randn(7, 3).double()
     data = make_trajectory(4, 7, 3, margins="positive", logits=hidden.flatten(0, 1) @ head.T)
     old, advantages = -torch.rand(2, 2).double(), torch.tensor([[1.0, 0.0], [-1.0, 2.0]]).double()
-    batch = dict(
-        hidden=hidden, lm_head=head, ids=data.ids.view(2, 2, 3), scores=data.scores.view(2, 2, 3), old_logprob=old,
-        advantages=advantages, mask=torch.tensor([[True, True], [True, False]]),
-    )  # fmt: skip
+    mask = torch.tensor([[True, True], [True, False]])
+    batch = dict(hidden=hidden, lm_head=head, ids=data.ids.view(2, 2, 3), scores=data.scores.view(2, 2, 3))
+    batch |= dict(old_logprob=old, advantages=advantages, mask=mask)
     options = dict(temperature=0.7, entropy_coef=0.2, dual_clip=None, clip_low=1.0, clip_high=1e3)
     result = oracle_loss.fused_policy_loss(batch, **options)
     for name in ("hidden", "lm_head"):

@@ -1,4 +1,4 @@
-"""Operators with `impl="triton"` as the tests call them: compiled on CUDA tensors, else interpreted on CPU tensors."""
+"""Operators with `impl="triton"` as the tests call them: compiled for CUDA tensors, interpreted for CPU tensors."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-POISON = 0x5A5A5A5A  # no id, no count
+SLOW_IF_INTERPRETED = [pytest.mark.slow] if DEVICE == "cpu" else []  # a GPU runs the same test in no time
+POISON = 0x5A5A5A5A  # neither an id nor a count
 
 _empty, _empty_like = torch.empty, torch.empty_like
 
 
 def poisoned(tensor: Tensor) -> Tensor:
-    """The tensor, filled with what no result may hold: NaN, or a large number."""
+    """Fill the tensor with a value that no result may hold, NaN or a large number, and return it."""
     if not tensor.is_floating_point():
         return tensor.fill_(POISON)
     return tensor.fill_(torch.nan)
 
 
 def moved(value: Any, device: str | torch.device) -> Any:
-    """Tensors, and tensors in tuples, on another device; anything else as it is."""
+    """Return tensors, and tensors in tuples, on another device; anything else as it is."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        parts = (moved(part, device) for part in value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        items = (moved(item, device) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 
 @functools.cache
 def kernel(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator's kernel for CPU arguments; whatever it allocates starts as NaN. Results are on the CPU."""
+    """Return the operator's kernel for CPU arguments and results; whatever it allocates starts as NaN.
+
+    So an element that the kernel forgets to write shows.
+    """
 
     @functools.wraps(operator)
     def run(*arguments: Any, **options: Any) -> Any:
@@ -54,16 +58,16 @@ def kernel(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def precision(operator: Callable[..., Any]) -> torch.dtype:
-    """The widest dtype that an operator computes in: float64, or a kernel's float32."""
+    """Return the widest dtype that an operator computes in: float64, or float32 for a kernel."""
     return getattr(operator, "precision", torch.float64)
 
 
 def narrowed(value: Any, dtype: torch.dtype) -> Any:
-    """Float tensors in a dict or a named tuple, in `dtype`; anything else as it is."""
+    """Return float tensors in a dict or a named tuple in `dtype`; anything else as it is."""
     if isinstance(value, dict):
-        return {name: narrowed(part, dtype) for name, part in value.items()}
+        return {name: narrowed(item, dtype) for name, item in value.items()}
     if isinstance(value, tuple):
-        return type(value)(*(narrowed(part, dtype) for part in value))
+        return type(value)(*(narrowed(item, dtype) for item in value))
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

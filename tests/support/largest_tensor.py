@@ -1,4 +1,4 @@
-"""The largest tensor that any operation makes, to show that nothing of size [N, V] is alive."""
+"""Find the largest tensor that any operation makes, to show that nothing of size [N, V] is alive."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operation's output has."""
+    """Record the number of elements of the largest output of any operation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -45,8 +45,8 @@ def oracle_from_hidden(
     """
     hidden, head = hidden.to(dtype), head.to(dtype)
     scored = oracle.logprob(hidden @ head.T, ids, scores, **options)
-    slope = (upstream.double().unsqueeze(-1) * scored.gradient).to(dtype)
-    return scored.value, slope @ head, slope.T @ hidden
+    dlogits = (upstream.double().unsqueeze(-1) * scored.gradient).to(dtype)
+    return scored.value, dlogits @ head, dlogits.T @ hidden
 
 
 def assert_error_is_like_a_compositions(actual: Tensor, composed: Tensor, exact: Tensor, dtype: torch.dtype) -> None:

@@ -244,21 +244,21 @@ def fused_policy_loss(
     values = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, scored.value)
     rest = (batch[name] for name in ("old_logprob", "advantages", "mask"))
     loss, gradient, stats = policy_loss(values, *rest, ref_logprob=batch.get("ref_logprob"), **loss_options)
-    slope = gradient[mask].unsqueeze(-1) * scored.gradient
+    dlogits = gradient[mask].unsqueeze(-1) * scored.gradient
     if entropy_coef:
         bonus = oracle.entropy(logits, ids, temperature)
         weights = step_weights(mask, loss_options.get("aggregation", "token-mean"))[mask]
         loss -= entropy_coef * float(weights @ bonus.value)
-        slope = slope - entropy_coef * weights.unsqueeze(-1) * bonus.gradient
+        dlogits = dlogits - entropy_coef * weights.unsqueeze(-1) * bonus.gradient
         stats["entropy"] = float(bonus.value[torch.tensor([oracle.is_text(row) for row in ids])].mean())
     for_hidden = torch.zeros(batch["hidden"].shape, dtype=torch.float64)
-    for_hidden[mask] = (slope.to(dtype) @ head).double()
-    return FusedLoss(loss, for_hidden, (slope.to(dtype).T @ hidden).double(), stats)
+    for_hidden[mask] = (dlogits.to(dtype) @ head).double()
+    return FusedLoss(loss, for_hidden, (dlogits.to(dtype).T @ hidden).double(), stats)
 
 
 def crossed_share(logits: Tensor, ids: Tensor, scores: Tensor) -> float:
     """Return the share of components of latent rows whose margin is negative."""
     latent = [n for n in range(len(ids)) if not oracle.is_text(ids[n])]
     arrays = (logits.double().numpy(), ids.numpy(), scores.double().numpy())
-    found = [oracle.margins(*(array[n] for array in arrays)) < 0 for n in latent]
-    return sum(int(row.sum()) for row in found) / sum(len(row) for row in found)
+    crossed = [oracle.margins(*(array[n] for array in arrays)) < 0 for n in latent]
+    return sum(int(row.sum()) for row in crossed) / sum(len(row) for row in crossed)
