@@ -29,10 +29,16 @@ pytestmark = pytest.mark.usefixtures("small_segments")
 
 # Golden vectors
 
+ROWS_OF_A_CASE = ("logits", "exponential", "latent", "ids", "scores", "weights", "next_ids", "embedding")
+
 
 @PUBLIC_AND_REFERENCE
 @pytest.mark.golden("official_a_latent_step")
 def test_steps_equal_those_of_the_released_code(operator, golden_case):
+    if (
+        operator is triton_step_from_logits and DEVICE == "cpu"
+    ):  # the interpreter takes the first rows: one of each kind
+        golden_case = {name: x[:3] if name in ROWS_OF_A_CASE else x for name, x in golden_case.items()}
     options = latent_step_options(golden_case)
     step = operator(golden_case["logits"], golden_case["table"], **options)
     assert torch.equal(step.ids, golden_case["ids"])
@@ -68,6 +74,7 @@ class Case:
     rows: int = 5
     kind: str = "normal"
     options: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False  # for Triton's interpreter, which takes half a second per row
 
 
 def linspace_rows(low: float, high: float) -> Callable[[int], Tensor]:
@@ -76,18 +83,18 @@ def linspace_rows(low: float, high: float) -> Callable[[int], Tensor]:
 
 
 CASES = [
-    Case("vocab-17", vocab=17),
+    Case("vocab-17", vocab=17, quick=True),
     Case("vocab-31", vocab=31),
-    Case("vocab-33", vocab=33),
+    Case("vocab-33", vocab=33, quick=True),
     Case("vocab-1000", vocab=1000),
     Case("vocab-4099", vocab=4099),
     Case("vocab-32000-peaked", vocab=32000, rows=6, kind="peaked"),
     Case("vocab-32000-peaked-everything-in-the-nucleus", vocab=32000, rows=4, kind="peaked", options={"top_p": 1.0}),
     Case("vocab-32000-near-uniform", vocab=32000, rows=3, kind="near-uniform"),
     Case("vocab-32000-bf16-ties", vocab=32000, rows=4, kind="bf16-rounded"),
-    Case("one-row", rows=1),
-    Case("no-rows", rows=0),
-    Case("quantised-ties", kind="quantised"),
+    Case("one-row", rows=1, quick=True),
+    Case("no-rows", rows=0, quick=True),
+    Case("quantised-ties", kind="quantised", quick=True),
     Case("quantised-ties-without-noise", kind="quantised", options={"noise_scale": 0.0}),
     Case("quantised-ties-noise-none", kind="quantised", options={"noise": "none"}),
     Case("bf16-ties", vocab=4099, kind="bf16-rounded"),
@@ -96,38 +103,38 @@ CASES = [
     Case("all-equal-noise-none", vocab=4099, kind="all-equal", options={"noise": "none"}),
     Case("near-uniform", vocab=4099, kind="near-uniform"),
     Case("near-uniform-two-sided", vocab=4099, kind="near-uniform", options={"noise": "two_sided"}),
-    Case("masked-logits", kind="mostly-masked"),
+    Case("masked-logits", kind="mostly-masked", quick=True),
     Case("masked-logits-two-sided-top-p-1", kind="mostly-masked", options={"noise": "two_sided", "top_p": 1.0}),
     Case("three-finite-logits", kind="three-finite"),
     Case("three-finite-logits-top-p-1", vocab=4099, kind="three-finite", options={"top_p": 1.0}),
-    Case("three-finite-logits-noise-none", vocab=4099, kind="three-finite", options={"noise": "none"}),
-    Case("one-finite-logit", vocab=4099, kind="one-finite", options={"top_k": 32}),
-    Case("top-k-1", options={"top_k": 1}),
+    Case("three-finite-logits-noise-none", vocab=4099, kind="three-finite", options={"noise": "none"}, quick=True),
+    Case("one-finite-logit", vocab=4099, kind="one-finite", options={"top_k": 32}, quick=True),
+    Case("top-k-1", options={"top_k": 1}, quick=True),
     Case("top-k-1-peaked", kind="peaked", options={"top_k": 1, "noise_scale": 3.0}),
-    Case("top-k-32", vocab=4099, options={"top_k": 32}),
-    Case("top-k-is-vocab", vocab=33, options={"top_k": 33}),
+    Case("top-k-32", vocab=4099, options={"top_k": 32}, quick=True),
+    Case("top-k-is-vocab", vocab=33, options={"top_k": 33}, quick=True),
     Case("top-k-is-vocab-of-1000", vocab=1000, rows=2, options={"top_k": 1000}),
-    Case("top-k-is-vocab-noise-none", vocab=31, options={"top_k": 31, "noise": "none"}),
-    Case("top-p-0", options={"top_p": 0.0}),
+    Case("top-k-is-vocab-noise-none", vocab=31, options={"top_k": 31, "noise": "none"}, quick=True),
+    Case("top-p-0", options={"top_p": 0.0}, quick=True),
     Case("top-p-0.5", vocab=4099, options={"top_p": 0.5}),
     Case("top-p-1", vocab=4099, options={"top_p": 1.0}),
     Case("top-p-0.5-near-uniform", vocab=4099, kind="near-uniform", options={"top_p": 0.5, "noise_scale": 3.0}),
-    Case("top-p-per-row", vocab=4099, options={"top_p": linspace_rows(0.0, 1.0)}),
+    Case("top-p-per-row", vocab=4099, options={"top_p": linspace_rows(0.0, 1.0)}, quick=True),
     Case("top-p-0-d-tensor", options={"top_p": torch.tensor(0.7)}),
-    Case("tau-per-row", options={"tau": linspace_rows(0.1, 4.0)}),
+    Case("tau-per-row", options={"tau": linspace_rows(0.1, 4.0)}, quick=True),
     Case("tau-small", options={"tau": 0.05}),
-    Case("noise-scale-per-row", vocab=4099, options={"noise_scale": linspace_rows(0.0, 3.0)}),
+    Case("noise-scale-per-row", vocab=4099, options={"noise_scale": linspace_rows(0.0, 3.0)}, quick=True),
     Case("noise-scale-per-row-two-sided", options={"noise_scale": linspace_rows(0.0, 3.0), "noise": "two_sided"}),
     Case("noise-scale-0", options={"noise_scale": 0.0}),
     Case("noise-scale-3", vocab=4099, options={"noise_scale": 3.0}),
     Case("noise-scale-3-peaked", vocab=4099, kind="peaked", options={"noise_scale": 3.0, "top_p": 1.0}),
-    Case("two-sided", vocab=4099, options={"noise": "two_sided"}),
+    Case("two-sided", vocab=4099, options={"noise": "two_sided"}, quick=True),
     Case("two-sided-top-p-1-scale-3", options={"noise": "two_sided", "top_p": 1.0, "noise_scale": 3.0}),
-    Case("noise-none", vocab=4099, options={"noise": "none", "tau": 0.3}),
-    Case("negative-row-ids", options={"row_ids": lambda rows: -1 - torch.arange(rows)}),
+    Case("noise-none", vocab=4099, options={"noise": "none", "tau": 0.3}, quick=True),
+    Case("negative-row-ids", options={"row_ids": lambda rows: -1 - torch.arange(rows)}, quick=True),
     Case("row-ids-above-32-bits", options={"row_ids": lambda rows: (1 << 40) + 3 * torch.arange(rows)}),
     Case("negative-seed", options={"seed": -12345}),
-    Case("seed-and-step-tensors", options={"seed": torch.tensor(2**40 + 1), "step": torch.tensor(9)}),
+    Case("seed-and-step-tensors", options={"seed": torch.tensor(2**40 + 1), "step": torch.tensor(9)}, quick=True),
 ]
 
 
@@ -145,20 +152,17 @@ def build(case: Case, noise_source: str) -> tuple[Tensor, Tensor, dict[str, Any]
 def runs() -> Iterator[Any]:
     """Yield every operator with every case and source of noise.
 
-    A segment takes Triton's interpreter half a second. So it skips injected draws where there are many segments, and
-    its other runs of many segments are slow tests.
+    Where the kernel is interpreted, it gets two rows at most, and the cases that are not quick are slow tests.
     """
     operators = {"public": latent_step_from_logits, "reference": latent_step_from_logits_ref}
     operators["triton"] = triton_step_from_logits
     for case, source, (name, operator) in itertools.product(CASES, ("philox", "injected"), operators.items()):
         marks = [NEEDS_TRITON] if name == "triton" else []
         if name == "triton" and DEVICE == "cpu":
-            if case.vocab == 32000 or case.kind in ("near-uniform", "all-equal"):
-                if source == "injected":
-                    continue
+            if not case.quick or source == "injected":
                 marks += SLOW_IF_INTERPRETED
-            vocab = 700 if case.kind == "all-equal" else case.vocab
-            case = replace(case, rows=min(case.rows, 2), vocab=vocab)
+            # Equal logits are cut into very many segments, so there are fewer of them.
+            case = replace(case, rows=min(case.rows, 2), vocab=700 if case.kind == "all-equal" else case.vocab)
         yield pytest.param(operator, case, source, id=f"{case.name}-{source}-{name}", marks=marks)
 
 
@@ -179,23 +183,23 @@ def test_every_shape_of_logits_gives_the_oracles_step(operator, case, noise_sour
 @PUBLIC_AND_REFERENCE
 @pytest.mark.parametrize("noise", ["one_sided", "two_sided", "none"])
 def test_ended_and_text_rows_take_the_noise_free_mixture(operator, noise):
-    logits, table = make_logits("normal", 8, 257), torch.randn(257, WIDTH)
+    logits, table = make_logits("normal", 5, 257), torch.randn(257, WIDTH)
     end = 100
-    logits[2:5, end] = logits.amax() + 1.0
-    latent = torch.tensor([True, False, True, False, True, True, False, True])
-    per_row = torch.linspace(0.2, 0.95, 8)
+    logits[2:4, end] = logits.amax() + 1.0
+    latent = torch.tensor([True, False, True, False, True])
+    per_row = torch.linspace(0.2, 0.95, 5)
     options = dict(noise=noise, seed=5, tau=per_row, top_p=per_row.flip(0), noise_scale=3.0 * per_row)
-    options |= dict(row_ids=7 * torch.arange(8), latent_mask=latent, end_token_id=end)
+    options |= dict(row_ids=7 * torch.arange(5), latent_mask=latent, end_token_id=end)
     step = operator(logits, table, **options)
     assert_same_step(step, oracle.latent_step(logits, table, **options))
-    assert step.is_latent.tolist() == [True, False, False, False, False, True, False, True]
+    assert step.is_latent.tolist() == [True, False, False, False, True]
     clean = operator(logits, table, noise="none")
     hard = ~step.is_latent
     for actual, expected in zip(step[:4], clean[:4], strict=True):
         assert torch.equal(actual[hard], expected[hard])
     if noise != "none":
         assert not torch.equal(step.scores[~hard], clean.scores[~hard])
-    assert latent.tolist() == [True, False, True, False, True, True, False, True], "the operator wrote to the mask"
+    assert latent.tolist() == [True, False, True, False, True], "the operator wrote to the mask"
 
 
 @PUBLIC_AND_TRITON
