@@ -19,7 +19,7 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def model_folder(tokenizer, model, tmp_path_factory):
+def input_folder(tokenizer, model, tmp_path_factory):
     """A folder with the model, data of the known format, and data of unknown columns."""
     path = tmp_path_factory.mktemp("options")
     model.save_pretrained(path / "model")

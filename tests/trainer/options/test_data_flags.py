@@ -43,9 +43,9 @@ COLUMNS = {"prompt_column": "riddle", "answer_column": "result", "chain_column":
 
 @BOTH_TRAINERS
 @pytest.mark.parametrize("limit", [None, 3])
-def test_column_and_limit_flags_select_the_training_rows(limit, kind, model_folder, trainer_arguments):
+def test_column_and_limit_flags_select_the_training_rows(limit, kind, input_folder, trainer_arguments):
     limit_flag = {} if limit is None else {"limit": limit}
-    assert main(command_line(kind, model_folder, "renamed", **COLUMNS, **limit_flag)) == 0
+    assert main(command_line(kind, input_folder, "renamed", **COLUMNS, **limit_flag)) == 0
     rows = trainer_arguments[kind][{"train": 3, "sft": 2}[kind]]
     assert rows == ROWS[:limit]
 
@@ -53,16 +53,16 @@ def test_column_and_limit_flags_select_the_training_rows(limit, kind, model_fold
 @BOTH_TRAINERS
 @pytest.mark.parametrize("missing", ["prompt_column", "answer_column"])
 def test_data_of_unknown_columns_is_refused_without_a_column_flag(
-    missing, kind, model_folder, trainer_arguments, capsys
+    missing, kind, input_folder, trainer_arguments, capsys
 ):
     columns = {name: column for name, column in COLUMNS.items() if name != missing}
-    assert main(command_line(kind, model_folder, "renamed", **columns)) == 2
+    assert main(command_line(kind, input_folder, "renamed", **columns)) == 2
     assert missing in capsys.readouterr().err
     assert not trainer_arguments
 
 
 @BOTH_TRAINERS
-def test_dataset_split_reaches_the_loader(kind, model_folder, trainer_arguments, monkeypatch):
+def test_dataset_split_reaches_the_loader(kind, input_folder, trainer_arguments, monkeypatch):
     splits = []
 
     def load_rows(source, **options):
@@ -70,16 +70,16 @@ def test_dataset_split_reaches_the_loader(kind, model_folder, trainer_arguments,
         return ROWS
 
     monkeypatch.setattr("latent_grpo.data.rows.load_rows", load_rows)
-    assert main(command_line(kind, model_folder, dataset_split="validation")) == 0
+    assert main(command_line(kind, input_folder, dataset_split="validation")) == 0
     assert splits == ["validation"]
 
 
 @pytest.mark.parametrize(("limit", "problems"), [(None, 5), (3, 3)])
-def test_held_out_problems_are_evaluated_every_eval_steps(limit, problems, model_folder, tmp_path):
+def test_held_out_problems_are_evaluated_every_eval_steps(limit, problems, input_folder, tmp_path):
     limit_flag = {} if limit is None else {"eval_limit": limit}
     run = dict(output_dir=tmp_path / "run", max_steps=5, group_filter=False, log_table=False)
-    evaluation = dict(eval_steps=2, eval_dataset=model_folder / "held_out.jsonl", **limit_flag)
-    assert main(command_line("train", model_folder, **SMALL_ROLLOUTS, **run, **evaluation)) == 0
+    evaluation = dict(eval_steps=2, eval_dataset=input_folder / "held_out.jsonl", **limit_flag)
+    assert main(command_line("train", input_folder, **SMALL_ROLLOUTS, **run, **evaluation)) == 0
     rows = metrics_of(tmp_path / "run")
     assert [row["step"] for row in rows if "eval_pass_at_1" in row] == [2, 4]
     assert [row["eval_problems"] for row in rows if "eval_problems" in row] == [problems] * 2
@@ -87,17 +87,17 @@ def test_held_out_problems_are_evaluated_every_eval_steps(limit, problems, model
 
 @BOTH_TRAINERS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_model_is_saved_in_the_precision_of_dtype(dtype, kind, model_folder, tmp_path):
+def test_the_model_is_saved_in_the_precision_of_dtype(dtype, kind, input_folder, tmp_path):
     run = dict(output_dir=tmp_path / "run", max_steps=1, dtype=dtype, limit=4, log_table=False)
     if kind == "train":
         run |= dict(SMALL_ROLLOUTS, group_filter=False)
-    assert main(command_line(kind, model_folder, **run)) == 0
+    assert main(command_line(kind, input_folder, **run)) == 0
     tensors = load_file(tmp_path / "run" / "model.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
 
 
-def test_a_prompt_over_max_prompt_length_is_refused_in_one_line(model_folder, tmp_path, capsys):
+def test_a_prompt_over_max_prompt_length_is_refused_in_one_line(input_folder, tmp_path, capsys):
     run = dict(output_dir=tmp_path / "run", max_prompt_length=3, max_steps=1)
-    assert main(command_line("train", model_folder, **SMALL_ROLLOUTS, **run)) == 2
+    assert main(command_line("train", input_folder, **SMALL_ROLLOUTS, **run)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("latent-grpo")]
     assert "over max_prompt_length 3" in line

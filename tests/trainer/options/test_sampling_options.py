@@ -188,8 +188,8 @@ def test_the_reward_is_the_weighted_sum_of_the_reward_functions(weights, expecte
     assert [row["reward"] for row in metrics_of(tmp_path / "run")] == [expected]
 
 
-def test_the_reference_model_is_read_from_the_folder_and_is_not_trained(model_folder, model, make_trainer, tmp_path):
-    options = dict(model=str(model_folder / "model"), max_steps=2, learning_rate=1e-2)
+def test_the_reference_model_is_read_from_the_folder_and_is_not_trained(input_folder, model, make_trainer, tmp_path):
+    options = dict(model=str(input_folder / "model"), max_steps=2, learning_rate=1e-2)
     trainer = make_trainer("train", beta=0.1, **options)
     trainer.train()
     first, second = metrics_of(tmp_path / "run")
