@@ -272,8 +272,8 @@ class AdvantageOptions:
 
 
 @dataclass
-class LossOptions:
-    """The policy loss and its passes."""
+class UpdateOptions:
+    """The policy loss and its passes over a rollout."""
 
     loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = option(
         "dapo",
@@ -339,7 +339,7 @@ class WatchingOptions:
 
 @dataclass
 class LatentGRPOConfig(
-    WatchingOptions, LossOptions, AdvantageOptions, RolloutOptions, RewardOptions, SamplingOptions, RunOptions,
+    WatchingOptions, UpdateOptions, AdvantageOptions, RolloutOptions, RewardOptions, SamplingOptions, RunOptions,
     DataOptions, AdapterOptions, ModelOptions,
 ):  # fmt: skip
     """Latent-GRPO. Defaults are the paper's, with a batch that fits a small card."""

@@ -86,16 +86,7 @@ def policy_loss(
     options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
     check_loss_options(list(logprob.shape), logprob, old_logprob, advantages, mask, ref_logprob, options)
     if resolve("policy_loss", impl, logprob) == "triton":
-        from latent_kernels._triton.policy_loss import policy_loss_triton
-
-        keep = mask.bool()
-        lengths = keep.sum(-1, dtype=torch.float32)
-        weights = response_weights(lengths, mask.shape[1], aggregation)
-        response_log_ratio = None
-        if ratio == "sequence":
-            response_log_ratio = sequence_log_ratio(logprob.detach().float(), old_logprob.float(), keep)
-        spec = LossSpec(old_logprob, advantages, ref_logprob, weights, response_log_ratio, options)
-        return policy_loss_triton(logprob, spec, keep, lengths.sum())
+        return _with_kernel(logprob, old_logprob, advantages, mask, ref_logprob, options)
     return policy_loss_ref(
         logprob,
         old_logprob,
@@ -111,3 +102,24 @@ def policy_loss(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
     )
+
+
+def _with_kernel(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprob: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, PolicyStats]:
+    """Run `policy_loss` as a kernel. What it needs per response is computed here, in PyTorch."""
+    from latent_kernels._triton.policy_loss import policy_loss_triton
+
+    keep = mask.bool()
+    lengths = keep.sum(-1, dtype=torch.float32)
+    weights = response_weights(lengths, mask.shape[1], options.aggregation)
+    response_log_ratio = None
+    if options.ratio == "sequence":
+        response_log_ratio = sequence_log_ratio(logprob.detach().float(), old_logprob.float(), keep)
+    spec = LossSpec(old_logprob, advantages, ref_logprob, weights, response_log_ratio, options)
+    return policy_loss_triton(logprob, spec, keep, lengths.sum())
