@@ -16,11 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from latent_grpo.model import body, positions
 from latent_grpo.quickstart.toy_task import END_OF_THINKING, make_problems
-from latent_kernels import fused_policy_loss, group_advantages, latent_logprob, latent_step_from_logits, mix_embeddings
+from latent_kernels import (
+    UNUSED_ID,
+    fused_policy_loss,
+    group_advantages,
+    latent_logprob,
+    latent_step_from_logits,
+    mix_embeddings,
+)
 
 GROUP, PROMPTS, MINI_BATCH = 8, 64, 128  # responses per prompt, prompts per step, responses per update
 LIMIT, TOP_K, TEMPERATURE = 12, 2, 0.6  # steps per response, K, temperature of text tokens
-UNUSED = -100  # fills the components of a text step behind its token
 
 
 @torch.no_grad()
@@ -45,7 +51,7 @@ def sample(model, tokenizer, prompts, seed):
         text = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1).squeeze(-1)
         token = torch.where(in_latent, step.top_token, text)
         latent = step.is_latent.unsqueeze(-1)
-        hard = torch.full_like(step.ids, UNUSED)
+        hard = torch.full_like(step.ids, UNUSED_ID)  # a text step: its token, and nothing behind it
         hard[:, 0] = token
         ids, scores = torch.where(latent, step.ids, hard), torch.where(latent, step.scores, 0.0)
         embeds = torch.where(latent, step.embedding, table[token]).unsqueeze(1)
@@ -99,9 +105,15 @@ def train_step(model, tokenizer, optimizer, problems, seed):
         part = {name: value[rows] for name, value in rollout.items()}
         # Log-probs, clipped loss and gradient of a chunk of steps at a time: no [N, V] tensor (Eq. 16-17, 22-23).
         loss, _ = fused_policy_loss(
-            replay(model, part), head, part["ids"], part["scores"], old_logprob[rows], advantages[rows], part["mask"],
+            replay(model, part),
+            head,
+            part["ids"],
+            part["scores"],
+            old_logprob[rows],
+            advantages[rows],
+            part["mask"],
             temperature=TEMPERATURE,
-        )  # fmt: skip
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

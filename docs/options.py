@@ -20,9 +20,12 @@ from latent_grpo.study.config import CompareConfig
 COMMAND = "python docs/options.py docs/options.md"
 CONFIGS = (LatentGRPOConfig, LatentSFTConfig, LatentSampling, CompareConfig)
 PARSERS = {
-    "quickstart": quickstart_parser, "eval": eval_parser, "generate": generate_parser,
-    "inspect": inspect_parser, "doctor": doctor_parser,
-}  # fmt: skip
+    "quickstart": quickstart_parser,
+    "eval": eval_parser,
+    "generate": generate_parser,
+    "inspect": inspect_parser,
+    "doctor": doctor_parser,
+}
 INTRODUCTION = f"""# Options
 
 Written by `{COMMAND}` from `latent_grpo/config.py` and `latent_grpo/commands`;

@@ -165,9 +165,7 @@ class OptimizerOptions:
     adam_beta1: float = option(0.9, "AdamW beta1.", BELOW_ONE)
     adam_beta2: float = option(0.999, "AdamW beta2.", BELOW_ONE)
     max_grad_norm: float = option(1.0, "Gradient clipping norm. 0 does not clip.", NON_NEGATIVE)
-    per_device_train_batch_size: int = option(
-        32, "Responses in one forward and backward pass of a process.", ONE_OR_MORE
-    )
+    per_device_train_batch_size: int = option(32, "Responses per forward and backward pass, per process.", ONE_OR_MORE)
     gradient_accumulation_steps: int = option(
         1, "Forward and backward passes per optimizer step, in every process.", ONE_OR_MORE
     )
@@ -213,9 +211,7 @@ class LatentSFTConfig(RunOptions, DataOptions, AdapterOptions, ModelOptions):
     latent: bool = option(True, "False keeps the chain as text: the warm start of the text baseline.")
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", POSITIVE)
     compression: int = option(2, "Consecutive chain tokens per latent step.", Range(1, 4096))
-    gumbel_scale: float = option(
-        0.0, "Scale of the Gumbel noise on latent inputs. 0 adds none; sampling will add some.", NON_NEGATIVE
-    )
+    gumbel_scale: float = option(0.0, "Scale of the Gumbel noise on latent inputs. 0 adds none.", NON_NEGATIVE)
     answer_template: str = option("\\boxed{{{answer}}}", "Text of the visible answer, a Python format of {answer}.")
     freeze_embeddings: bool = option(False, "Keep the embedding table (and a tied head) as it is.")
 
@@ -339,9 +335,17 @@ class WatchingOptions:
 
 @dataclass
 class LatentGRPOConfig(
-    WatchingOptions, UpdateOptions, AdvantageOptions, RolloutOptions, RewardOptions, SamplingOptions, RunOptions,
-    DataOptions, AdapterOptions, ModelOptions,
-):  # fmt: skip
+    WatchingOptions,
+    UpdateOptions,
+    AdvantageOptions,
+    RolloutOptions,
+    RewardOptions,
+    SamplingOptions,
+    RunOptions,
+    DataOptions,
+    AdapterOptions,
+    ModelOptions,
+):
     """Latent-GRPO. Defaults are the paper's, with a batch that fits a small card."""
 
     def __post_init__(self) -> None:

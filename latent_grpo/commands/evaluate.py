@@ -91,11 +91,19 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
     sampling.noise = args.noise
     results = {
         label: evaluate(
-            model, tokenizer, rows, sampling, pass_at=tries, num_samples=args.num_samples, batch_size=args.batch_size,
-            end_marker=args.end_marker, label=label, show_progress=True,
+            model,
+            tokenizer,
+            rows,
+            sampling,
+            pass_at=tries,
+            num_samples=args.num_samples,
+            batch_size=args.batch_size,
+            end_marker=args.end_marker,
+            label=label,
+            show_progress=True,
         )
         for label, rows in data.items()
-    }  # fmt: skip
+    }
     if rank() > 0:
         return 0
     caption = (
@@ -104,9 +112,14 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
     Console().print(evaluation_cells(results, short=True).rich("Evaluation", caption))
     if out is not None:
         record = {
-            "model": args.model, "data": args.data, "pass_at": tries, "sampling": asdict(sampling),
-            "environment": environment(model.device), "mean": mean_over_data(results), "results": results,
-        }  # fmt: skip
+            "model": args.model,
+            "data": args.data,
+            "pass_at": tries,
+            "sampling": asdict(sampling),
+            "environment": environment(model.device),
+            "mean": mean_over_data(results),
+            "results": results,
+        }
         write_json(Path(f"{out}.json"), record)
         write_whole(Path(f"{out}.md"), evaluation_document(record))
         print(f"wrote {out}.json and {out}.md")

@@ -74,11 +74,17 @@ def model_size(config: Any, dtype: torch.dtype, freeze_embeddings: bool = True) 
     frozen = model.get_input_embeddings().weight.numel() if freeze_embeddings else 0
     heads = config.num_attention_heads
     return ModelSize(
-        layers=config.num_hidden_layers, width=config.hidden_size, inner=config.intermediate_size, heads=heads,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        inner=config.intermediate_size,
+        heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads, vocab=config.vocab_size,
-        parameters=total, trained=total - frozen, itemsize=dtype.itemsize,
-    )  # fmt: skip
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab=config.vocab_size,
+        parameters=total,
+        trained=total - frozen,
+        itemsize=dtype.itemsize,
+    )
 
 
 def read_model_size(path: str, args: LatentGRPOConfig) -> ModelSize:

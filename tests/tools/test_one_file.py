@@ -57,7 +57,7 @@ def test_a_step_samples_rewards_and_updates(one_file, tmp_path, monkeypatch):
     rewards = [one_file.train_step(model, tokenizer, optimizer, problems[i : i + 8], seed=i) for i in (0, 8)]
     assert all(0 <= reward <= 1 for reward in rewards)
     rollout = one_file.sample(model, tokenizer, [row["prompt"] for row in problems], seed=9)
-    hard = (rollout["ids"][:, :, 1:] == one_file.UNUSED).any(-1)
+    hard = (rollout["ids"][:, :, 1:] == one_file.UNUSED_ID).any(-1)
     assert (~hard & rollout["mask"]).any(), "no latent step was sampled"
     assert (hard & rollout["mask"]).any(), "no text step was sampled"
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
