@@ -1,8 +1,9 @@
-"""The pages of the documents, their blocks, and the commands in these."""
+"""The pages of the documents, their blocks, their commands, and the scripts beside them."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -26,18 +27,17 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path, language: str) -> list[Block]:
-    return [
-        Block(page.relative_to(REPOSITORY).as_posix(), found, text)
-        for found, text in FENCE.findall(page.read_text(encoding="utf-8"))
-        if found == language
-    ]
+    """Return the fenced blocks of a page in a language. The language "" stands for blocks without one."""
+    name = page.relative_to(REPOSITORY).as_posix()
+    fences = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [Block(name, language, text) for its_language, text in fences if its_language == language]
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command of a shell block, without variables set in front."""
+    """Yield the words of every command of a shell block, without the variables that are set before it."""
     for line in text.replace("\\\n", " ").splitlines():
-        for part in line.split("&&"):
-            words = shlex.split(part, comments=True)
+        for command in line.split("&&"):
+            words = shlex.split(command, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words.pop(0)
             if words:
@@ -45,7 +45,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def program(words: list[str]) -> tuple[Any, list[str]]:
-    """The function that takes a command's arguments, and these."""
+    """Return the main function of a command's program, and the command's arguments."""
     if words[0] == "latent-grpo":
         return cli.main, words[1:]
     name = words[2]
@@ -55,9 +55,19 @@ def program(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def commands_of(page: Path) -> Iterator[list[str]]:
-    """Every command of a page: of its shell blocks, then those in its text."""
+    """Yield every command of a page: first of its shell blocks, then of its text."""
     for block in blocks(page, "bash"):
         yield from commands(block.text)
     for inline in INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if not re.search(r"[A-Z]{3,}(?![\w=.])", inline):  # not a pattern such as `latent-grpo COMMAND`
             yield from commands(inline)
+
+
+def script(name: str) -> Any:
+    """Return the module of docs/NAME.py, which belongs to no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", REPOSITORY / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
