@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is marked `slow` unless `--slow` asks for it."""
+    """Skip the tests marked `slow`, unless `--slow` is given."""
     if config.getoption("--slow"):
         return
     for item in items:
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    config.addinivalue_line("markers", "golden(name): run once for each case of shared/golden/NAME.npz (`golden_case`)")
+    config.addinivalue_line("markers", "golden(name): run once per case of shared/golden/NAME.npz (`golden_case`)")
     config.addinivalue_line("markers", "slow: takes long by nature; run with --slow, as .ci/run does")
 
 
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     assert marker is not None, "a test with golden_case needs @pytest.mark.golden(name)"
     path = SHARED / "golden" / f"{marker.args[0]}.npz"
     if not path.exists():
-        missing = pytest.param(None, marks=pytest.mark.skip(reason=f"golden vectors {path.name} are not here"))
+        missing = pytest.param(None, marks=pytest.mark.skip(reason=f"the golden vectors {path.name} are missing"))
         metafunc.parametrize("golden_case", [missing], ids=["missing"])
         return
     cases = golden_cases(path)
@@ -59,7 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def golden_cases(path: Path) -> dict[str, dict[str, Any]]:
-    """`{case: {name: tensor or string}}` of a .npz whose keys are `c<case>_<name>`."""
+    """Return `{case: {name: tensor or string}}` of a .npz whose keys are `c<case>_<name>`."""
     cases: dict[str, dict[str, Any]] = {}
     with np.load(path) as arrays:
         for key in arrays.files:
@@ -79,7 +79,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of shared material next to the repository; skips where it is not there."""
+    """The folder of shared material next to the repository. Tests that use it are skipped if it is missing."""
     if not SHARED.is_dir():
         pytest.skip(f"the folder {SHARED.name!r} with shared material is not next to the repository")
     return SHARED
@@ -95,7 +95,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """A module's tests on one thread: tensors are tiny there, and waiting for a second thread is most of the time."""
+    """The tests of a module use one thread. With tiny tensors, most of the time would be waits for a second thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -103,12 +103,12 @@ def one_thread() -> Iterator[None]:
 
 
 class Trajectory(NamedTuple):
-    """Rows that mix text and latent steps over logits [N, V]."""
+    """Text rows and latent rows over logits [N, V]."""
 
     logits: Tensor  # [N, V]
-    ids: Tensor  # [N, K], -100 behind the token of a text row
+    ids: Tensor  # [N, K]; a text row has its token first, then -100
     scores: Tensor  # [N, K]
-    advantages: Tensor  # [N], of both signs and zero
+    advantages: Tensor  # [N], positive, negative and zero
 
 
 def _make_trajectory(
@@ -121,7 +121,10 @@ def _make_trajectory(
     logits: Tensor | None = None,
     seed: int = 0,
 ) -> Trajectory:
-    """A float64 trajectory. margins: "positive" (as one-sided noise gives them), or "mixed" (d_k of both signs)."""
+    """Return a float64 trajectory.
+
+    `margins` is "positive", as with one-sided noise, or "mixed", with margins of both signs.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

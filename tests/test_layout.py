@@ -1,4 +1,4 @@
-"""The layout of the repository: imports go one way, Triton is optional, no path of a machine is in a source file."""
+"""The layout of the repository: imports go one way, modules stay small, Triton is optional, no file names a machine."""
 
 from __future__ import annotations
 
@@ -16,29 +16,59 @@ import pytest
 import latent_kernels
 
 PACKAGES = ("latent_kernels", "latent_grpo", "bench")
-# Rooms of each package, from the ground floor up: a room imports only rooms below it.
+# The rooms of each package, lowest first. A room is a folder or a module directly below the package. It imports only
+# rooms that come before it.
 KERNEL_ROOMS = (
-    "_types", "_noise", "_loss_types", "_chunks", "_validate", "_dispatch", "reference", "_linear", "_eager",
-    "_triton", "ops", "__init__",
-)  # fmt: skip
-NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:9])  # torch and NumPy; the rest may need Triton
+    "_types",
+    "_noise",
+    "_loss_types",
+    "_chunks",
+    "_validate",
+    "_dispatch",
+    "reference",
+    "_linear",
+    "_eager",
+    "_triton",
+    "ops",
+    "__init__",
+)
+NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:9])  # and NumPy; the other rooms may need Triton
 TRAINER_ROOMS = (
-    "errors", "config", "seeds", "recipes", "model", "rewards", "data", "rollout", "parallel", "update", "collect",
-    "saving", "watching", "evaluation", "sft", "trainer", "quickstart", "study", "commands", "__init__", "__main__",
-)  # fmt: skip
+    "errors",
+    "config",
+    "seeds",
+    "recipes",
+    "model",
+    "rewards",
+    "data",
+    "rollout",
+    "parallel",
+    "update",
+    "collect",
+    "saving",
+    "watching",
+    "evaluation",
+    "sft",
+    "trainer",
+    "quickstart",
+    "study",
+    "commands",
+    "__init__",
+    "__main__",
+)
 LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 400, 60
 STANDARD = sys.stdlib_module_names | {"__future__"}
 
 
 def sources(root: Path, *folders: str) -> list[Path]:
-    """Python files below the folders."""
-    found = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
-    assert found, f"no source files in {folders}"
-    return found
+    """Return the Python files below some folders."""
+    paths = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+    assert paths, f"no source files in {folders}"
+    return paths
 
 
 def imports(path: Path) -> Iterator[tuple[str, str | None]]:
-    """(module, imported name or None) of every import in a file, function bodies included."""
+    """Yield (module, imported name or None) of every import in a file, also of imports inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
@@ -48,12 +78,12 @@ def imports(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def room_of(path: Path, package: Path) -> str:
-    """The room of a module: the folder or the module directly below its package."""
+    """Return the room of a module."""
     return path.relative_to(package).with_suffix("").parts[0]
 
 
 def rooms_imported(path: Path, package: str) -> Iterator[str]:
-    """The rooms of its own package that a module imports."""
+    """Yield the rooms that a module imports from its own package."""
     for module, name in imports(path):
         top, _, rest = module.partition(".")
         if top == package:
@@ -66,11 +96,11 @@ def test_imports_go_one_way_between_rooms(package: str, rooms: tuple[str, ...], 
     seen = set()
     for path in sources(repository, package):
         room = room_of(path, repository / package)
-        assert room in rooms, f"{room!r} is no known room: give it a place in the order of {package}"
+        assert room in rooms, f"{room!r} has no place in the order of the rooms of {package}: add it"
         seen.add(room)
         for other in set(rooms_imported(path, package)) - {room} - exported:
             assert other in rooms[: rooms.index(room)], (
-                f"{path.relative_to(repository)} imports {other}, a room above it"
+                f"{path.relative_to(repository)} imports {other}, which is no lower room"
             )
     assert seen == set(rooms)
 
@@ -87,16 +117,16 @@ def test_modules_and_functions_fit_their_size(repository: Path):
     for path in sources(repository, *PACKAGES, "tests"):
         text = path.read_text(encoding="utf-8")
         where = path.relative_to(repository)
-        assert len(text.splitlines()) <= LINES_OF_A_MODULE, f"{where} is too long: split it"
+        assert len(text.splitlines()) <= LINES_OF_A_MODULE, f"{where} has more than {LINES_OF_A_MODULE} lines: split it"
         if path.parent.name == "_triton":
-            continue  # a kernel is one function
+            continue  # Triton compiles a kernel from one function
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 size = (node.end_lineno or 0) - node.lineno + 1
                 assert size <= LINES_OF_A_FUNCTION, f"{where}: {node.name} has {size} lines: split it"
 
 
-def test_rooms_that_need_torch_only(repository: Path):
+def test_the_lower_rooms_of_the_kernels_import_only_torch_and_numpy(repository: Path):
     seen = set()
     for path in sources(repository, "latent_kernels"):
         room = room_of(path, repository / "latent_kernels")
@@ -109,7 +139,7 @@ def test_rooms_that_need_torch_only(repository: Path):
     assert seen == NEEDS_TORCH_ONLY
 
 
-def test_kernels_need_nothing_but_torch_numpy_and_triton(repository: Path):
+def test_the_kernels_import_only_torch_numpy_and_triton(repository: Path):
     for path in sources(repository, "latent_kernels"):
         in_triton = "_triton" in path.parts
         for module, _ in imports(path):
@@ -118,7 +148,7 @@ def test_kernels_need_nothing_but_torch_numpy_and_triton(repository: Path):
             assert top in STANDARD or top in allowed, f"{path.relative_to(repository)} imports {module}"
 
 
-def test_the_trainer_uses_what_the_kernels_export(repository: Path):
+def test_the_trainer_imports_only_exports_of_the_kernels(repository: Path):
     used = set()
     for path in sources(repository, "latent_grpo"):
         for module, name in imports(path):
@@ -133,12 +163,14 @@ def test_the_trainer_uses_what_the_kernels_export(repository: Path):
 
 def test_an_installation_has_every_module_and_nothing_else(repository: Path):
     for path in sources(repository, *PACKAGES):
-        assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package: it would not be installed"
+        assert (path.parent / "__init__.py").exists(), f"{path.parent} has no __init__.py: it would not be installed"
     setting = re.search(r"^include = \[(.*)\]$", (repository / "pyproject.toml").read_text(), re.MULTILINE)
     assert setting is not None
     assert set(re.findall(r'"([^"]+)"', setting[1])) == {"latent_kernels*", "latent_grpo*"}
     for package in ("latent_kernels", "latent_grpo"):
-        assert (repository / package / "py.typed").exists(), f"{package} has types, which a checker would not read"
+        assert (repository / package / "py.typed").exists(), (
+            f"{package} has no py.typed: a type checker would not read its types"
+        )
 
 
 def test_nobody_imports_bench_or_tests(repository: Path):
@@ -153,7 +185,7 @@ def test_nobody_imports_bench_or_tests(repository: Path):
 
 def test_exports_exist_are_sorted_and_documented():
     names = latent_kernels.__all__
-    assert names == sorted(names, key=lambda name: (not name.isupper(), name))  # constants first, as ruff sorts
+    assert names == sorted(names, key=lambda name: (not name.isupper(), name))  # ruff sorts constants first
     assert len(set(names)) == len(names)
     for name in names:
         assert getattr(latent_kernels, name).__doc__, f"{name} has no docstring"
@@ -196,7 +228,7 @@ def test_kernels_work_where_triton_cannot_be_imported(repository: Path):
     assert done.stdout.strip() == "works"
 
 
-# The first letters are bracketed, so that this file does not find itself.
+# The first letters are in brackets, so that the pattern does not match its own source.
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(?:[w]ork|[t]mp|[r]oot|[h]ome|[m]nt)\b")
 TEXT_FILES = ("*.py", "*.md", "*.toml", "*.yaml", "*.yml", "*.cfg", "*.txt")
 
@@ -208,15 +240,15 @@ def test_no_source_file_names_a_path_of_the_machine(repository: Path):
     files += [path for kind in TEXT_FILES for path in repository.glob(kind)]
     assert len(files) > 20
     for path in files:
-        found = MACHINE_PATHS.search(path.read_text(encoding="utf-8"))
-        assert found is None, f"{path.relative_to(repository)} contains {found and found.group()!r}"
+        match = MACHINE_PATHS.search(path.read_text(encoding="utf-8"))
+        assert match is None, f"{path.relative_to(repository)} contains {match and match.group()!r}"
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [(f"/{'tmp'}/x", True), (f"'/{'work'}'", True), ("a/work", False), ("home/", False)]
+    ("text", "matches"), [(f"/{'tmp'}/x", True), (f"'/{'work'}'", True), ("a/work", False), ("home/", False)]
 )
-def test_the_pattern_for_machine_paths(text, found):
-    assert bool(MACHINE_PATHS.search(text)) == found
+def test_the_pattern_matches_absolute_paths_only(text, matches):
+    assert bool(MACHINE_PATHS.search(text)) == matches
 
 
 def test_no_test_module_imports_another(repository: Path):
@@ -226,7 +258,7 @@ def test_no_test_module_imports_another(repository: Path):
             assert module.split(".")[-1] not in modules, f"{path.relative_to(repository)} imports {module}"
 
 
-def test_no_document_is_named_that_is_not_here(repository: Path):
+def test_no_file_cites_a_document_outside_the_repository(repository: Path):
     for folder in (*PACKAGES, "docs"):
         for kind in ("*.py", "*.md", "*.yaml"):
             for path in (repository / folder).rglob(kind):

@@ -156,7 +156,7 @@ def test_python_snippets_run(
 
 
 def test_the_latent_step_in_plain_pytorch_in_the_readme_equals_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain snippet draws noise in sorted order, the operator by token. The test hands out the same draws to both."""
+    """The plain snippet draws noise in sorted order, the operator by token. The test gives both the same draws."""
     names = operator_inputs()
     plain, with_operator = blocks(REPOSITORY / "README.md", "python")[:2]
     assert "latent_step(" in with_operator.text

@@ -1,7 +1,7 @@
-"""The commands of the documents run, page by page and in the order of the page, on a tiny model and a step or two.
+"""The commands of the documents run, in the order of their page, on a tiny model for a step or two.
 
-What a page takes for granted (its data, its models) is there; a command is the page's, with flags behind it that make
-it short. The few that other tests run, or continuous integration itself, are listed with the file that does.
+The test makes the data and the models that a page uses without making them. It runs each command of the page with
+further flags that make it short. ELSEWHERE lists the commands that another test or continuous integration runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support.documents import PAGES, REPOSITORY, blocks, commands_of, program
 
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 
-# Commands that are run elsewhere, by how they begin, and the file that runs them.
+# The first words of commands that are run elsewhere, and the file that runs them.
 ELSEWHERE = {
     ("pip",): ".ci/run",
     ("ruff",): ".ci/run",
@@ -54,13 +54,18 @@ SHORT = {
     "bench": "--shapes tiny --repeats 1 --no-memory",
     "bench.rollout": "--rows 4 --prompt 8 --new 8 --repeats 1",
 }
-PROCESSES = {"8": "2", "4": "1"}  # of the same run: updates stay of one size when it is resumed
-PRESETS = {"low-difficulty", "high-difficulty"}  # recipes of models and data that are not here
+# Processes on the page, and in the test. A page resumes a run of 8 processes with 4 and doubles the accumulation, so the
+# test must halve its number too.
+PROCESSES = {"8": "2", "4": "1"}
+RECIPES = {"low-difficulty", "high-difficulty"}  # they name models and data of the Hub
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What pages take for granted: a model, problems in the documented format and in GSM8K's, results of a bench."""
+    """The files that pages use without making them: a model, problems in two formats, results of benchmarks.
+
+    The formats are the documented one and that of GSM8K.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tokenizer = make_tokenizer()
@@ -74,8 +79,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         files[f"gsm8k{kind or '_train'}.jsonl"] = gsm8k
         for name, rows in files.items():
             Path(name).write_text("\n".join(map(json.dumps, rows)))
-    quick = "python -m bench mix_embeddings --shapes tiny --repeats 3 --no-memory --json"
-    main, arguments = program(quick.split())
+    bench = "python -m bench mix_embeddings --shapes tiny --repeats 3 --no-memory --json"
+    main, arguments = program(bench.split())
     Path("report").mkdir()
     for name in ("before.json", "after.json", "report/report.json"):
         assert main([*arguments, name]) == 0
@@ -83,21 +88,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stand_ins(words: Sequence[str]) -> list[str]:
-    """The words with models and data that are here; a model of a run that the page does not make is the tiny one."""
-    found = [MODELS.get(word, word) for word in words]
-    if "--data" in found:
-        found = [DATA.get(word, word) for word in found]
-    for flag, value in pairwise(found):
+    """Return the words with local models and data in place of those of the page.
+
+    A model folder that no command of the page has made becomes a link to the tiny model.
+    """
+    words = [MODELS.get(word, word) for word in words]
+    if "--data" in words:
+        words = [DATA.get(word, word) for word in words]
+    for flag, value in pairwise(words):
         if flag in ("--model", "--model_name_or_path") and not Path(value).exists():
             Path(value).parent.mkdir(parents=True, exist_ok=True)
             Path(value).symlink_to(Path("tiny").resolve())
-    if "--config" in found and PRESETS & {*found} and "--data" not in found:
-        found += ["--model_name_or_path", "tiny", "--dataset", "mine.jsonl", "--per_device_train_batch_size", "8"]
-    return [word.replace("/shared/", "shared/") for word in found]
+    if "--config" in words and RECIPES & {*words} and "--data" not in words:
+        words += ["--model_name_or_path", "tiny", "--dataset", "mine.jsonl", "--per_device_train_batch_size", "8"]
+    return [word.replace("/shared/", "shared/") for word in words]
 
 
 def shortened(words: list[str]) -> list[str]:
-    """A command of `latent-grpo` or of `bench` that takes seconds."""
+    """Return the arguments of a command of `latent-grpo` or `bench`, with flags that make it take seconds."""
     arguments = stand_ins(words)
     name = next(word for word in words if word in SHORT or word.startswith("bench."))
     extra = SHORT.get(name, "").split()
@@ -113,7 +121,7 @@ def shortened(words: list[str]) -> list[str]:
 
 
 def run_ranks(words: list[str]) -> None:
-    """A command of torchrun, with fewer processes and all of them here."""
+    """Run a command of torchrun with fewer processes, all of them on this machine."""
     at = words.index("-m")
     launcher, inner = words[1:at], words[at:]
     launcher = [PROCESSES.get(word, word) for word in launcher]
@@ -123,18 +131,17 @@ def run_ranks(words: list[str]) -> None:
     if "--rdzv-endpoint" not in launcher:
         launcher = ["--standalone", *launcher]
     inner = shortened(["python", *inner])[1:]
-    if "--per_device_train_batch_size" in words:  # the page's own, behind that of `stand_ins`
+    if "--per_device_train_batch_size" in words:  # the page's value must come after that of `stand_ins`
         at = words.index("--per_device_train_batch_size")
         inner += words[at : at + 2]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launcher, *inner], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, *inner]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-4000:]}"
 
 
 def run_command(words: list[str]) -> None:
-    """Run a command as it stands on the page but for its length; fail unless its exit code is 0."""
+    """Run a command of a page, shortened. Fail unless its exit code is 0."""
     if words[0] == "torchrun":
         return run_ranks(words)
     main, arguments = program(shortened(words))
@@ -146,28 +153,29 @@ def run_command(words: list[str]) -> None:
 WITH_COMMANDS = [page for page in PAGES if any(commands_of(page))]
 
 
+@pytest.mark.slow  # `test_docs.py` lets the parsers of the programs accept every command
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=[page.name for page in WITH_COMMANDS])
 def test_the_commands_of_a_page_run(page: Path, folder: Path, short_quickstart: None) -> None:
     threads = torch.get_num_threads()
-    run = []
+    number_run = 0
     for words in commands_of(page):
         if not any(tuple(words[: len(start)]) == start for start in ELSEWHERE):
             if len(words) == 2:
-                continue  # the name of a command
+                continue  # a sentence names the command
             if words[:2] == ["latent-grpo", "quickstart"] and Path("runs/quickstart").exists():
-                continue  # twice on a page
+                continue  # a page shows it twice, and a finished run is not overwritten
             run_command(words)
-            run.append(words)
+            number_run += 1
     torch.set_num_threads(threads)
-    if page.name == "recipes.md":  # the newcomer's way leaves what the page says
+    if page.name == "recipes.md":  # the walk-through leaves the files that the page names
         assert "mine_test.jsonl" in Path("runs/mine/eval.md").read_text()
         assert all(Path("runs", name).exists() for name in ("mine/eval.json", "mine-lora/model.safetensors", "low"))
         assert Path("curves.png").is_file()
-    assert run or page.name == "options.md"
+    assert number_run or page.name == "options.md"
 
 
 @pytest.mark.parametrize("file", sorted({*ELSEWHERE.values()}))
-def test_what_runs_elsewhere_is_named_there(file: str) -> None:
+def test_the_file_that_runs_a_command_elsewhere_names_it(file: str) -> None:
     text = (REPOSITORY / file).read_text()
     for start, where in ELSEWHERE.items():
         if where == file:
