@@ -37,6 +37,7 @@ def test_the_file_is_at_most_150_lines():
 
 def test_a_step_samples_latent_and_text_steps_and_updates_the_body_only(one_file, tmp_path, monkeypatch):
     monkeypatch.setattr(one_file, "MINI_BATCH", 32)
+    # An untrained model would hardly ever sample the end marker, and so no text step.
     start = warm_start(tmp_path, problems=500, max_steps=30, per_device_train_batch_size=16)
     torch.manual_seed(0)
     tokenizer = make_tokenizer()

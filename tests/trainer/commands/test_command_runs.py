@@ -50,6 +50,7 @@ def test_sigint_leaves_a_checkpoint_and_resume_continues(train_command, tmp_path
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = run / "metrics.jsonl"
+    # The signal must arrive during training. The handler is not there yet while the process imports PyTorch.
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.2)

@@ -25,6 +25,7 @@ def help_text(command: str, monkeypatch, capsys) -> str:
 
 def entries(section: str) -> dict[str, str]:
     """Return the help of every option of a group, on one line."""
+    # A line that begins with two spaces and a flag begins an entry; its help is indented further.
     parts = re.split(r"^  --(\w+)", section, flags=re.MULTILINE)[1:]
     return {name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)}
 

@@ -46,6 +46,7 @@ COLUMNS = {"prompt_column": "riddle", "answer_column": "result", "chain_column":
 def test_column_and_limit_flags_select_the_training_rows(limit, kind, input_folder, trainer_arguments):
     limit_flag = {} if limit is None else {"limit": limit}
     assert main(command_line(kind, input_folder, "renamed", **COLUMNS, **limit_flag)) == 0
+    # The trainers take their rows as the fourth and as the third argument.
     rows = trainer_arguments[kind][{"train": 3, "sft": 2}[kind]]
     assert rows == ROWS[:limit]
 
