@@ -54,8 +54,8 @@ SHORT = {
     "bench": "--shapes tiny --repeats 1 --no-memory",
     "bench.rollout": "--rows 4 --prompt 8 --new 8 --repeats 1",
 }
-# Processes on the page, and in the test. A page resumes a run of 8 processes with 4 and doubles the accumulation, so that
-# updates keep their size. The test must halve its number of processes too.
+# Processes on the page, and in the test. A page resumes a run of 8 processes with 4 and doubles the accumulation, which
+# keeps the size of an update. The test must halve its number of processes too.
 PROCESSES = {"8": "2", "4": "1"}
 RECIPES = {"low-difficulty", "high-difficulty"}  # they name models and data of the Hub
 
