@@ -126,7 +126,7 @@ def config_parser(prog: str, config_class: type, description: str) -> Parser:
         help="YAML file of options, or the name of a recipe. Given twice, the later wins. Flags override both.",
     )
     for part, items in groups_of(config_class):
-        title, _, _ = (part.__doc__ or "").strip().partition(".")
+        title = (part.__doc__ or "").strip().splitlines()[0].rstrip(".")
         add_flags(parser.add_argument_group(title), config_class, items)
     return parser
 

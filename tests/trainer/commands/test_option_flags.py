@@ -49,8 +49,7 @@ def test_help_shows_every_option_in_its_group_with_range_and_default(command, mo
     assert len(sections) == len(groups) + 3
     for section, (group, items) in zip(sections[3:], groups, strict=True):
         heading = section.splitlines()[0].removesuffix(":")
-        assert heading
-        assert group.__doc__.startswith(heading)
+        assert heading == group.__doc__.splitlines()[0].rstrip(".")
         shown = entries(section)
         assert [name for name in shown if not name.startswith("no_")] == [item.name for item in items]
         for item in items:
