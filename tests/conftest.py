@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    # Tensors are tiny in tests: with two threads, waiting for the second one takes most of the time.
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "golden(name): run once per case of shared/golden/NAME.npz (`golden_case`)")
     config.addinivalue_line("markers", "slow: takes long by nature; run with --slow, as .ci/run does")
 
@@ -91,15 +92,6 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """The tests of a module use one thread. With tiny tensors, most of the time would be waits for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Trajectory(NamedTuple):

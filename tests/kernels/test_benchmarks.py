@@ -25,9 +25,6 @@ SMALL_SET = ("latent_step", "mix_embeddings", "fused_policy_loss", "group_advant
 PROVIDERS = ("eager", "ours-eager")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.mark.benchmark(max_time=0.3, min_rounds=5)
 @pytest.mark.parametrize("provider_name", PROVIDERS)
 @pytest.mark.parametrize("op", SMALL_SET)

@@ -8,7 +8,6 @@ from support.options import BOTH_TRAINERS, ROWS, metrics_of
 
 from latent_grpo.commands.main import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL_ROLLOUTS = dict(latent_top_k=2, num_generations=4, generation_batch_size=4, max_completion_length=3)
 
 

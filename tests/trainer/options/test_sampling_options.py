@@ -16,8 +16,6 @@ from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.update.replay import replay_logprob
 from latent_kernels import latent_step_from_logits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     "options",

@@ -15,8 +15,6 @@ from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.sft import build_examples
 from latent_grpo.update.optimizer import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("options", "expected"),

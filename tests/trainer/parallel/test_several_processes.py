@@ -27,7 +27,6 @@ from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker makes the runs
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_two_processes_take_two_steps_as_one_process_does(tmp_path: Path) -> None:
     job = train_job({}, beta=0.04, num_iterations=2, max_steps=2)
     ranks.run(at(job, tmp_path / "1", tmp_path))

@@ -22,7 +22,6 @@ from latent_grpo.saving.checkpoint import STATE_FILE, TENSOR_FILE, checkpoints_i
 from latent_grpo.saving.random_streams import random_state, set_random_state
 from latent_grpo.saving.run_identity import fingerprint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = make_problems(20, seed=1)
 
 

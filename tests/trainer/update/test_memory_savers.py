@@ -24,7 +24,6 @@ from latent_grpo.update.lora import has_adapters, merged_model, without_adapters
 from latent_grpo.update.optimizer import Updater
 from latent_grpo.update.replay import replay
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = make_problems(16, seed=1)
 
 

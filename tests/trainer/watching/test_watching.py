@@ -21,7 +21,6 @@ from latent_grpo.watching.inspect_run import sparkline
 from latent_grpo.watching.metrics import LINES_PER_HEADING, Metrics, read_metrics
 from latent_grpo.watching.response_log import completion_steps, read_completions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = make_problems(12, seed=1)
 
 
