@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.harness.processes import environment_of_checkout
-from latent_grpo.saving.atomic import write_whole
+from latent_grpo.saving.atomic_files import write_whole
 from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.watching.environment import environment
 from latent_grpo.watching.metrics import read_metrics

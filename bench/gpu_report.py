@@ -30,7 +30,7 @@ from bench.harness.processes import REPOSITORY, environment_of_checkout
 from bench.harness.report import SCHEMA, figure
 from bench.operators import OPERATORS
 from bench.pytest_log import VARIABLE
-from latent_grpo.saving.atomic import write_whole
+from latent_grpo.saving.atomic_files import write_whole
 
 COMMAND = "gpu-report"
 DONE, FAILED, CUT_OFF, NOT_STARTED = "done", "failed", "cut off", "not started"

@@ -25,7 +25,7 @@ from bench.harness.run import gate
 from bench.harness.timing import Roofline, measure_roofline, quantile, time_alternating
 from bench.rollout import END, make_model
 from latent_grpo import LatentSampling, generate_latent
-from latent_grpo.saving.atomic import write_whole
+from latent_grpo.saving.atomic_files import write_whole
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 from latent_kernels import latent_step as latent_step_operator
 

@@ -1,4 +1,4 @@
-"""Latent-GRPO in one file: rollout, reward, advantages, fused loss, optimizer. For reading, and as a start of your own.
+"""Latent-GRPO in one file: rollout, reward, advantages, fused loss, optimizer. Read it, or start your own loop from it.
 
     latent-grpo quickstart --out runs/quickstart           # leaves a warm start in runs/quickstart/latent-sft
     python docs/one_file.py runs/quickstart/latent-sft     # trains it: the reward rises within 40 steps

@@ -1,21 +1,21 @@
 """Every option of the trainer, with its meaning and its range. Names are those of TRL's `GRPOConfig` where it has one.
 
 Options stand in small dataclasses by subject. The configurations of `train`, `sft` and `compare` inherit the ones they
-need, and `--help` and docs/options.md show the options in the same groups.
+need, and `--help` and docs/options.md show the options in the same groups. After a change here, run
+`python docs/options.py docs/options.md`. An option that may change when a run resumes also belongs into
+`saving/run_identity.py`.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
+from numbers import Real
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-
-class ConfigError(ValueError):
-    """An option or a configuration file that cannot be used. The message is one line and names the remedy."""
-
+from latent_grpo.errors import require
 
 SINKS = ("tensorboard", "wandb", "trackio")
 
@@ -29,7 +29,7 @@ class Range:
     open_low: bool = False
     open_high: bool = False
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: Any) -> bool:
         """Return whether a value is in the range. NaN never is."""
         above = self.low is None or (value > self.low if self.open_low else value >= self.low)
         below = self.high is None or (value < self.high if self.open_high else value <= self.high)
@@ -70,12 +70,16 @@ def check_options(config: Any) -> None:
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         require(not choices or value in choices, name, value, f"choose from {', '.join(map(str, choices))}")
         if value is None:
+            require(NoneType in get_args(kind), name, value, "give a value")
             continue
         listed = any(get_origin(alternative) is list for alternative in (kind, *get_args(kind)))
         require(not listed or isinstance(value, list), name, value, "give a list")
         allowed = item.metadata.get("range")
         if allowed is not None:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, Real) and hasattr(value, "item"):
+                value = value.item()  # a NumPy number, which no checkpoint could write as JSON
+                setattr(config, name, value)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
             require(is_number and allowed.holds(value), name, value, f"give a number, {allowed}")
 
 
@@ -84,7 +88,7 @@ class SamplingOptions:
     """How a response is sampled."""
 
     latent: bool = option(True, "Reason in latent steps. False gives plain text through the same code.")
-    latent_top_k: int = option(10, "Mixture size K of a latent step. Match the warm start's.", Range(2))
+    latent_top_k: int = option(10, "Mixture size K of a latent step. Keep it near compression of sft.", Range(2))
     latent_top_p: float = option(0.95, "Nucleus mass of latent candidates.", SHARE)
     tau: float = option(1.0, "Gumbel-softmax temperature of the mixture weights.", POSITIVE)
     noise: Literal["one_sided", "two_sided", "none"] = option("one_sided", "Noise of latent steps while sampling.")
@@ -95,6 +99,10 @@ class SamplingOptions:
     cuda_graphs: bool = option(
         True, "Decode in captured CUDA graphs on a GPU. Their cache then stays allocated between rollouts."
     )
+
+    def check(self) -> None:
+        """Raise ConfigError for the first option that cannot be used."""
+        check_options(self)
 
 
 @dataclass
@@ -383,15 +391,3 @@ def groups_of(config_class: type) -> Iterator[tuple[type, list[Field[Any]]]]:
         seen.update(own)
         if own:
             yield part, [by_name[name] for name in own]
-
-
-def require(holds: bool, name: str, value: Any, remedy: str) -> None:
-    """Raise ConfigError that names the option, its value and the remedy unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{name} is {value!r}: {remedy}")
-
-
-def unknown_key(key: str, known: list[str]) -> str:
-    """Return a sentence about an unknown key, with the nearest known one."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")

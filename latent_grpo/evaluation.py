@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.model import ModelError, encode_prompts, end_marker_ids
+from latent_grpo.errors import ModelError
+from latent_grpo.model import encode_prompts, end_marker_ids
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
 from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.rollout.generate import generate_latent

@@ -13,13 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from latent_grpo.errors import first_line
+from latent_grpo.errors import ModelError, first_line
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a forward pass, the newer name first
-
-
-class ModelError(ValueError):
-    """A model or tokenizer cannot be used. The message is one line with the remedy."""
 
 
 def load_tokenizer(path: str) -> Any:

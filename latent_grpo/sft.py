@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 
 from latent_grpo.config import LatentSFTConfig
-from latent_grpo.data.rows import DataError
+from latent_grpo.errors import DataError
 from latent_grpo.model import body, embedding_table, end_marker_ids, lm_head, positions, prompt_ids
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size

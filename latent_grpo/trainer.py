@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import set_seed
 
 from latent_grpo.collect import Collector
-from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSampling, require
+from latent_grpo.config import LatentGRPOConfig, LatentSampling
+from latent_grpo.errors import ConfigError, require
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard

@@ -1,4 +1,4 @@
-"""What the file of an operator defines: its cases, its providers and the check of their outputs."""
+"""The types that every benchmark of an operator uses: cases, providers and the check of their outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[[], Outputs]
 
 
 class CaseError(ValueError):
-    """Rows that a case of an operator cannot have. The message names the remedy."""
+    """A benchmark's case does not support the requested number of rows. The message names the remedy."""
 
 
 @dataclass(frozen=True)

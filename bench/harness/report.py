@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness.cases import Parameters
-from latent_grpo.saving.atomic import write_whole
+from latent_grpo.saving.atomic_files import write_whole
 
 SCHEMA = 1  # of the JSON file
 

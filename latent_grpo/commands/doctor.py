@@ -12,8 +12,8 @@ from rich.table import Table
 from latent_grpo.commands.memory_plan import GIB, parameter_bytes, read_model_size, show_plan
 from latent_grpo.commands.options import Parser, add_flags_named, parse_config, require_given
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
+from latent_grpo.errors import ModelError
 from latent_grpo.model import (
-    ModelError,
     embedding_table,
     encode_prompts,
     end_marker_ids,

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from latent_grpo.commands.options import Parser, add_flags_named, load_for_sampling, sampling_flags
-from latent_grpo.config import ConfigError, require
+from latent_grpo.errors import ConfigError, require
 
 COLUMNS = ("prompt_column", "answer_column", "chain_column")
 SOURCES = (
@@ -77,7 +77,7 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
     from latent_grpo.data.benchmarks import load_benchmarks
     from latent_grpo.evaluation import evaluate
     from latent_grpo.parallel.process_group import rank
-    from latent_grpo.saving.atomic import require_writable, write_json, write_whole
+    from latent_grpo.saving.atomic_files import require_writable, write_json, write_whole
     from latent_grpo.watching.environment import environment
     from latent_grpo.watching.tables import evaluation_cells, evaluation_document, mean_over_data
 

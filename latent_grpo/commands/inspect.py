@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_grpo.commands.options import Parser
-from latent_grpo.config import require
+from latent_grpo.errors import require
 
 
 def inspect_parser(prog: str) -> Parser:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from latent_grpo.commands.options import FAILURE, INPUT_ERROR, INTERRUPTED, Parser, PrintVersion
+from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError
 
 # Command, its module in this folder, what it does. A module is imported when its command runs, because most of them
 # import PyTorch, and `--help` and typing mistakes should answer at once.
@@ -66,11 +67,6 @@ def main_parser() -> Parser:
 
 def exit_code(error: Exception) -> int | None:
     """Return the exit code of an error that one line explains. None for an error that needs its traceback."""
-    from latent_grpo.config import ConfigError
-    from latent_grpo.data.rows import DataError
-    from latent_grpo.model import ModelError
-    from latent_grpo.rewards.scoring import RewardError
-
     if isinstance(error, ConfigError | DataError | ModelError):
         return INPUT_ERROR
     return FAILURE if isinstance(error, RewardError) else None

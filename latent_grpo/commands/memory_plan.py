@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.config import LatentGRPOConfig, require
-from latent_grpo.errors import first_line
-from latent_grpo.model import ModelError, check_path
+from latent_grpo.config import LatentGRPOConfig
+from latent_grpo.errors import ModelError, first_line, require
+from latent_grpo.model import check_path
 from latent_kernels import chunk_bytes
 
 FLOAT32 = 4

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from latent_grpo.config import (
-    ConfigError,
-    LatentGRPOConfig,
-    LatentSampling,
-    check_options,
-    groups_of,
-    require,
-    unknown_key,
-)
+from latent_grpo.config import LatentGRPOConfig, LatentSampling, check_options, groups_of
+from latent_grpo.errors import ConfigError, require, unknown_key
 
 INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work is split over the ranks."
@@ -24,7 +18,7 @@ SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work is split o
 STEP_FLAGS = ("latent_top_k", "latent_top_p", "tau", "noise_scale", "temperature", "top_p", "top_k", "seed")
 LIMIT_FLAG = "max_completion_length"
 MODEL_FLAGS = ("end_marker", "dtype", "device")
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TRUE, FALSE = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +27,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         # An abbreviation that works today means another flag once a longer one is added.
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words, with `--learning-rate` as another spelling of `--learning_rate`."""
+        words = [self.spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
+
+    def spelled(self, word: str) -> str:
+        """Return a flag with underscores if it is a flag only in this spelling, and any other word as it is."""
+        flag, mark, value = word.partition("=")
+        underscored = f"--{flag[2:].replace('-', '_')}"
+        known = self._option_string_actions
+        return f"{underscored}{mark}{value}" if flag not in known and underscored in known else word
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
@@ -61,7 +67,7 @@ def boolean(text: str) -> bool:
 
 
 def or_null(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a converter that also takes `null`, for options that may be None."""
+    """Return a converter that also takes `null`, for numbers that may be None."""
 
     def convert(text: str) -> Any:
         return None if text == "null" else kind(text)
@@ -78,7 +84,12 @@ def flag_settings(kind: Any) -> dict[str, Any]:
         return {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     if NoneType in get_args(kind):
         (inner,) = (flag_settings(part) for part in get_args(kind) if part is not NoneType)
-        return {**inner, "type": or_null(inner["type"])}
+        # In a text `null` may be a name, and in a list it would be an item.
+        return (
+            {**inner, "type": or_null(inner["type"])}
+            if inner["type"] in (int, float) and "nargs" not in inner
+            else inner
+        )
     if get_origin(kind) is list:
         return {**flag_settings(get_args(kind)[0]), "nargs": "+"}
     return {"type": kind, "metavar": kind.__name__.upper()}

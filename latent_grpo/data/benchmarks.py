@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from latent_grpo.data.rows import DataError, load_rows
+from latent_grpo.data.rows import load_rows
+from latent_grpo.errors import DataError
 
 
 @dataclass(frozen=True)

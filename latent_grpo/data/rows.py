@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.errors import first_line
+from latent_grpo.errors import DataError, first_line
 
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 # Suffixes that mark a source as a file. They are listed because a Hub name may contain a dot too ("org/set-v1.5").
@@ -30,10 +30,6 @@ _CALCULATOR_MARK = re.compile(r"<<(.*?)>>", re.DOTALL)  # <<48/2=24>> in GSM8K
 _GROUPED_NUMBER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _INTEGRAL_DECIMAL = re.compile(r"([-+]?\d+)\.0+")
 _INTEGRAL_IN_EQUATION = re.compile(r"(?<![\d.])(\d+)\.0+(?!\d)")
-
-
-class DataError(ValueError):
-    """A data source cannot be used. The message is one line that names the file, the row and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from latent_grpo.config import require
+from latent_grpo.errors import require
 from latent_grpo.parallel.process_group import rank, world_size
 
 Result = TypeVar("Result")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 
 Result = TypeVar("Result")
 

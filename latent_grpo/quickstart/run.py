@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig
+from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
+from latent_grpo.errors import ConfigError
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import encode_prompts
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples

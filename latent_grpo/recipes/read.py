@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from latent_grpo.config import ConfigError, unknown_key
+from latent_grpo.errors import ConfigError, unknown_key
 
 
 def read_yaml(path: str, config_class: type) -> dict[str, Any]:

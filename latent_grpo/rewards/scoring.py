@@ -10,14 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from latent_grpo.errors import RewardError
 from latent_grpo.rewards.answers import Completion
 from latent_grpo.rewards.functions import REWARDS, RewardFunc
 
 _EXCERPT_CHARACTERS = 80  # of a prompt or a completion in an error message
-
-
-class RewardError(RuntimeError):
-    """A reward function failed. The message names the function and the sample that it failed on."""
 
 
 class Scores(NamedTuple):

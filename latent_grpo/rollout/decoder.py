@@ -32,7 +32,7 @@ from latent_kernels import (
 
 # The kind of a batch: all live rows in their latent run, all in text, or some of each.
 LATENT, TEXT, MIXED = "latent", "text", "mixed"
-CHECK_EVERY = 8  # captured steps between two looks at the device; rows that finish in between stay idle
+CHECK_EVERY = 8  # captured steps between checks for finished rows, each of which synchronises with the device
 
 
 @dataclass
@@ -254,7 +254,7 @@ class Decoder:
         state.hidden.copy_(body(self.model, state.embeds.unsqueeze(1), mask, position_ids, cache)[:, -1])
 
     def emit(self, state: Slots, kind: str) -> None:
-        """Choose and record the next element of every row of `kind`. Finished rows and other rows stay idle."""
+        """Choose and record the next element of every unfinished row of `kind`. Nothing is recorded for other rows."""
         sampling = self.sampling
         if kind == TEXT:
             logits = head_logits(state.hidden, self.head)
@@ -292,7 +292,8 @@ class Decoder:
             self.record.scores.index_copy_(0, index, scores)
         # In place, here and below: a captured step works on the same tensors in every replay.
         state.embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.embeds))
-        # Finished rows also go on, so that rows of one age keep one cache position and `exact_step` can use a slice.
+        # The cache position of finished rows advances too. So rows that started together share one position, and
+        # `exact_step` can write them with one slice.
         state.last.add_(active | state.done).clamp_max_(self.cache.capacity - 1)
         state.step.add_(active)
         state.done.logical_or_(active & ((self.is_eos[token] & ~is_latent) | (state.step >= self.record.limit)))
@@ -336,7 +337,7 @@ def decoder_for(model: Any, sampling: LatentSampling, rows: int, slots: int, tok
 
 
 def _span(tokens: int) -> int:
-    """Return a width of masks for `tokens` tokens, one of few."""
+    """Round `tokens` up to one of a few widths of the mask, so that few CUDA graphs are captured."""
     # From 32 on, every bucket is a multiple of 8, which attention can read without a copy.
     return bucket(max(tokens, 32))
 

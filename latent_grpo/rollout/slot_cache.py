@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
 
-from latent_grpo.model import ModelError
+from latent_grpo.errors import ModelError
 
 ALIGNMENT = 8  # elements; attention loads the rows of a mask fast if they start at multiples of this
 FULL, SLIDING = "full_attention", "sliding_attention"

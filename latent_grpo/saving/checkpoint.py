@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from latent_grpo.config import ConfigError, RunOptions
-from latent_grpo.errors import first_line
+from latent_grpo.config import RunOptions
+from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank
-from latent_grpo.saving.atomic import flush
+from latent_grpo.saving.atomic_files import flush
 from latent_grpo.saving.model_files import read_model, write_model
 from latent_grpo.saving.random_streams import random_state, set_random_state
 from latent_grpo.saving.run_identity import check_identity, run_identity

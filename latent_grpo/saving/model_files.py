@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from latent_grpo.model import load_model
 from latent_grpo.parallel.fsdp import assign
 from latent_grpo.parallel.process_group import on_rank_zero
-from latent_grpo.saving.atomic import flush
+from latent_grpo.saving.atomic_files import flush
 from latent_grpo.update.lora import has_adapters, merged_model, read_adapters, write_adapters
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.config import RunOptions
+from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import world_size
 
 FINGERPRINT_ROWS = 1000  # hashed rows of the training data at most, spread over all of it

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank, world_size
 
 FILE_BYTES = 2**31  # bytes of full tensors per file; the file of a rank holds its part of each

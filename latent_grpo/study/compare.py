@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSampling, LatentSFTConfig
+from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.data.rows import load_rows
-from latent_grpo.errors import first_line
+from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer
 from latent_grpo.quickstart.run import grpo_config, sft_config
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
 from latent_grpo.recipes.read import read_yaml
-from latent_grpo.saving.atomic import require_writable, write_json
+from latent_grpo.saving.atomic_files import require_writable, write_json
 from latent_grpo.sft import LatentSFTTrainer
 from latent_grpo.study.config import CompareConfig
 from latent_grpo.trainer import LatentGRPOTrainer

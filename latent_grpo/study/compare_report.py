@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from latent_grpo.saving.atomic import write_json, write_whole
+from latent_grpo.saving.atomic_files import write_json, write_whole
 from latent_grpo.study.compare import ARMS, FULL, LATENT, RESULT, Plan, Run, all_runs
 from latent_grpo.study.config import CompareConfig
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure

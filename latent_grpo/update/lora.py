@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latent_grpo.config import AdapterOptions, ConfigError
-from latent_grpo.errors import first_line
+from latent_grpo.config import AdapterOptions
+from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.parallel.fsdp import assign
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name of the file
@@ -30,8 +30,11 @@ def add_adapters(model: Any, args: AdapterOptions) -> None:
     """Freeze the model and add trainable float32 adapters to `args.lora_target_modules`.
 
     Raises:
-        ConfigError: PEFT is not installed, a target does not exist, or the LM head or the embedding is a target.
+        ConfigError: PEFT is not installed, the model has adapters already, a target does not exist, or the LM head or
+            the embedding is a target.
     """
+    if has_adapters(model):  # PEFT would start the existing adapters anew, and their training would be lost
+        raise ConfigError("use_peft is True, but the model already has adapters; merge them first")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -41,6 +44,8 @@ def add_adapters(model: Any, args: AdapterOptions) -> None:
     chosen = targets[0] if targets is not None and len(targets) == 1 else targets
     try:
         config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=chosen)
+        # Loaders of a checkpoint find the base model by this name.
+        config.base_model_name_or_path = getattr(model, "name_or_path", None)
         inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise ConfigError(f"lora_target_modules is {targets!r}: {first_line(error)}") from error
@@ -83,6 +88,7 @@ def write_adapters(folder: Path, model: Any) -> None:
     parameters = {saved_name(name): p.detach().contiguous() for name, p in adapter_parameters(model)}
     save_file(parameters, folder / ADAPTER_FILE, metadata={"format": "pt"})
     model.peft_config[ADAPTER].save_pretrained(str(folder))
+    model.generation_config.save_pretrained(str(folder))
 
 
 @torch.no_grad()

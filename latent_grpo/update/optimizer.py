@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.config import RunOptions
+from latent_grpo.errors import ConfigError
 from latent_grpo.model import embedding_table
 from latent_grpo.parallel.fsdp import full_tensor
 from latent_grpo.parallel.process_group import world_size
@@ -29,7 +30,7 @@ class Updater:
     updates are made in the copies, since an update is often smaller than the precision of the parameter.
 
     Args:
-        model: the model to train. Sets `requires_grad` of its parameters, except if it has adapters.
+        model: the model to train. Its parameters' `requires_grad` is set here, unless the model has adapters.
         args: the options of optimizer and schedule.
         total_steps: number of optimizer steps that the schedule covers.
         freeze_embeddings: keep the embedding table, and an LM head that is tied to it.
@@ -103,21 +104,21 @@ class Updater:
         large = {f"{MASTER}.{name}": m.detach() for name, m, p in self.trained() if m is not p}
         for name, copy, _ in self.trained():
             state = self.optimizer.state.get(copy, {})
-            large |= {f"{key}.{name}": value for key, value in state.items() if _is_large(value, copy)}
+            large |= {f"{key}.{name}": value for key, value in state.items() if _is_sharded(value, copy)}
         return large
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rest of the state, which is small and the same on every rank."""
         # By name: PyTorch's own state_dict numbers the parameters, and it mixes large and small values.
         small = {
-            name: {k: v for k, v in self.optimizer.state.get(copy, {}).items() if not _is_large(v, copy)}
+            name: {k: v for k, v in self.optimizer.state.get(copy, {}).items() if not _is_sharded(v, copy)}
             for name, copy, _ in self.trained()
         }
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {"state": small, "groups": groups, "scheduler": self.scheduler.state_dict(), "skipped": self.skipped}
 
     def empty(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a tensor to read a tensor of `tensors` into, sharded like its parameter.
+        """Allocate the tensor into which a tensor of a checkpoint is read, sharded like its parameter.
 
         Raises:
             ValueError: the parameter does not have that size.
@@ -150,8 +151,8 @@ class Updater:
         return list(zip(self.names, self.masters, self.parameters, strict=True))
 
 
-def _is_large(value: Any, parameter: Tensor) -> bool:
-    """Tell whether a rank holds only its part of a value. Counts, and tables of 8-bit optimizers, are small."""
+def _is_sharded(value: Any, parameter: Tensor) -> bool:
+    """Tell whether a value has the parameter's shape and is sharded with it. Counts and 8-bit tables do not."""
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 

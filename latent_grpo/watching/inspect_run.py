@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.watching.alarms import Alarms
 from latent_grpo.watching.metrics import read_metrics

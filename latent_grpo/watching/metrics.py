@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.config import RunOptions
+from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import on_rank_zero, rank
-from latent_grpo.saving.atomic import write_whole
+from latent_grpo.saving.atomic_files import write_whole
 from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.watching.alarms import Alarms
 from latent_grpo.watching.trackers import open_trackers

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout
-from latent_grpo.saving.atomic import replaced_whole
+from latent_grpo.saving.atomic_files import replaced_whole
 from latent_grpo.watching.metrics import CONSOLE
 from latent_grpo.watching.responses import Response, mixtures, print_response, prompt_text
 

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from latent_grpo.config import ConfigError, RunOptions
+from latent_grpo.config import RunOptions
+from latent_grpo.errors import ConfigError
 
 
 class Tracker(Protocol):

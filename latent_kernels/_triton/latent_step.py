@@ -21,8 +21,8 @@ prefix of the sorted order:
 4. A segment that overflows the buffer is tried again with a higher frontier.
 
 So no row needs a launch of its own, and the last segment is at worst the rest of the vocabulary. Realistic rows settle
-in one segment of 30 to 350 tokens. Nearly uniform rows settle after some 20 K tokens, because 4.9% of all tokens draw
-the largest noise.
+in one segment of 30 to 350 tokens. Nearly uniform rows settle after about 20 * top_k tokens, because 4.9% of all
+tokens draw the largest noise.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def latent_step_from_sidecar(sidecar: Sidecar, embedding: Tensor, options: Laten
     logits, rows, (vocab, width) = sidecar.logits, len(sidecar.maxima), embedding.shape
     groups, step = sidecar.maxima.shape[1], options.step
     table = embedding if embedding.stride(1) == 1 else embedding.contiguous()
-    unused = logits  # the kernel never reads it in the place of an option that was not given
+    unused = logits  # a placeholder pointer for options that were not given; the kernel does not read it
     draws = unused if options.exponential is None else options.exponential
     draws = draws if draws.stride(1) == 1 else draws.contiguous()
     mask = unused if options.latent_mask is None else options.latent_mask.contiguous().view(torch.int8)

@@ -6,7 +6,7 @@ Latent row:  f = mean_k(-d_k - exp(-d_k)),  d_k = score_k - log_softmax(logits)[
 Gradient:    dlogits = (1/K) sum_k c_k (onehot(id_k) - softmax(logits)),  c_k = 1 - exp(-d_k), on a latent row, and
              (onehot(token) - softmax(logits / T)) / T on a text row.
 
-From hidden states, only one chunk of rows has logits at a time. The gradient of a log-prob in `hidden`, [N, D], is
+`latent_logprob` makes the logits of one chunk of rows at a time. The gradient of a log-prob in `hidden`, [N, D], is
 computed in the forward pass while its chunk is alive. So a frozen head costs two products instead of three. The
 gradient in the head, if wanted, needs the upstream gradient. The backward pass recomputes the chunks for it.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -109,14 +109,20 @@ def latent_step_with_logits(
     hidden: Tensor,  # [B, D]
     lm_head: Tensor,  # [V, D]
     embedding: Tensor,  # [V, D']
-    options: LatentStepOptions,
+    options: LatentStepOptions | None = None,
     *,
     impl: str = "auto",
+    **named: Any,
 ) -> tuple[LatentStep, Tensor]:
     """Return the result of `latent_step` and the logits [B, V] computed for it.
 
-    A batch with text rows draws their tokens from these logits. They are float32, or float64 for float64 inputs.
+    Give the options of `latent_step` as one object or by name. A batch with text rows draws their tokens from the
+    logits, which are float32, or float64 for float64 inputs.
     """
+    if options is None:
+        options = LatentStepOptions(**named)
+    elif named:
+        raise TypeError(f"give options or {', '.join(named)}, not both")
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     options = _checked(options, len(hidden), len(lm_head), embedding, like=hidden)

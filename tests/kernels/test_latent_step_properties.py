@@ -79,6 +79,16 @@ def test_a_step_with_its_logits_is_the_same_step(impl):
     torch.testing.assert_close(logits, hidden @ head.T, rtol=1e-4, atol=1e-4)
     without_logits = latent_step(hidden, head, table, seed=3, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(step, without_logits, strict=True))
+    by_name, _ = latent_step_with_logits(hidden, head, table, seed=3, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(step, by_name, strict=True))
+
+
+def test_options_of_a_step_are_given_once():
+    hidden, head = torch.randn(2, 16), torch.randn(30, 16)
+    with pytest.raises(TypeError, match="give options or seed, not both"):
+        latent_step_with_logits(hidden, head, head, LatentStepOptions(), seed=3)
+    with pytest.raises(TypeError, match="topk"):
+        latent_step_with_logits(hidden, head, head, topk=3)
 
 
 # From logits

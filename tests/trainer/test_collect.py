@@ -7,7 +7,7 @@ import torch
 from support.trainers import even, grpo
 
 from latent_grpo import LatentGRPOConfig
-from latent_grpo.model import ModelError
+from latent_grpo.errors import ModelError
 from latent_grpo.rollout import generate as generate_module
 from latent_grpo.rollout.slot_cache import rows_within
 

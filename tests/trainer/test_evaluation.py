@@ -24,7 +24,7 @@ from latent_grpo.evaluation import bootstrap_interval, tokens_before
 from latent_grpo.model import load_model
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.rollout.trajectory import Rollout
-from latent_grpo.saving.atomic import write_json
+from latent_grpo.saving.atomic_files import write_json
 from latent_grpo.watching.tables import evaluation_cells, mean_over_data
 
 ROWS = make_problems(10, seed=1)

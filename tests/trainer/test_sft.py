@@ -9,7 +9,7 @@ import torch
 from support.trainers import ROWS
 
 from latent_grpo import LatentSFTConfig, LatentSFTTrainer
-from latent_grpo.data.rows import DataError
+from latent_grpo.errors import DataError
 from latent_grpo.quickstart.toy_task import make_model, make_problems
 from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, gumbel_noise, input_mixtures, target_loss
 

@@ -12,8 +12,8 @@ from support.kernels import NEEDS_TRITON
 from support.trainers import even, grpo
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer
-from latent_grpo.config import ConfigError
-from latent_grpo.model import ModelError, check_compatible
+from latent_grpo.errors import ConfigError, ModelError
+from latent_grpo.model import check_compatible
 from latent_grpo.quickstart.toy_task import make_model
 from latent_grpo.rollout.trajectory import Rollout
 from latent_kernels._dispatch import resolve

@@ -12,7 +12,7 @@ from support.commands import exit_code
 
 from bench.planner import CASES, make_config, measured_in_fresh_process, options, plan_of
 from latent_grpo.commands.memory_plan import Plan, make_plan, model_size
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 
 SMALL = CASES["small"]
 # The planner measures resident memory, which needs /proc.

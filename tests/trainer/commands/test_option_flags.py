@@ -96,6 +96,14 @@ def parse(*words: str) -> LatentGRPOConfig:
         ("--report_to wandb", "report_to", ["wandb"]),
         ("--reward_weights 1 0.5", "reward_weights", [1.0, 0.5]),
         ("--learning_rate 1e-5", "learning_rate", 1e-5),
+        ("--learning-rate 1e-5", "learning_rate", 1e-5),
+        ("--learning-rate=1e-5", "learning_rate", 1e-5),
+        ("--no-latent", "latent", False),
+        ("--latent f", "latent", False),
+        ("--use_peft y", "use_peft", True),
+        ("--run_name null", "run_name", "null"),
+        ("--run_name a-b", "run_name", "a-b"),
+        ("--lora_target_modules null", "lora_target_modules", ["null"]),
     ],
 )
 def test_a_flag_gives_its_option_the_value_of_its_type(words, name, expected):
@@ -114,6 +122,8 @@ def test_a_flag_gives_its_option_the_value_of_its_type(words, name, expected):
         ("--tau x", ["--tau", "float", "'x'"]),
         ("--lora_r 1.5", ["--lora_r", "int", "'1.5'"]),
         ("--delta x", ["--delta", "float", "'x'"]),
+        ("--tau null", ["--tau", "float", "'null'"]),
+        ("--reward_weights null", ["--reward_weights", "float", "'null'"]),
         ("--latent maybe", ["--latent", "true or false", "'maybe'"]),
         ("--noise loud", ["--noise", "'loud'", "one_sided"]),
         ("--report_to tensorbord", ["report_to is 'tensorbord'", "tensorboard, wandb, trackio"]),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from latent_grpo.data.benchmarks import BENCHMARKS, GROUPS, benchmark_name, load_benchmarks
-from latent_grpo.data.rows import DataError
+from latent_grpo.errors import DataError
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 from support import SHARED
 
-from latent_grpo.data.rows import DataError, load_rows
+from latent_grpo.data.rows import load_rows
+from latent_grpo.errors import DataError
 
 SHARED_DATA = SHARED / "data"
 GPQA_ROW = {

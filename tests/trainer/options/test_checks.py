@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import NoneType
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 
-from latent_grpo.config import ConfigError, LatentGRPOConfig, LatentSFTConfig, Range
+from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig, Range
+from latent_grpo.errors import ConfigError
 from latent_grpo.study.config import CompareConfig
 
 CONFIGURATIONS = (LatentGRPOConfig, LatentSFTConfig, CompareConfig)
@@ -89,3 +93,30 @@ def test_a_warm_start_needs_a_template_that_holds_the_answer():
 def test_none_whole_numbers_and_bounds_are_taken_where_they_have_a_meaning(options):
     config = LatentGRPOConfig(**options)
     assert {name: getattr(config, name) for name in options} == options
+
+
+@pytest.mark.parametrize("config", [LatentGRPOConfig, LatentSFTConfig, CompareConfig])
+def test_none_is_refused_where_it_has_no_meaning(config):
+    kinds = get_type_hints(config)
+    for item in fields(config):
+        if NoneType in get_args(kinds[item.name]):
+            continue
+        with pytest.raises(ConfigError, match=f"^{item.name} is None: "):
+            config(**{item.name: None})
+
+
+def test_numpy_numbers_become_numbers_that_a_checkpoint_can_write():
+    config = LatentGRPOConfig(
+        seed=np.int64(3), tau=np.float32(0.5), num_generations=np.int32(4), learning_rate=np.float64(1e-3)
+    )
+    assert (config.seed, config.tau, config.num_generations, config.learning_rate) == (3, 0.5, 4, 1e-3)
+    assert {type(getattr(config, name)) for name in ("seed", "num_generations")} == {int}
+    assert {type(getattr(config, name)) for name in ("tau", "learning_rate")} == {float}
+    with pytest.raises(ConfigError, match="tau is "):
+        LatentGRPOConfig(tau=np.float32(-1))
+
+
+def test_sampling_options_can_be_checked_alone():
+    LatentSampling(seed=1).check()
+    with pytest.raises(ConfigError, match="latent_top_k is 1: give a number, 2 or more"):
+        LatentSampling(latent_top_k=1).check()

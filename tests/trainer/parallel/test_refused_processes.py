@@ -10,7 +10,7 @@ import torch
 from support.processes import TRAIN
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import process_group
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.update import optimizer as optimizer_module

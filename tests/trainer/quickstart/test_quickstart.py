@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.quickstart.run import quickstart
 from latent_kernels import group_advantages, latent_logprob_from_logits, latent_step_from_logits
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from latent_grpo.errors import RewardError
 from latent_grpo.rewards.functions import accuracy_reward, exact_match_reward
-from latent_grpo.rewards.scoring import RewardError, resolve_reward, score
+from latent_grpo.rewards.scoring import resolve_reward, score
 
 
 def test_resolve_reward(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from support.killed_runs import metrics_of
 from transformers import LlamaForCausalLM
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.saving import checkpoint as checkpoint_module
 from latent_grpo.saving.checkpoint import STATE_FILE, TENSOR_FILE, checkpoints_in

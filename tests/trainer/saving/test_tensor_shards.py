@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.saving import tensor_shards as shards_module
 from latent_grpo.saving.tensor_shards import read_shards, write_shards
 

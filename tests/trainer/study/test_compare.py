@@ -19,7 +19,7 @@ import pytest
 from support import REPOSITORY
 
 from latent_grpo.commands.main import main
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.quickstart import run as quickstart
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.recipes.read import read_yaml

@@ -16,7 +16,7 @@ from support.trainers import gradients
 from transformers import AutoModelForCausalLM
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.model import body, embedding_table
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.update.activation_checkpointing import recomputed
@@ -337,6 +337,27 @@ def test_lora_targets_that_do_not_exist_or_are_tables_are_refused(targets, peft,
     with pytest.raises(ConfigError, match="lora_target_modules is") as error:
         grpo(tmp_path, use_peft=True, lora_target_modules=targets)
     assert "\n" not in str(error.value)
+
+
+def test_adapters_that_a_model_already_has_are_not_started_anew(peft, tmp_path):
+    model = grpo(tmp_path / "run", use_peft=True).model
+    options = LatentGRPOConfig(latent_top_k=3, use_peft=True)
+    with pytest.raises(ConfigError, match="already has adapters; merge them first"):
+        LatentGRPOTrainer(model, mixed_reward, options, ROWS, None, make_tokenizer())
+
+
+def test_a_checkpoint_of_adapters_is_read_by_peft_and_names_its_base_model(peft, tmp_path):
+    trainer = grpo(tmp_path / "run", use_peft=True, save_steps=1)
+    model = trainer.model
+    assert model.peft_config["default"].base_model_name_or_path == model.name_or_path
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert (checkpoint / "generation_config.json").exists()
+    read = peft.PeftModel.from_pretrained(make_model(make_tokenizer(), seed=0), checkpoint).eval()
+    ids = torch.arange(6).unsqueeze(0)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0, atol=tol.FLOAT32)
 
 
 def test_a_checkpoint_of_adapters_of_another_rank_is_refused(peft, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.trainers import assert_same_gradients, even, gradients, grpo, rollout_of
 
-from latent_grpo.config import ConfigError, LatentGRPOConfig
+from latent_grpo.config import LatentGRPOConfig
+from latent_grpo.errors import ConfigError
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.micro_batches import micro_batches
 

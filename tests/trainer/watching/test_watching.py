@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig
 from latent_grpo.commands.main import main
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 from latent_grpo.rewards.scoring import reward_names
 from latent_grpo.rollout.trajectory import visible_text

@@ -1,4 +1,7 @@
-"""Atomic writes: after a kill or a power cut, a file holds its old text or its new text, never a part."""
+"""Atomic writes of single files: after a kill or a power cut, a file holds its old text or its new text, never a part.
+
+Whole checkpoints, which are folders, are in checkpoint.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.config import ConfigError
+from latent_grpo.errors import ConfigError
 
 # The text of JSON has line breaks only between values, since a string holds its own breaks escaped.
 JSON_BREAK = re.compile(r"\n *")
