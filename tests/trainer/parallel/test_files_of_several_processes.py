@@ -16,7 +16,7 @@ from latent_grpo.quickstart.toy_task import make_model, make_problems, make_toke
 from latent_grpo.saving.tensor_shards import read_shards
 from latent_grpo.update.optimizer import Updater
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # one worker makes the runs
+pytestmark = pytest.mark.slow
 NAME = "penalty, two passes"
 
 

@@ -24,8 +24,6 @@ from support.processes import (
 from latent_grpo.model import load_model
 from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker makes the runs
-
 
 def test_two_processes_take_two_steps_as_one_process_does(tmp_path: Path) -> None:
     job = train_job({}, beta=0.04, num_iterations=2, max_steps=2)
