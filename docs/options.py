@@ -28,7 +28,7 @@ PARSERS = {
 }
 INTRODUCTION = f"""# Options
 
-Written by `{COMMAND}` from `latent_grpo/config.py` and `latent_grpo/commands`;
+Written by `{COMMAND}` from `latent_grpo/config` and `latent_grpo/commands`;
 do not edit.
 
 `latent-grpo train`, `sft` and `compare` take each option as a flag (`--learning_rate 1e-5`) and as a key of the YAML

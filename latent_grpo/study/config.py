@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from latent_grpo.config import NON_NEGATIVE, ONE_OR_MORE, check_options, option
+from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, check_options, option
 from latent_grpo.errors import require
 
 

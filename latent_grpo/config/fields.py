@@ -1,0 +1,91 @@
+"""How an option is declared: its default, its meaning, its range. Checks and groups read the declarations.
+
+Configuration files and Python code can hold any value, so `check_options` checks what the command line does not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from numbers import Real
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from latent_grpo.errors import require
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may take. Bounds belong to the range unless they are open."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a value is in the range. NaN never is."""
+        above = self.low is None or (value > self.low if self.open_low else value >= self.low)
+        below = self.high is None or (value < self.high if self.open_high else value <= self.high)
+        return above and below and value == value
+
+    def __str__(self) -> str:
+        """Return the range in words, as `0 to 1` or `0 or more, below 1`."""
+        if None not in (self.low, self.high) and not (self.open_low or self.open_high):
+            return f"{self.low} to {self.high}"
+        words = []
+        if self.low is not None:
+            words.append(f"above {self.low:g}" if self.open_low else f"{self.low:g} or more")
+        if self.high is not None:
+            words.append(f"below {self.high}" if self.open_high else f"at most {self.high}")
+        return ", ".join(words)
+
+
+POSITIVE, NON_NEGATIVE, ONE_OR_MORE = Range(0, open_low=True), Range(0), Range(1)
+SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, open_high=True)
+
+
+def option(default: Any, help: str, range: Range | None = None) -> Any:
+    """Return a dataclass field with its documentation and, for a number, its range."""
+    metadata = {"help": help, "range": range}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_options(config: Any) -> None:
+    """Raise ConfigError for the first option that is no choice of its annotation, no list, no number or out of range.
+
+    Configuration files and Python code can hold any value, so the command line's own checks are not enough.
+    """
+    kinds = get_type_hints(type(config))
+    for item in fields(config):
+        name, value, kind = item.name, getattr(config, item.name), kinds[item.name]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        require(not choices or value in choices, name, value, f"choose from {', '.join(map(str, choices))}")
+        if value is None:
+            require(NoneType in get_args(kind), name, value, "give a value")
+            continue
+        listed = any(get_origin(alternative) is list for alternative in (kind, *get_args(kind)))
+        require(not listed or isinstance(value, list), name, value, "give a list")
+        allowed = item.metadata.get("range")
+        if allowed is not None:
+            if isinstance(value, Real) and hasattr(value, "item"):
+                value = value.item()  # a NumPy number, which no checkpoint could write as JSON
+                setattr(config, name, value)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            require(is_number and allowed.holds(value), name, value, f"give a number, {allowed}")
+
+
+def groups_of(config_class: type) -> Iterator[tuple[type, list[Field[Any]]]]:
+    """Yield each dataclass that a configuration is made of, with the options that it introduces.
+
+    An option that a subclass gives a new default stays in the group that introduced it.
+    """
+    seen: set[str] = set()
+    by_name = {item.name: item for item in fields(config_class)}
+    for part in reversed(config_class.__mro__[:-1]):
+        own = [name for name in inspect.get_annotations(part) if name in by_name and name not in seen]
+        seen.update(own)
+        if own:
+            yield part, [by_name[name] for name in own]

@@ -1,0 +1,116 @@
+"""The options that several commands share: model, adapters, data, optimizer, and the run itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latent_grpo.config.fields import (
+    BELOW_ONE,
+    NON_NEGATIVE,
+    ONE_OR_MORE,
+    POSITIVE,
+    Range,
+    check_options,
+    option,
+)
+from latent_grpo.errors import require
+
+SINKS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass
+class ModelOptions:
+    """Which model is used, in what precision, on what device."""
+
+    model_name_or_path: str = option("", "Model folder or Hub name.")
+    end_marker: str = option("</think>", "Text whose first token ends a latent run.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the parameters.")
+    device: str | None = option(None, "Device. Default: the GPU if there is one.")
+
+
+@dataclass
+class AdapterOptions:
+    """LoRA adapters."""
+
+    use_peft: bool = option(
+        False, "Train only LoRA adapters. Checkpoints hold the adapters; the finished model has them merged."
+    )
+    lora_r: int = option(16, "Rank of the adapters.", ONE_OR_MORE)
+    lora_alpha: int = option(32, "Scale of the adapters, divided by the rank.", ONE_OR_MORE)
+    lora_target_modules: list[str] | None = option(
+        None, "Linear layers with adapters, or all-linear. Default: PEFT's choice for the model."
+    )
+
+
+@dataclass
+class DataOptions:
+    """Where the training data comes from and which columns are read."""
+
+    dataset: str = option("", "Training data: JSON, JSONL or Parquet file, or Hub name (name:config).")
+    dataset_split: str = option("train", "Split of a Hub dataset.")
+    prompt_column: str | None = option(None, "Column of the question, for data in an unknown format.")
+    answer_column: str | None = option(None, "Column of the answer, for data in an unknown format.")
+    chain_column: str | None = option(None, "Column of the chain of thought, for data in an unknown format.")
+    limit: int | None = option(None, "Use only the first rows.")
+
+
+@dataclass
+class OptimizerOptions:
+    """The optimizer, its schedule, and the size of an update."""
+
+    optim: Literal["adamw_torch", "adamw_8bit"] = option(
+        "adamw_torch", "Optimizer. adamw_8bit keeps its state in 8 bits (bitsandbytes)."
+    )
+    master_weights: bool = option(
+        True,
+        "Keep float32 copies, gradients and optimizer state of 16-bit parameters. Without them, 10 bytes per parameter "
+        "are saved and updates below the parameters' precision are lost.",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Keep only the inputs of decoder layers for the backward pass, which computes the rest again."
+    )
+    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.", POSITIVE)
+    lr_scheduler_type: str = option("constant_with_warmup", "Name of a transformers scheduler.")
+    warmup_steps: int = option(0, "Optimizer steps of linear warm-up.", NON_NEGATIVE)
+    weight_decay: float = option(0.0, "AdamW weight decay.", NON_NEGATIVE)
+    adam_beta1: float = option(0.9, "AdamW beta1.", BELOW_ONE)
+    adam_beta2: float = option(0.999, "AdamW beta2.", BELOW_ONE)
+    max_grad_norm: float = option(1.0, "Gradient clipping norm. 0 does not clip.", NON_NEGATIVE)
+    per_device_train_batch_size: int = option(32, "Responses per forward and backward pass, per process.", ONE_OR_MORE)
+    gradient_accumulation_steps: int = option(
+        1, "Forward and backward passes per optimizer step, in every process.", ONE_OR_MORE
+    )
+
+
+@dataclass
+class RunOptions(OptimizerOptions):
+    """How long a run is, what it writes and what it shows."""
+
+    output_dir: str = option("runs/latent", "Folder for checkpoints and metrics.")
+    seed: int = option(0, "Seed of data order, sampling and noise.", Range(0, 2**32, open_high=True))
+    max_steps: int = option(-1, "Steps. -1 goes by num_train_epochs.")
+    num_train_epochs: float = option(1.0, "Passes over the data where max_steps is -1.", POSITIVE)
+    max_prompt_length: int | None = option(None, "Longest prompt in tokens. A longer prompt is an error.")
+    max_completion_length: int = option(128, "Limit of a response, latent and text steps together.", ONE_OR_MORE)
+    logging_steps: int = option(1, "Steps between lines of metrics.", ONE_OR_MORE)
+    save_steps: int = option(500, "Steps between checkpoints. 0 saves only at the end.", NON_NEGATIVE)
+    save_total_limit: int | None = option(None, "Newest checkpoints that are kept. null keeps all.", ONE_OR_MORE)
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder of this run, or true for the newest in output_dir."
+    )
+    log_table: bool = option(True, "Print a line of metrics at every logged step.")
+    report_to: list[str] = option([], "Extra sinks of metrics: tensorboard, wandb, trackio.")
+    project: str = option("latent-grpo", "Project name in wandb and trackio.")
+    run_name: str | None = option(None, "Name of the run in wandb and trackio. Default: output_dir's.")
+
+    def update_size(self, processes: int) -> int:
+        """Return the responses (for `sft`, the examples) per optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+
+    def check_run(self) -> None:
+        """Raise ConfigError for the first option that cannot be used."""
+        check_options(self)
+        require(self.max_steps != 0, "max_steps", self.max_steps, "give 1 or more, or -1 to go by epochs")
+        for sink in self.report_to:
+            require(sink in SINKS, "report_to", sink, f"choose from {', '.join(SINKS)}")

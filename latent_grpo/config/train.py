@@ -1,0 +1,162 @@
+"""The options of Latent-GRPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, SHARE, Range, option
+from latent_grpo.config.sampling import LatentSampling, SamplingOptions
+from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, RunOptions
+from latent_grpo.errors import require
+
+
+@dataclass
+class RewardOptions:
+    """What a response is worth."""
+
+    reward_funcs: list[str] = option(
+        ["accuracy"], "Rewards: accuracy, exact_match, soft_overlong (DAPO), module:function, file.py:function."
+    )
+    reward_weights: list[float] | None = option(None, "Weights of the rewards. Default: 1 each.")
+    soft_punish_cache: int | None = option(
+        None,
+        "Last steps before the limit, over which soft_overlong falls from 0 to -1. Default: a fifth of the limit.",
+        ONE_OR_MORE,
+    )
+
+
+@dataclass
+class RolloutOptions:
+    """How many responses are sampled, and which groups are kept."""
+
+    num_generations: int = option(8, "Responses per prompt, G.", Range(2))
+    generation_batch_size: int = option(64, "Responses per rollout: prompts times G.", ONE_OR_MORE)
+    rollout_memory: float | None = option(
+        None,
+        "GiB of key-value cache that a rollout may take. Further responses wait for a free slot. Default: no bound.",
+        POSITIVE,
+    )
+    group_filter: bool = option(True, "Drop groups whose rewards are all equal and sample again (dynamic sampling).")
+    max_generation_batches: int = option(
+        50, "Most rollouts per step. Afterwards the step trains on the groups it has.", ONE_OR_MORE
+    )
+
+
+@dataclass
+class AdvantageOptions:
+    """How rewards become advantages."""
+
+    invalid: Literal["exclude", "zero", "keep"] = option(
+        "exclude", "What becomes of responses cut off by the limit, see group_advantages."
+    )
+    first_token: Literal["best_of_correct", "best_of_group", "all"] = option(
+        "best_of_correct", "Whose advantage counts at the first response step."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "Divide advantages by the standard deviation of the group's or of the batch's rewards, or not at all."
+    )
+
+
+@dataclass
+class UpdateOptions:
+    """The policy loss and its passes over a rollout."""
+
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = option(
+        "dapo",
+        "dapo: mean over the tokens of an update. bnpo: mean over the tokens of a forward and backward pass. grpo: "
+        "mean over responses of their token means. dr_grpo: token sums over the limit. gspo: grpo with "
+        "importance_sampling_level sequence. cispo: dapo with a clipped weight on the log-prob, so that no token loses "
+        "its gradient.",
+    )
+    loss_on: Literal["all", "latent", "text"] = option("all", "Response steps that carry the policy loss.")
+    margin_gradient: Literal["aligned", "released", "none"] = option("aligned", "Backward coefficient past the target.")
+    importance_sampling_level: Literal["token", "sequence"] = option(
+        "token",
+        "Ratio of a token, or the geometric mean over its response (GSPO, with epsilon 3e-4 and epsilon_high 4e-4).",
+    )
+    epsilon: float = option(0.2, "Clip range below 1.", SHARE)
+    epsilon_high: float | None = option(
+        None,
+        "Clip range above 1. Default: epsilon. With cispo it is the largest weight itself; default 5.",
+        NON_NEGATIVE,
+    )
+    delta: float | None = option(3.0, "Dual clip of negative advantages. null is none.", Range(1, open_low=True))
+    beta: float = option(
+        0.0, "Coefficient of the KL to the initial model, which is loaded only if this is above 0.", NON_NEGATIVE
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = option(
+        "k3", "Estimate of the KL from samples: log-ratio, half its square, or k3 (positive, low variance)."
+    )
+    entropy_coef: float = option(
+        0.0, "Coefficient of the entropy of text tokens, a bonus that keeps them exploring.", NON_NEGATIVE
+    )
+    num_iterations: int = option(1, "Passes over a rollout (PPO epochs).", ONE_OR_MORE)
+    micro_batch_tokens: int | None = option(
+        None,
+        "Tokens, padding included, in one forward and backward pass, in place of per_device_train_batch_size.",
+        POSITIVE,
+    )
+    old_logprobs: Literal["recompute", "rollout"] = option(
+        "recompute", "Old log-probs: computed by the trainer, or as sampled."
+    )
+    max_logprob_gap: float = option(
+        0.05, "Mean gap between sampled and recomputed log-probs, in nats, above which a warning is printed.", POSITIVE
+    )
+    importance_sampling_cap: float | None = option(
+        None,
+        "Weigh advantages by the recomputed over the sampled probability, at most this (TIS). null is none.",
+        POSITIVE,
+    )
+    freeze_embeddings: bool = option(True, "Keep the embedding table (and a tied head) as it is.")
+
+
+@dataclass
+class WatchingOptions:
+    """Evaluation during the run, and the log of responses."""
+
+    eval_dataset: str | None = option(None, "Evaluation data, given like dataset.")
+    eval_steps: int = option(0, "Steps between evaluations. 0 evaluates never.", NON_NEGATIVE)
+    eval_limit: int | None = option(None, "Use only the first evaluation rows.")
+    log_completions: bool = option(
+        False, "Write the responses of every logged step to output_dir/completions, as Parquet."
+    )
+    num_completions_to_print: int = option(0, "Responses printed at every logged step.", NON_NEGATIVE)
+
+
+@dataclass
+class LatentGRPOConfig(
+    WatchingOptions,
+    UpdateOptions,
+    AdvantageOptions,
+    RolloutOptions,
+    RewardOptions,
+    SamplingOptions,
+    RunOptions,
+    DataOptions,
+    AdapterOptions,
+    ModelOptions,
+):
+    """Latent-GRPO. Defaults are the paper's, with a batch that fits a small card."""
+
+    def __post_init__(self) -> None:
+        self.check_run()
+        latent_without_noise = self.latent and self.noise == "none"
+        require(not latent_without_noise, "noise", self.noise, "latent training needs noise to explore")
+        require(self.temperature > 0, "temperature", self.temperature, "training needs sampled text; give more than 0")
+        whole_groups = self.generation_batch_size % self.num_generations == 0
+        remedy = f"give a multiple of num_generations {self.num_generations}"
+        require(whole_groups, "generation_batch_size", self.generation_batch_size, remedy)
+        cap, recomputed = self.importance_sampling_cap, self.old_logprobs == "recompute"
+        require(cap is None or recomputed, "importance_sampling_cap", cap, "it needs old_logprobs recompute")
+        high = self.epsilon_high
+        bounded = self.loss_type != "cispo" or high is None or high >= 1
+        require(bounded, "epsilon_high", high, "cispo's largest weight is 1 or more")
+        cache = self.soft_punish_cache
+        fits = cache is None or cache <= self.max_completion_length
+        require(fits, "soft_punish_cache", cache, "give at most max_completion_length, or null for a fifth of it")
+
+    def sampling(self) -> LatentSampling:
+        """Return the sampling options alone."""
+        values = {item.name: getattr(self, item.name) for item in fields(SamplingOptions)}
+        return LatentSampling(**values, max_new_tokens=self.max_completion_length)
