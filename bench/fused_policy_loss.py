@@ -39,7 +39,7 @@ from bench.latent_logprob import (
 from bench.latent_logprob import cases as logprob_cases
 from latent_kernels import fused_policy_loss, latent_logprob
 from latent_kernels._chunks import chunk_buffer, row_chunks
-from latent_kernels.reference import policy_loss_ref
+from latent_kernels.reference.loss import policy_loss_ref
 
 CLIP, DUAL_CLIP = 0.2, 3.0
 ROWS_ON_A_GPU = (2048, 8192, 32768)

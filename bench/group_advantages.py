@@ -19,7 +19,7 @@ from bench.harness.cases import (
     our_providers,
 )
 from latent_kernels import GroupAdvantages, group_advantages
-from latent_kernels.reference import group_advantages_ref
+from latent_kernels.reference.loss import group_advantages_ref
 
 GROUP_SIZE = 8
 PROMPTS = {"tiny": 4, "qwen-7b": 32}  # of the recipes

@@ -28,10 +28,9 @@ from bench.harness.cases import (
 )
 from bench.harness.memory import free_memory
 from latent_kernels import latent_logprob
-from latent_kernels.reference import (
-    UNUSED_ID,
+from latent_kernels.reference.latent_step import UNUSED_ID, is_hard
+from latent_kernels.reference.loss import (
     component_margins,
-    is_hard,
     latent_logprob_from_logits_ref,
     margin_coefficients,
     surrogate,

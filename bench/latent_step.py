@@ -32,7 +32,7 @@ from bench.latent_step_from_logits import (
 )
 from latent_kernels import latent_step
 from latent_kernels._linear import project
-from latent_kernels.reference import latent_step_from_logits_ref
+from latent_kernels.reference.latent_step import latent_step_from_logits_ref
 
 ROWS_ON_A_GPU = (1, 8, 32, 64, 128, 256, 1024)
 SPREAD = 3.0  # standard deviation of the logits

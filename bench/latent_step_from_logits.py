@@ -22,7 +22,7 @@ from bench.harness.cases import (
 )
 from latent_kernels import LatentStep, latent_step_from_logits
 from latent_kernels._noise import exponential_draws, gumbel_noise
-from latent_kernels.reference import latent_step_from_logits_ref, nucleus_mask
+from latent_kernels.reference.latent_step import latent_step_from_logits_ref, nucleus_mask
 
 TOP_K, TOP_P, SEED = 10, 0.95, 1234
 SCORE_TOLERANCE = 1e-4

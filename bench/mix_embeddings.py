@@ -20,7 +20,7 @@ from bench.harness.cases import (
 )
 from bench.latent_logprob import make_ids
 from latent_kernels import mix_embeddings
-from latent_kernels.reference import mix_embeddings_ref, mixture_weights
+from latent_kernels.reference.latent_step import mix_embeddings_ref, mixture_weights
 
 TOP_K, LATENT_SHARE = 10, 0.5
 

@@ -20,7 +20,7 @@ from bench.harness.cases import (
     our_providers,
 )
 from latent_kernels import policy_loss
-from latent_kernels.reference import policy_loss_ref
+from latent_kernels.reference.loss import policy_loss_ref
 
 CLIP, DUAL_CLIP = 0.2, 3.0
 SIZES = {"tiny": (8, 16), "qwen-7b": (256, 4096)}  # responses and steps of the recipes

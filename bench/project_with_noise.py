@@ -22,7 +22,7 @@ from bench.harness.cases import (
 )
 from latent_kernels import project_with_noise
 from latent_kernels._noise import exponential_draws, gumbel_noise
-from latent_kernels.reference import project_with_noise_ref
+from latent_kernels.reference.latent_step import project_with_noise_ref
 
 SEED = 1234
 

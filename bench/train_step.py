@@ -34,7 +34,8 @@ from latent_grpo.model import embedding_table, lm_head
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.replay import replay
 from latent_kernels import fused_policy_loss
-from latent_kernels.reference import UNUSED_ID, policy_loss_ref
+from latent_kernels.reference.latent_step import UNUSED_ID
+from latent_kernels.reference.loss import policy_loss_ref
 
 LATENT_TOP_K, SEED, MAX_GRAD_NORM = 10, 0, 1.0
 EPSILON = 1e-4  # of AdamW; the usual 1e-8 is 0 in float16, where 0 / 0 would make weights NaN even at rate 0

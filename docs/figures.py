@@ -11,7 +11,9 @@ import torch
 
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
 from latent_kernels import __version__, group_advantages, latent_step_from_logits, policy_loss
-from latent_kernels.reference import gumbel_noise, margin_coefficients, nucleus_mask, surrogate
+from latent_kernels._noise import gumbel_noise
+from latent_kernels.reference.latent_step import nucleus_mask
+from latent_kernels.reference.loss import margin_coefficients, surrogate
 
 BLUE, ORANGE, GREEN, RED = COLOURS[:4]
 DRAWN = f"Drawn by `python docs/figures.py` with latent_kernels {__version__}."

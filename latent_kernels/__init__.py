@@ -14,7 +14,8 @@ from latent_kernels.ops.latent_step import latent_step, latent_step_from_logits,
 from latent_kernels.ops.mix_embeddings import mix_embeddings
 from latent_kernels.ops.policy_loss import policy_loss
 from latent_kernels.ops.project_with_noise import project_with_noise
-from latent_kernels.reference import STD_EPSILON, UNUSED_ID
+from latent_kernels.reference.latent_step import UNUSED_ID
+from latent_kernels.reference.loss import STD_EPSILON
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latent_kernels.reference import compute_dtype
+from latent_kernels.reference.latent_step import compute_dtype
 
 BLOCK_ROWS = 4096  # rows of the head per product: bounds the float32 copy and the buffer that MKL packs into
 

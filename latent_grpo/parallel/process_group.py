@@ -6,6 +6,7 @@ Without a process group every collective returns its argument, so the callers ne
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from torch import Tensor
 from latent_grpo.errors import ConfigError
 
 Result = TypeVar("Result")
+# After its last collective, gloo's worker thread frees the tensors of it, for which it needs the interpreter. Before
+# Python 3.14, an interpreter that is shutting down ends such a thread, and C++ answers with an abort. So the workers
+# get this many seconds. `destroy_process_group` does not wait for them while a sharded model still holds the group.
+WORKERS_FINISH = 0.5
 
 
 def rank() -> int:
@@ -58,6 +63,7 @@ def process_group() -> Iterator[None]:
     yield
     # Not in a `finally`: after an error it would wait for the other ranks. torchrun ends them.
     dist.destroy_process_group()
+    time.sleep(WORKERS_FINISH)
 
 
 def all_gather(values: list[Any]) -> list[Any]:

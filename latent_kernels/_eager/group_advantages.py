@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latent_kernels._types import GroupAdvantages
-from latent_kernels.reference import STD_EPSILON
+from latent_kernels.reference.loss import STD_EPSILON
 
 
 def group_advantages_eager(

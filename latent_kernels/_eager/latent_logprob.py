@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from latent_kernels._loss_types import SUMS, LogprobSpec, LossSpec, RowEntropies, RowScores, StepLosses
-from latent_kernels.reference import (
-    MARGIN_MAX,
-    component_margins,
-    is_hard,
-    margin_coefficients,
-    surrogate,
-    token_loss,
-)
+from latent_kernels.reference.latent_step import is_hard
+from latent_kernels.reference.loss import MARGIN_MAX, component_margins, margin_coefficients, surrogate, token_loss
 
 BLOCK_COLUMNS = 8192  # columns of logits at a time, in steps that need a second tensor of their size
 

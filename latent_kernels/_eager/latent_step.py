@@ -23,7 +23,7 @@ from torch import Tensor
 
 from latent_kernels._noise import exponential_draws, gumbel_noise, noise_bounds
 from latent_kernels._types import LatentStep, LatentStepOptions, NoiseSpec
-from latent_kernels.reference import best_first, nucleus_mask, per_row
+from latent_kernels.reference.latent_step import best_first, nucleus_mask, per_row
 
 GROUP = 32  # ids per group: every (V / 32)-th id, so that the maxima are a reduction over the outer axis
 FIRST_GROUPS = 96  # covers realistic rows (30 to 350 ids that matter) in one or two rounds

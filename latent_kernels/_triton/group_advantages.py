@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latent_kernels._types import GroupAdvantages
-from latent_kernels.reference import STD_EPSILON
+from latent_kernels.reference.loss import STD_EPSILON
 
 BLOCK_R, BLOCK_J = 32, 32  # with 64 columns, threads spill
 NUM_WARPS = 4

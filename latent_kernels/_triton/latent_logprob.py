@@ -29,13 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels import reference
 from latent_kernels._loss_types import LogprobSpec, RowEntropies, RowScores
 from latent_kernels._triton.common import MAX_REGISTERS
+from latent_kernels.reference import latent_step as steps
+from latent_kernels.reference import loss
 
-UNUSED_ID = tl.constexpr(reference.UNUSED_ID)
-EXPONENT_MAX = tl.constexpr(reference.EXPONENT_MAX)
-MARGIN_MAX = tl.constexpr(reference.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
+UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
+EXPONENT_MAX = tl.constexpr(loss.EXPONENT_MAX)
+MARGIN_MAX = tl.constexpr(loss.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
 FLOAT16_MAX = tl.constexpr(65504.0)
 LOWEST = tl.constexpr(-3.0e38)  # below any logit that matters, and finite: differences from it are numbers
 BLOCK_V, NUM_WARPS = 8192, 16  # 16 elements per thread

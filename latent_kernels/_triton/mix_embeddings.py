@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels import reference
+from latent_kernels.reference import latent_step as steps
 
-UNUSED_ID = tl.constexpr(reference.UNUSED_ID)
+UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
 TILE = 4096  # gathered elements per program, 32 per thread: more would spill on sm_100
 NUM_WARPS = 4
 
@@ -130,7 +130,7 @@ def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, gra
     One component at a time bounds the memory to [N, D]. PyTorch's `index_add_` adds up, and so follows
     `torch.use_deterministic_algorithms`.
     """
-    weights = reference.mixture_weights(ids, scores.float(), tau.float())
+    weights = steps.mixture_weights(ids, scores.float(), tau.float())
     total = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
     for k in range(ids.shape[1]):
         total.index_add_(0, ids[:, k].clamp_min(0), weights[:, k : k + 1] * grad.float())

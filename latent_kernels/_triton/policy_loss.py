@@ -25,12 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels import reference
 from latent_kernels._loss_types import SUMS, LossSpec, StepLosses, loss_and_stats
 from latent_kernels._types import PolicyStats
+from latent_kernels.reference import loss
 
-LOG_RATIO_MAX = tl.constexpr(reference.LOG_RATIO_MAX)
-KL_MAX = tl.constexpr(reference.KL_MAX)
+LOG_RATIO_MAX = tl.constexpr(loss.LOG_RATIO_MAX)
+KL_MAX = tl.constexpr(loss.KL_MAX)
 BLOCK, NUM_WARPS = 1024, 4
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 N_SUMS = tl.constexpr(len(SUMS))

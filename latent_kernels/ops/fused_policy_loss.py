@@ -33,7 +33,8 @@ from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_range, check_tensor
 from latent_kernels.ops.latent_logprob import check_logprob_options
 from latent_kernels.ops.policy_loss import check_loss_options
-from latent_kernels.reference import aggregation_weights, compute_dtype, is_hard, sequence_log_ratio
+from latent_kernels.reference.latent_step import compute_dtype, is_hard
+from latent_kernels.reference.loss import aggregation_weights, sequence_log_ratio
 
 
 class RowKernels(NamedTuple):

@@ -26,7 +26,7 @@ from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
 from latent_kernels._linear import add_outer_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
 from latent_kernels._validate import check_choice, check_components, check_range, check_tensor
-from latent_kernels.reference import compute_dtype
+from latent_kernels.reference.latent_step import compute_dtype
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
 

@@ -14,7 +14,7 @@ from latent_kernels._linear import project
 from latent_kernels._noise import draw_seed
 from latent_kernels._types import LatentStep, LatentStepOptions
 from latent_kernels._validate import check_noise, check_row_range, check_tensor
-from latent_kernels.reference import compute_dtype
+from latent_kernels.reference.latent_step import compute_dtype
 
 if TYPE_CHECKING:
     from latent_kernels._triton.lm_head import Sidecar

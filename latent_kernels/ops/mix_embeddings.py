@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._validate import check_components, check_row_range, check_tensor
-from latent_kernels.reference import mix_embeddings_ref
+from latent_kernels.reference.latent_step import mix_embeddings_ref
 
 
 @on_input_device

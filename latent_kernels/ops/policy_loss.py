@@ -9,7 +9,7 @@ from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._loss_types import LossOptions, LossSpec
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_choice, check_range, check_tensor
-from latent_kernels.reference import policy_loss_ref, response_weights, sequence_log_ratio
+from latent_kernels.reference.loss import policy_loss_ref, response_weights, sequence_log_ratio
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 RATIOS = ("token", "sequence")

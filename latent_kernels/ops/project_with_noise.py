@@ -9,7 +9,7 @@ from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._noise import draw_seed
 from latent_kernels._types import NoiseSpec
 from latent_kernels._validate import check_noise, check_tensor
-from latent_kernels.reference import project_with_noise_ref
+from latent_kernels.reference.latent_step import project_with_noise_ref
 
 
 @on_input_device

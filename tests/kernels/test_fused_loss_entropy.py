@@ -13,7 +13,7 @@ from support.largest_tensor import LargestTensor
 from latent_kernels import _chunks as chunks
 from latent_kernels import fused_policy_loss
 from latent_kernels._eager import latent_logprob as eager_rows
-from latent_kernels.reference import text_entropy_ref
+from latent_kernels.reference.loss import text_entropy_ref
 
 FUSED = with_kernel(fused_policy_loss)
 

@@ -17,7 +17,7 @@ from support.oracle_loss import Advantages
 from support.oracle_loss import group_advantages as oracle_advantages
 
 from latent_kernels import GroupAdvantages, group_advantages
-from latent_kernels.reference import group_advantages_ref
+from latent_kernels.reference.loss import group_advantages_ref
 
 triton_advantages = kernel(group_advantages)
 PUBLIC_AND_REFERENCE = with_kernel(group_advantages, group_advantages_ref)

@@ -13,7 +13,7 @@ from support.logprobs import MARGIN_GRADIENTS, from_hidden, value_and_gradients
 from torch import Tensor
 
 from latent_kernels import latent_logprob, latent_logprob_from_logits
-from latent_kernels.reference import latent_logprob_from_logits_ref
+from latent_kernels.reference.loss import latent_logprob_from_logits_ref
 
 PUBLIC_AND_REFERENCE = with_kernel(latent_logprob_from_logits, latent_logprob_from_logits_ref)
 FROM_LOGITS = with_kernel(latent_logprob_from_logits)

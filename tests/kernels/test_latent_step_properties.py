@@ -17,7 +17,7 @@ from torch import Tensor
 from latent_kernels import LatentStep, LatentStepOptions, latent_step, latent_step_from_logits, latent_step_with_logits
 from latent_kernels import _linear as linear
 from latent_kernels._noise import exponential_draws
-from latent_kernels.reference import latent_step_from_logits_ref
+from latent_kernels.reference.latent_step import latent_step_from_logits_ref
 
 pytestmark = pytest.mark.usefixtures("small_segments")
 

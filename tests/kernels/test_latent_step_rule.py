@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latent_kernels import latent_step_from_logits
 from latent_kernels._dispatch import MAX_TOP_K
-from latent_kernels.reference import latent_step_from_logits_ref
+from latent_kernels.reference.latent_step import latent_step_from_logits_ref
 
 triton_step_from_logits = kernel(latent_step_from_logits)
 PUBLIC_AND_REFERENCE = with_kernel(latent_step_from_logits, latent_step_from_logits_ref)

@@ -14,7 +14,7 @@ from support.oracle import mixture_gradients
 from torch import Tensor
 
 from latent_kernels import latent_step_from_logits, mix_embeddings
-from latent_kernels.reference import mix_embeddings_ref
+from latent_kernels.reference.latent_step import mix_embeddings_ref
 
 triton_mix = kernel(mix_embeddings)
 PUBLIC_AND_REFERENCE = with_kernel(mix_embeddings, mix_embeddings_ref)

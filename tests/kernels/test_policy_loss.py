@@ -17,7 +17,7 @@ from support.oracle_loss import policy_loss as oracle_loss
 from torch import Tensor
 
 from latent_kernels import PolicyStats, policy_loss
-from latent_kernels.reference import policy_loss_ref
+from latent_kernels.reference.loss import policy_loss_ref
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 PUBLIC_AND_REFERENCE = with_kernel(policy_loss, policy_loss_ref)

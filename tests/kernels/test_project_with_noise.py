@@ -13,7 +13,7 @@ from support.oracle import project_with_noise as oracle_projection
 from torch import Tensor
 
 from latent_kernels import project_with_noise
-from latent_kernels.reference import project_with_noise_ref
+from latent_kernels.reference.latent_step import project_with_noise_ref
 
 triton_project = kernel(project_with_noise)
 PUBLIC_AND_REFERENCE = with_kernel(project_with_noise, project_with_noise_ref)
