@@ -9,10 +9,12 @@ import pytest
 import torch
 from support.options import BOTH_TRAINERS, LEARNING_RATE, ROWS, metrics_of, record_calls, record_optimizer_steps
 
-from latent_grpo import LatentSFTConfig, sft
+from latent_grpo import LatentSFTConfig
 from latent_grpo.model import embedding_table
 from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.sft import build_examples
+from latent_grpo.sft import loss as sft_loss
+from latent_grpo.sft import trainer as sft_trainer
 from latent_grpo.update.optimizer import make_optimizer
 
 
@@ -39,7 +41,7 @@ def test_batch_size_accumulation_and_iterations_set_the_updates_per_rollout(opti
 def test_a_warm_start_accumulates_gradients_over_passes(accumulation, make_trainer, monkeypatch):
     options = dict(max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=accumulation)
     trainer = make_trainer("sft", **options)
-    steps, passes = record_optimizer_steps(trainer), record_calls(monkeypatch, sft, "collate")
+    steps, passes = record_optimizer_steps(trainer), record_calls(monkeypatch, sft_trainer, "collate")
     trainer.train()
     assert len(steps) == 2
     assert [len(examples) for (examples, _), _, _ in passes] == [3] * 2 * accumulation
@@ -164,7 +166,7 @@ def test_gumbel_scale_adds_noise_to_the_inputs_of_a_warm_start(make_trainer, mon
     for scale in (0.0, 0.7):
         out = str(tmp_path / f"run{scale}")
         with monkeypatch.context() as patch:
-            calls = record_calls(patch, sft, "input_mixtures")
+            calls = record_calls(patch, sft_loss, "input_mixtures")
             trainer = make_trainer("sft", gumbel_scale=scale, seed=3, max_steps=2, output_dir=out)
             trainer.train()
         assert [args[2:] for args, _, _ in calls] == [(scale, 3, 0), (scale, 3, 1)]  # scale, seed, step

@@ -1,0 +1,48 @@
+"""The loss of the warm start: the divergence of every response element's target from the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from latent_grpo.config import LatentSFTConfig
+from latent_grpo.model import body, embedding_table, lm_head, positions
+from latent_grpo.sft.examples import SFTBatch
+from latent_grpo.sft.inputs import input_mixtures
+from latent_grpo.update.activation_checkpointing import recomputed
+
+LOSS_CHUNK = 1024  # rows of logits that exist at a time
+
+
+def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over rows of KL(target || model), 0-d float32. For a target of one token it is the cross-entropy.
+
+    hidden [N, D], head [V, D], ids [N, C] int64, weights [N, C] float32. LOSS_CHUNK rows of logits exist at a time; the
+    backward pass computes them again.
+    """
+
+    def chunk_loss(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        log_probs = F.linear(hidden, head).float().log_softmax(-1).gather(-1, ids)
+        # The clamp keeps 0 * log(0) at 0.
+        return (weights * (weights.clamp_min(1e-30).log() - log_probs)).sum()
+
+    # Equal ids in one target are one component with their summed weight; it stays at the first of them.
+    same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
+    repeated = torch.tril(same, -1).logical_and(weights.unsqueeze(-2) > 0).any(-1)
+    weights = torch.where(repeated, 0.0, (same * weights.unsqueeze(-2)).sum(-1)) * (weights > 0)
+    chunks = zip(hidden.split(LOSS_CHUNK), ids.split(LOSS_CHUNK), weights.split(LOSS_CHUNK), strict=True)
+    return torch.stack([checkpoint(chunk_loss, h, i, w, use_reentrant=False) for h, i, w in chunks]).sum()
+
+
+def batch_loss(model: Any, batch: SFTBatch, args: LatentSFTConfig, step: int) -> Tensor:
+    """Return the sum of the losses of a batch's response elements, each predicted by the one before it. 0-d float32."""
+    embeds = input_mixtures(batch, embedding_table(model), args.gumbel_scale, args.seed, step)
+    with recomputed(model, args.gradient_checkpointing):
+        hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
+    response = batch.response[:, 1:]
+    ids, weights = batch.ids[:, 1:][response], batch.weights[:, 1:][response]
+    return target_loss(hidden[response], lm_head(model), ids, weights)
