@@ -4,7 +4,7 @@
 
 Runs Latent-SFT, an evaluation, Latent-GRPO and the same evaluation again. Each is the command that a user types, within
 its share of the time. Training that has not ended by then is stopped as by Ctrl-C, and the next command takes the
-checkpoint that it leaves. DIR/before-after.json and .md hold Pass@1 and reasoning tokens before and after, the number
+checkpoint that it leaves. DIR/before-after.json and .md hold Pass@1 and lengths before and after, the number
 of steps that the time allowed, and the commands. DIR/log.txt holds all output.
 """
 
@@ -32,7 +32,8 @@ from latent_grpo.watching.metrics import read_metrics
 
 SHARES = {"sft": 0.35, "before": 0.1, "train": 0.45, "after": 0.1}  # of --minutes
 STOPPING = 120.0  # seconds to write a checkpoint after the signal
-MEASURES = ("pass_at_1", "reasoning_tokens", "truncation_rate")
+LENGTHS = ("reasoning_steps", "response_length")
+MEASURES = ("pass_at_1", *LENGTHS, "truncation_rate")
 
 
 class SlotError(Exception):
@@ -133,16 +134,16 @@ def page(record: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value}" for name, value in stamp.items())
         + ".",
         "",
-        "Noise-free Pass@1 with its 95% interval over problems, and reasoning tokens.",
+        "Noise-free Pass@1 with its 95% interval over problems, reasoning steps, and the length of the response.",
         "",
-        "| data | problems | Pass@1 before | after | reasoning tokens before | after |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| data | problems | Pass@1 before | after | reasoning steps before | after | response length before | after |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, before in record["before"].items():
         both = (before, record["after"][name])
         rates = [f"{x['pass_at_1']:.3f} [{_bounds(x['intervals']['pass_at_1'])}]" for x in both]
-        tokens = [f"{x['reasoning_tokens']:.1f}" for x in both]
-        lines.append(f"| {name} | {before['problems']} | {' | '.join(rates)} | {' | '.join(tokens)} |")
+        steps = [f"{x[length]:.1f}" for length in LENGTHS for x in both]
+        lines.append(f"| {name} | {before['problems']} | {' | '.join(rates)} | {' | '.join(steps)} |")
     return "\n".join([*lines, "", "```bash", *record["commands"], "```", ""])
 
 

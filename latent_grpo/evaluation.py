@@ -1,4 +1,4 @@
-"""Evaluation: Pass@1 noise-free and under noise, unbiased pass@k, reasoning tokens, all with bootstrap intervals.
+"""Evaluation: Pass@1 noise-free and under noise, unbiased pass@k, reasoning steps, all with bootstrap intervals.
 
 The problems are split across the ranks of torch.distributed if it is initialised. Each sample of each problem has its
 own noise stream, so the responses depend neither on the ranks nor on the batches.
@@ -30,7 +30,7 @@ SAMPLE_STREAMS = 2**32  # sample j of problem i draws from the stream i + j * SA
 # Results that are means over problems, and the entry of a problem's record that each is the mean of.
 MEANS = {
     "pass_at_1": "correct",
-    "reasoning_tokens": "reasoning_tokens",
+    "reasoning_steps": "reasoning_steps",
     "response_length": "response_length",
     "end_marker_rate": "ended",
     "truncation_rate": "truncated",
@@ -70,12 +70,12 @@ def evaluate(
     Returns:
         pass_at_1: the share of problems that the noise-free response solves.
         pass@k: for every k, if there are samples, the unbiased estimate under noise. pass@1 is their mean accuracy.
-        reasoning_tokens, response_length: means over the noise-free responses, in steps.
+        reasoning_steps, response_length: means over the noise-free responses, in steps.
         end_marker_rate, truncation_rate: shares of the noise-free responses.
         num_samples, problems: samples per problem, and N.
         intervals: for every mean above, its 95% bootstrap interval [low, high] over problems.
         samples: N records of the noise-free responses in the order of `rows`, with prompt, answer, response, reward,
-            correct, reasoning_tokens, response_length, ended, truncated, and `solved`, the number of correct samples.
+            correct, reasoning_steps, response_length, ended, truncated, and `solved`, the number of correct samples.
 
     Raises:
         ValueError: a k of `pass_at` exceeds `num_samples`, or latent sampling has no `end_token_id`.
@@ -191,7 +191,7 @@ class _Judge:
                 "response": text,
                 "reward": value,
                 "correct": value > CORRECT,
-                "reasoning_tokens": steps,
+                "reasoning_steps": steps,
                 "response_length": length,
                 "ended": end,
                 "truncated": not finished,

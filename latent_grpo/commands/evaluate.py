@@ -22,7 +22,7 @@ SOURCES = (
 def eval_parser(prog: str) -> Parser:
     """Return the parser of `eval`."""
     about = (
-        "Evaluate a model: Pass@1 noise-free, pass@k under noise, reasoning tokens, with 95% bootstrap intervals. "
+        "Evaluate a model: Pass@1 noise-free, pass@k under noise, reasoning steps, with 95% bootstrap intervals. "
         "Under torchrun the problems are split over the ranks; the results are those of one process."
     )
     parser = Parser(prog=prog, description=about)

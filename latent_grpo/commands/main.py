@@ -20,7 +20,7 @@ COMMANDS = {
     "quickstart": ("quickstart", "Run the whole job on a toy task: minutes on a CPU."),
     "sft": ("sft", "Warm a model up with Latent-SFT."),
     "train": ("train", "Train with Latent-GRPO, or with text GRPO (--latent False)."),
-    "eval": ("evaluate", "Measure Pass@1, pass@k and reasoning tokens on benchmarks, files or Hub data."),
+    "eval": ("evaluate", "Measure Pass@1, pass@k and reasoning steps on benchmarks, files or Hub data."),
     "generate": ("generate", "Answer one prompt and show every latent step as its mixture."),
     "inspect": ("inspect", "Show curves, alarms and responses of a run."),
     "compare": ("compare", "Compare methods and ablations over several seeds: one table, one figure."),

@@ -154,7 +154,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_column("")
     table.add_column("Latent-SFT", justify="right")
     table.add_column("Latent-GRPO", justify="right")
-    labels = {"pass_at_1": "Pass@1", "reasoning_tokens": "reasoning tokens", "truncation_rate": "cut off by the limit"}
+    labels = {
+        "pass_at_1": "Pass@1",
+        "reasoning_steps": "reasoning steps",
+        "response_length": "response length",
+        "truncation_rate": "cut off by the limit",
+    }
     for name, label in labels.items():
         table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}")
     table.add_row("read out of the gold chain", f"{before['gold_chain_accuracy']:.3f}", "")

@@ -19,11 +19,11 @@ from latent_grpo.watching.tables import Cells, figure
 COLUMNS = {
     "pass_at_1": "Pass@1",
     "pass@1": "Pass@1 under noise",
-    "reasoning_tokens": "reasoning tokens",
+    "reasoning_steps": "reasoning steps",
     "response_length": "response length",
     "truncation_rate": "cut off",
 }
-SHORT = {"pass_at_1": "Pass@1", "pass@1": "under noise", "reasoning_tokens": "reasoning tokens"}
+SHORT = {"pass_at_1": "Pass@1", "pass@1": "under noise", "reasoning_steps": "reasoning steps"}
 CURVES = ("reward", "eval_pass_at_1", "latent_length", "response_length")
 NAME = "comparison"
 LINE_STYLES = ("-", "--", "-.")
@@ -164,10 +164,11 @@ def page(
 ) -> str:
     """Return the Markdown page."""
     explanation = (
-        f"Pass@1, reasoning tokens and lengths: one noise-free, greedy response per problem. Under noise: "
+        f"Pass@1, reasoning steps and response length: one noise-free, greedy response per problem. Under noise: "
         f"{plan.args.num_samples} samples per problem, with the noise that the arm is trained with (for text: "
         f"temperature {plan.grpo.temperature:g}). Mean ± standard deviation over seeds; differences are taken seed by "
-        "seed. Reasoning tokens are latent steps, or text tokens before the end marker."
+        "seed. Reasoning steps are latent steps, or text tokens before the end marker. The response length counts the "
+        "visible text too."
     )
     parts = [
         "# Comparison",
@@ -178,14 +179,14 @@ def page(
     ]
     if any(ARMS[name].ablation for name in summary):
         parts += ["## Ablations of Latent-GRPO", cells(summary, True).markdown()]
-    parts.append(f"![Pass@1 against reasoning tokens, and training curves]({NAME}.png)")
+    parts.append(f"![Pass@1 against reasoning steps, and training curves]({NAME}.png)")
     if failed:
         parts += ["## Failed runs", "".join(f"- {run}: {reason}\n" for run, reason in failed.items())]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def draw(plan: Plan, records: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Draw accuracy against reasoning tokens, training curves of methods and of ablations, and latent lengths."""
+    """Draw accuracy against reasoning steps, training curves of methods and of ablations, and latent lengths."""
     methods = [name for name in records if not ARMS[name].ablation]
     ablations = [name for name in records if ARMS[name].ablation or name == FULL]
     watched = min(plan.args.watched_problems, plan.args.held_out_problems)
@@ -209,10 +210,10 @@ def colour(names: Sequence[str], name: str) -> str:
 
 
 def draw_trade(axis: Any, records: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> None:
-    """Draw Pass@1 against reasoning tokens, with a dashed line from each warm start to the arms that start from it."""
+    """Draw Pass@1 against reasoning steps, with a dashed line from each warm start to the arms that start from it."""
     points = {}
     for name in names:
-        spreads = [_spread([run["result"][key] for run in records[name]]) for key in ("reasoning_tokens", "pass_at_1")]
+        spreads = [_spread([run["result"][key] for run in records[name]]) for key in ("reasoning_steps", "pass_at_1")]
         points[name] = [spread["mean"] for spread in spreads]
         x, y = points[name]
         errors = {"xerr": spreads[0]["std"], "yerr": spreads[1]["std"], "capsize": 3}
@@ -223,7 +224,7 @@ def draw_trade(axis: Any, records: dict[str, list[dict[str, Any]]], names: Seque
         if start in points and start != name:
             xs, ys = zip(points[start], points[name], strict=True)
             axis.plot(xs, ys, "--", linewidth=1, color=colour(names, name), alpha=0.6, zorder=0)
-    axis.set(title="Accuracy against reasoning tokens", xlabel="reasoning tokens", ylabel="Pass@1, noise-free")
+    axis.set(title="Accuracy against reasoning steps", xlabel="reasoning steps", ylabel="Pass@1, noise-free")
     axis.set_xlim(0, 1.1 * axis.get_xlim()[1])
     axis.legend()
 

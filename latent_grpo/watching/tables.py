@@ -14,12 +14,12 @@ from rich.table import Table
 # Column headings of the means of an evaluation. A pass@k, which is measured under noise, is its own heading.
 HEADINGS = {
     "pass_at_1": "Pass@1",
-    "reasoning_tokens": "reasoning tokens",
+    "reasoning_steps": "reasoning steps",
     "response_length": "length",
     "end_marker_rate": "ended",
     "truncation_rate": "cut off",
 }
-LENGTHS = ("reasoning_tokens", "response_length")
+LENGTHS = ("reasoning_steps", "response_length")
 INTERVAL = re.compile(r" \[(.*), (.*)\]")  # as `_with_interval` writes it
 
 
@@ -105,7 +105,7 @@ def evaluation_document(record: dict[str, Any]) -> str:
     return (
         f"# {record['model']}\n\n"
         f"Reasoning in {'latent steps' if sampling['latent'] else 'text'}, at most {sampling['max_new_tokens']} steps. "
-        f"Pass@1, reasoning tokens and lengths: one noise-free, greedy response per problem.{sampled if tries else ''} "
+        f"Pass@1, reasoning steps and lengths: one noise-free, greedy response per problem.{sampled if tries else ''} "
         "In brackets: 95% bootstrap intervals over problems. "
         f"Seed {sampling['seed']}, {place['device']}, torch {place['torch']}.\n\n{evaluation_cells(results).markdown()}"
     )

@@ -134,7 +134,7 @@ def text_rollout(tokens: list[list[int]], lengths: list[int]) -> Rollout:
     )
 
 
-def test_reasoning_tokens_of_a_text_stop_at_the_whole_marker():
+def test_reasoning_steps_of_a_text_stop_at_the_whole_marker():
     rollout = text_rollout(
         [[5, 8, 9, 7, 8, 9], [8, 5, 9, 6, 6, 0], [5, 5, 8, 9, 0, 0], [8, 9, 1, 1, 1, 1]], [6, 5, 3, 6]
     )
@@ -162,7 +162,7 @@ def test_results_are_the_means_of_the_records(model, tokenizer):
     assert len(set(solved)) > 1
     assert result["pass@1"] == pytest.approx(sum(solved) / 50)
     assert result["pass@3"] == pytest.approx(sum(pass_at_k(5, c, 3) for c in solved) / 10)
-    for name in ("pass_at_1", "pass@1", "pass@3", "reasoning_tokens"):
+    for name in ("pass_at_1", "pass@1", "pass@3", "reasoning_steps"):
         low, high = result["intervals"][name]
         assert low <= result[name] <= high
 
@@ -196,10 +196,10 @@ def test_samples_depend_neither_on_the_batch_nor_on_their_number(model, tokenize
 def test_text_mode_counts_the_tokens_before_the_marker(model, tokenizer):
     options = replace(sampling(tokenizer), latent=False, end_token_id=None)
     result = evaluate(model, tokenizer, ROWS, options, reward=even)
-    assert 0 < result["reasoning_tokens"] < result["response_length"]
+    assert 0 < result["reasoning_steps"] < result["response_length"]
     assert 0 < result["end_marker_rate"] <= 1
     for record in result["samples"]:
-        assert record["ended"] == (record["reasoning_tokens"] < record["response_length"])
+        assert record["ended"] == (record["reasoning_steps"] < record["response_length"])
 
 
 TWO_PROCESSES = """
@@ -263,13 +263,13 @@ def test_results_as_json_and_markdown(folder, capsys):
     assert list(record["results"]) == ["svamp", "other"]
     assert record["sampling"]["latent"] is False
     for result in record["results"].values():
-        names = {"pass_at_1", "pass@1", "pass@2", "reasoning_tokens", "response_length"}
+        names = {"pass_at_1", "pass@1", "pass@2", "reasoning_steps", "response_length"}
         names |= {"end_marker_rate", "truncation_rate"}
         assert set(result["intervals"]) == names
         assert set(result) == {*names, "intervals", "num_samples", "problems", "samples"}
         assert (result["problems"], result["num_samples"], len(result["samples"])) == (6, 3, 6)
         for sample in result["samples"]:
-            counts = {"reasoning_tokens", "response_length", "ended", "truncated", "solved"}
+            counts = {"reasoning_steps", "response_length", "ended", "truncated", "solved"}
             assert set(sample) == {"prompt", "answer", "response", "reward", "correct"} | counts
     page = out.with_name("v1.5.md").read_text()
     table = [line for line in page.splitlines() if line.startswith("|")]

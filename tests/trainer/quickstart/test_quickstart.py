@@ -30,7 +30,7 @@ def test_quickstart_writes_what_it_promises_from_the_same_start(short_quickstart
         for phase in ("latent_sft", "latent_grpo"):
             assert summary[phase]["problems"] == 40
             assert 0 <= summary[phase]["pass_at_1"] <= 1
-            assert summary[phase]["reasoning_tokens"] >= 0
+            assert summary[phase]["reasoning_steps"] >= 0
         assert 0 <= summary["latent_sft"]["gold_chain_accuracy"] <= 1
     assert summaries["all"]["latent_sft"] == summaries["latent"]["latent_sft"]
     shown = capsys.readouterr().out

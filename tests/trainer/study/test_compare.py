@@ -286,7 +286,7 @@ def test_differences_name_the_option():
 
 def record(arm: str, seed: int, accuracy: float, tokens: float) -> dict:
     accuracies = {"pass_at_1": accuracy, "pass@1": accuracy / 2, "truncation_rate": 0.0}
-    lengths = {"reasoning_tokens": tokens, "response_length": tokens + 3}
+    lengths = {"reasoning_steps": tokens, "response_length": tokens + 3}
     steps = {"steps": [5, 10], "values": [accuracy / 2, accuracy]}
     trained = ARMS[arm].start != arm
     return {
