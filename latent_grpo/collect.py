@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
-from latent_grpo.model import encode_prompts
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
 from latent_grpo.parallel.work_split import rows_of_groups, snake_draft
+from latent_grpo.prompts import PromptFormat, encode_prompts
 from latent_grpo.rewards.scoring import reward_names, score
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.samples import Samples, concatenate_samples
@@ -61,6 +61,7 @@ class Collector:
         rows: the data set; each row is a mapping with the key "prompt".
         tokenizer: the tokenizer.
         reward_funcs: functions with TRL's signature.
+        prompt_format: how prompts are put to the model, and the end marker.
 
     Attributes:
         prompts_per_batch: prompts of one rollout, P. Each has `args.num_generations` responses.
@@ -74,9 +75,10 @@ class Collector:
         rows: Sequence[Any],
         tokenizer: Any,
         reward_funcs: Sequence[Callable[..., Any]],
+        prompt_format: PromptFormat,
     ) -> None:
         self.args, self.sampling, self.rows = args, sampling, rows
-        self.tokenizer, self.reward_funcs = tokenizer, reward_funcs
+        self.tokenizer, self.reward_funcs, self.prompt_format = tokenizer, reward_funcs, prompt_format
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
         self.prompts_seen = self.generations = 0
 
@@ -134,9 +136,8 @@ class Collector:
     def sample(self, model: Any) -> Groups:
         """Return scored responses to the next prompts. Collective: every rank must call it, and gets all responses."""
         rows = [self.rows[i] for i in self.next_prompts()]
-        ids, mask = encode_prompts(
-            self.tokenizer, [row["prompt"] for row in rows], model.device, self.args.max_prompt_length
-        )
+        prompts, limit = [row["prompt"] for row in rows], self.args.max_prompt_length
+        ids, mask = encode_prompts(self.tokenizer, prompts, model.device, limit, self.prompt_format)
         sampling = replace(self.sampling, seed=derive_seed(self.args.seed, self.generations))
         self.generations += 1
         if world_size() == 1:
@@ -182,7 +183,7 @@ class Collector:
         `completion_ids`, and every other column of the rows. `soft_overlong` also needs two options.
         """
         args = self.args
-        texts = visible_text(self.tokenizer, rollout, args.end_marker)
+        texts = visible_text(self.tokenizer, rollout, self.prompt_format.end_marker)
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         columns["completion_ids"] = [
             token[mask].tolist() for token, mask in zip(rollout.token, rollout.mask, strict=True)

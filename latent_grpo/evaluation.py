@@ -17,8 +17,9 @@ from torch import Tensor
 
 from latent_grpo.config import LatentSampling
 from latent_grpo.errors import ModelError
-from latent_grpo.model import encode_prompts, end_marker_ids
+from latent_grpo.model import check_vocabulary, end_marker_ids
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
+from latent_grpo.prompts import PromptFormat, encode_prompts
 from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.trajectory import Rollout, visible_text
@@ -46,7 +47,7 @@ def evaluate(
     pass_at: Sequence[int] = (1,),
     num_samples: int | None = None,
     batch_size: int = 64,
-    end_marker: str = "</think>",
+    prompt_format: PromptFormat | None = None,
     reward: Callable[..., list[float]] = accuracy_reward,
     label: str = "Evaluation",
     show_progress: bool = False,
@@ -62,7 +63,7 @@ def evaluate(
         pass_at: the k of pass@k.
         num_samples: samples per problem. The default is max(pass_at), or none if that is 1.
         batch_size: responses that are decoded at a time.
-        end_marker: the text that ends the reasoning.
+        prompt_format: how prompts are put to the model, and what ends the reasoning. Default: `PromptFormat()`.
         reward: called as `reward(prompts=..., completions=..., answer=...)`. A response with a reward above 0.5 is
             correct.
         label, show_progress: the name of the progress bar, and whether rank 0 draws it.
@@ -84,7 +85,9 @@ def evaluate(
         num_samples = max(pass_at) if max(pass_at) > 1 else 0
     if num_samples and max(pass_at) > num_samples:
         raise ValueError(f"pass@{max(pass_at)} needs at least {max(pass_at)} samples, got num_samples {num_samples}")
-    judge = _Judge(model, tokenizer, sampling, end_marker, reward)
+    prompt_format = prompt_format or PromptFormat()
+    check_vocabulary(model, tokenizer, prompt_format, sampling.latent, rows)
+    judge = _Judge(model, tokenizer, sampling, prompt_format, reward)
     local = range(rank(), len(rows), world_size())
     batches = [local[i : i + batch_size] for i in range(0, len(local), batch_size)]
     records: list[dict[str, Any]] = []
@@ -161,12 +164,14 @@ class _Judge:
     model: Any
     tokenizer: Any
     sampling: LatentSampling
-    end_marker: str
+    prompt_format: PromptFormat
     reward: Callable[..., list[float]]
 
     def records(self, rows: list[Any], numbers: Sequence[int], num_samples: int, max_rows: int) -> list[dict[str, Any]]:
         """Return a record per problem. `numbers` are the indices of the problems in the data."""
-        ids, mask = encode_prompts(self.tokenizer, [row["prompt"] for row in rows], self.model.device)
+        ids, mask = encode_prompts(
+            self.tokenizer, [row["prompt"] for row in rows], self.model.device, prompt_format=self.prompt_format
+        )
         records = self.noise_free(rows, ids, mask)
         if num_samples:
             solved = self.solved(rows, ids, mask, numbers, num_samples, max_rows)
@@ -214,13 +219,13 @@ class _Judge:
 
     def read(self, rollout: Rollout, rows: list[Any]) -> tuple[list[str], list[float]]:
         """Return the visible texts and the rewards of the responses to `rows`."""
-        texts = visible_text(self.tokenizer, rollout, self.end_marker)
+        texts = visible_text(self.tokenizer, rollout, self.prompt_format.end_marker)
         prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
         return texts, self.reward(prompts=prompts, completions=texts, answer=answers)
 
     def marker(self) -> list[int]:
         """Return the ids of the end marker, or none if the tokenizer cannot spell it, which text does not need."""
         try:
-            return end_marker_ids(self.tokenizer, self.end_marker)
+            return end_marker_ids(self.tokenizer, self.prompt_format.end_marker)
         except ModelError:
             return []

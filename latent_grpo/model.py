@@ -1,9 +1,10 @@
-"""Access to a Hugging Face causal LM: loading and checks, its body, its tables, its prompts and its end marker."""
+"""Access to a Hugging Face causal LM: loading and checks, its body, its tables, its end marker and its vocabulary."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from latent_grpo.errors import ModelError, first_line
+from latent_grpo.prompts import PromptFormat, check_ids, check_prompts
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a forward pass, the newer name first
 
@@ -183,41 +185,19 @@ def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, *(i for i in extra if i < vocab)}))
 
 
-def format_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> str:
-    """Return the text that the model continues: the prompt in the tokenizer's chat template, if there is one."""
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+def check_vocabulary(
+    model: Any, tokenizer: Any, prompt_format: PromptFormat, latent: bool, *data: Sequence[Any] | None
+) -> None:
+    """Raise ModelError for the first id that a run would need and that has no row in the embedding table.
 
-
-def encode_prompts(
-    tokenizer: Any, prompts: list[Any], device: torch.device, max_length: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the left-padded ids and the mask of P prompts, both int64 [P, L] on `device`.
-
-    Raises:
-        ModelError: a prompt has more than `max_length` tokens.
+    These are the end of a sequence, padding, the end marker if responses are latent, and the prompts of `data`: rows
+    with the key "prompt".
     """
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    for row, prompt in zip(rows, prompts, strict=True):
-        if max_length is not None and len(row) > max_length:
-            raise ModelError(
-                f"a prompt has {len(row)} tokens, over max_prompt_length {max_length}: {str(prompt)[:60]!r}; "
-                "raise max_prompt_length or shorten the data"
-            )
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    """Return the token ids of one prompt, formatted by `format_prompt`."""
-    special = not getattr(tokenizer, "chat_template", None)  # a chat template writes the special tokens itself
-    ids: list[int] = tokenizer(format_prompt(tokenizer, prompt), add_special_tokens=special)["input_ids"]
-    return ids
+    table_rows = len(embedding_table(model))
+    for name in ("eos_token", "pad_token"):
+        check_ids(tokenizer, [getattr(tokenizer, f"{name}_id")], table_rows, f"the tokenizer's {name}")
+    if latent:
+        marker = prompt_format.end_marker
+        check_ids(tokenizer, end_marker_ids(tokenizer, marker), table_rows, f"the end marker {marker!r}")
+    for rows in data:
+        check_prompts(tokenizer, (row["prompt"] for row in rows or ()), prompt_format, table_rows)

@@ -26,10 +26,11 @@ from latent_grpo.collect import Collector
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.errors import ConfigError, require
 from latent_grpo.evaluation import evaluate
-from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+from latent_grpo.model import check_vocabulary, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, rows_of_groups, share_of_rank
+from latent_grpo.prompts import resolve_format
 from latent_grpo.rewards.functions import RewardFunc
 from latent_grpo.rewards.scoring import resolve_reward
 from latent_grpo.rollout.samples import Samples
@@ -116,14 +117,17 @@ class LatentGRPOTrainer:
         if not train_dataset:
             raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
         self.rows, self.eval_rows = train_dataset, eval_dataset
+        self.prompt_format = resolve_format(args, model if isinstance(model, str) else args.model_name_or_path)
+        check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, train_dataset, eval_dataset)
         self.sampling = self._sampling_options()
-        self.collector = Collector(args, self.sampling, self.rows, self.tokenizer, self.reward_funcs)
+        self.collector = Collector(
+            args, self.sampling, self.rows, self.tokenizer, self.reward_funcs, self.prompt_format
+        )
         self.update_size = args.update_size(world_size())
         self.total_steps = self._count_steps()
         self._prepare_models(source if isinstance(model, str) else None)
-        self.checkpoints = Checkpoints(
-            "train", args, self.model, self.full_model, self.tokenizer, self.updater, self.rows, self.total_steps
-        )
+        written = (args, self.model, self.full_model, self.tokenizer, self.prompt_format)
+        self.checkpoints = Checkpoints("train", *written, self.updater, self.rows, self.total_steps)
         self.step = 0
         set_seed(rank_seed(args.seed, rank()))  # reward functions may draw
         self.metrics: Metrics
@@ -133,7 +137,7 @@ class LatentGRPOTrainer:
         args = self.args
         sampling = replace(args.sampling(), eos_token_id=eos_ids(self.model, self.tokenizer))
         if args.latent:
-            sampling.end_token_id = end_marker_ids(self.tokenizer, args.end_marker)[0]
+            sampling.end_token_id = end_marker_ids(self.tokenizer, self.prompt_format.end_marker)[0]
             vocab = len(lm_head(self.model))
             require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
         return sampling
@@ -202,7 +206,7 @@ class LatentGRPOTrainer:
                 if stop:
                     raise KeyboardInterrupt
         self.metrics.close()
-        save_model(self.output_dir, self.full_model, self.tokenizer)
+        save_model(self.output_dir, self.full_model, self.tokenizer, self.prompt_format)
         return values
 
     def collect(self) -> tuple[Batch, dict[str, float]]:
@@ -355,7 +359,7 @@ class LatentGRPOTrainer:
         if not self.eval_rows:
             return {}
         result = evaluate(
-            self.full_model, self.tokenizer, self.eval_rows, self.sampling, end_marker=self.args.end_marker
+            self.full_model, self.tokenizer, self.eval_rows, self.sampling, prompt_format=self.prompt_format
         )
         return {f"eval_{name}": value for name, value in result.items() if isinstance(value, int | float)}
 

@@ -38,6 +38,7 @@ TRAINER_ROOMS = (
     "config",
     "seeds",
     "recipes",
+    "prompts",
     "model",
     "rewards",
     "data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,36 +11,52 @@ from rich.console import Console
 from rich.table import Table
 
 from latent_grpo.commands.memory_plan import GIB, parameter_bytes, read_model_size, show_plan
-from latent_grpo.commands.options import Parser, add_flags_named, parse_config, require_given
+from latent_grpo.commands.options import (
+    Parser,
+    add_flags_named,
+    load_dataset_rows,
+    parse_config,
+    prompt_flags,
+    prompt_options,
+    require_given,
+)
+from latent_grpo.commands.prompt_view import show_row, spelled
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.errors import ModelError
 from latent_grpo.model import (
+    check_vocabulary,
     embedding_table,
-    encode_prompts,
     end_marker_ids,
     eos_ids,
     lm_head,
     load_model,
     load_tokenizer,
 )
+from latent_grpo.prompts import PromptFormat, encode_prompts, resolve_format
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.update.replay import replay_logprob
 from latent_grpo.watching.environment import environment, package_version
 
+QUESTION = "What is 12 + 30?"  # shown where no data is given
 PARITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 
 
-def doctor(model_path: str | None, end_marker: str, dtype: str) -> int:
-    """Print a table of checks. Return 0 if all passed, 1 if one failed."""
+def doctor(args: argparse.Namespace) -> int:
+    """Print a prompt as the model gets it, and a table of checks. Return 0 if all passed, 1 if one failed."""
     checks = environment_checks()
-    if model_path:
-        checks += model_checks(model_path, end_marker, dtype)
+    console = Console()
+    if args.model:
+        tokenizer = load_tokenizer(args.model)
+        prompt_format = resolve_format(prompt_options(args), args.model)
+        rows = load_dataset_rows(args, args.data, args.dataset_split, None) if args.data else [{"prompt": QUESTION}]
+        checks += model_checks(args.model, tokenizer, prompt_format, args.dtype, rows)
+        show_row(console, tokenizer, prompt_format, rows[0])
     table = Table(title="latent-grpo doctor")
     for column in ("check", "result", ""):
         table.add_column(column)
     for name, result, passed in checks:
         table.add_row(name, result, "[green]ok[/]" if passed else "[red]failed[/]")
-    Console().print(table)
+    console.print(table)
     return 0 if all(passed for *_, passed in checks) else 1
 
 
@@ -54,13 +71,14 @@ def environment_checks() -> list[tuple[str, str, bool]]:
     return [*rows, ("GPU", here["device"] if on_gpu else f"none; {here['threads']} CPU threads", True)]
 
 
-def model_checks(path: str, end_marker: str, dtype: str) -> list[tuple[str, str, bool]]:
-    """Check compatibility (while loading), end marker, and parity of a sampled trajectory with its replay."""
-    tokenizer = load_tokenizer(path)
-    ids = end_marker_ids(tokenizer, end_marker)
+def model_checks(
+    path: str, tokenizer: Any, prompt_format: PromptFormat, dtype: str, data: list[Any]
+) -> list[tuple[str, str, bool]]:
+    """Check compatibility (while loading), vocabulary, end marker, and parity of a trajectory with its replay."""
+    ids = end_marker_ids(tokenizer, prompt_format.end_marker)
     model = load_model(path, dtype)
-    spelled = " ".join(repr(tokenizer.decode([i])) for i in ids)
-    gap = parity(model, tokenizer, ids[0])
+    check_vocabulary(model, tokenizer, prompt_format, True, data)
+    gap = parity(model, tokenizer, prompt_format, ids[0])
     parameters = sum(p.numel() for p in model.parameters())
     vocab, width = lm_head(model).shape
     tied = lm_head(model).data_ptr() == embedding_table(model).data_ptr()
@@ -70,15 +88,20 @@ def model_checks(path: str, end_marker: str, dtype: str) -> list[tuple[str, str,
             f"{type(model).__name__}, {parameters / 1e6:.0f}M, V {vocab}, D {width}, {'tied' if tied else 'untied'}",
             True,
         ),
-        ("end marker", f"{end_marker!r} = {spelled}; a latent run ends at id {ids[0]}", True),
+        (
+            "end marker",
+            f"{prompt_format.end_marker!r} = {spelled(tokenizer, ids)}; a latent run ends at id {ids[0]}",
+            True,
+        ),
         ("rollout/replay gap", f"{gap:.1e} (bound {PARITY_BOUND[dtype]:g})", gap <= PARITY_BOUND[dtype]),
         ("training memory", training_memory(path, dtype), True),
     ]
 
 
-def parity(model: Any, tokenizer: Any, end_id: int) -> float:
+def parity(model: Any, tokenizer: Any, prompt_format: PromptFormat, end_id: int) -> float:
     """Return the largest |log-prob sampled - log-prob replayed| over a few short responses."""
-    prompts = encode_prompts(tokenizer, ["What is 12 + 30?", "A longer question: what is 7 times 6?"], model.device)
+    questions = [QUESTION, "A longer question: what is 7 times 6?"]
+    prompts = encode_prompts(tokenizer, questions, model.device, prompt_format=prompt_format)
     sampling = LatentSampling(
         latent_top_k=min(10, len(lm_head(model))),
         max_new_tokens=8,
@@ -103,14 +126,17 @@ def training_memory(path: str, dtype: str) -> str:
 def doctor_parser(prog: str, plan: bool = False) -> Parser:
     """Return the parser of `doctor`. With `plan` it leaves out the flags that `train` has too."""
     about = (
-        "Check the environment and, with --model, a model. With --plan: predict the memory of training. Further flags "
-        "are then those of train (--config F, --generation_batch_size N, ...), and no weights are read."
+        "Check the environment and, with --model, a model and how prompts are put to it. With --plan: predict the "
+        "memory of training. Further flags are then those of train (--config F, --generation_batch_size N, ...); no "
+        "weights are read then."
     )
     parser = Parser(prog=prog, description=about)
     parser.add_argument("--model", metavar="STR", help="Model folder or Hub name to check.")
     parser.add_argument("--plan", action="store_true", help="Predict the memory of training instead of checking.")
     if not plan:
-        add_flags_named(parser, ("end_marker", "dtype"))
+        parser.add_argument("--data", metavar="SOURCE", help="Data whose prompts are checked; the first one is shown.")
+        add_flags_named(parser, ("dtype", "dataset_split", "prompt_column", "answer_column", "chain_column"))
+        prompt_flags(parser)
     return parser
 
 
@@ -120,7 +146,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
     parser = doctor_parser(prog, plan)
     if not plan:
         args = parser.parse_args(argv)
-        return doctor(args.model, args.end_marker, args.dtype)
+        return doctor(args)
     args, rest = parser.parse_known_args(argv)
     config = parse_config(prog, LatentGRPOConfig, parser.description or "", rest)
     path = args.model or config.model_name_or_path

@@ -87,7 +87,7 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
         require_writable(out)
     columns = {name: getattr(args, name) for name in COLUMNS}
     data = load_benchmarks(args.data, split=args.split, limit=args.limit, **columns)
-    model, tokenizer, sampling = load_for_sampling(args)
+    model, tokenizer, sampling, prompt_format = load_for_sampling(args)
     sampling.noise = args.noise
     results = {
         label: evaluate(
@@ -98,7 +98,7 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
             pass_at=tries,
             num_samples=args.num_samples,
             batch_size=args.batch_size,
-            end_marker=args.end_marker,
+            prompt_format=prompt_format,
             label=label,
             show_progress=True,
         )
@@ -115,6 +115,7 @@ def run_evaluation(args: argparse.Namespace, tries: list[int]) -> int:
             "model": args.model,
             "data": args.data,
             "pass_at": tries,
+            "prompt_format": asdict(prompt_format),
             "sampling": asdict(sampling),
             "environment": environment(model.device),
             "mean": mean_over_data(results),

@@ -24,16 +24,19 @@ def run(prog: str, argv: Sequence[str]) -> int:
     """Answer one prompt and show every latent step as its mixture."""
     args = generate_parser(prog).parse_args(argv)
     # Below the parser, because these imports take seconds.
-    from latent_grpo.model import encode_prompts
+    from latent_grpo.model import embedding_table
+    from latent_grpo.prompts import check_prompts, encode_prompts
     from latent_grpo.rollout.generate import generate_latent
     from latent_grpo.rollout.trajectory import visible_text
     from latent_grpo.watching.responses import Response, mixtures, print_response
 
-    model, tokenizer, sampling = load_for_sampling(args)
+    model, tokenizer, sampling, prompt_format = load_for_sampling(args)
+    check_prompts(tokenizer, [args.prompt], prompt_format, len(embedding_table(model)))
     if not args.sample:
         sampling = replace(sampling, noise="none", temperature=0.0)
-    rollout = generate_latent(model, *encode_prompts(tokenizer, [args.prompt], model.device), sampling)
-    text = visible_text(tokenizer, rollout, args.end_marker)[0]
+    ids, mask = encode_prompts(tokenizer, [args.prompt], model.device, prompt_format=prompt_format)
+    rollout = generate_latent(model, ids, mask, sampling)
+    text = visible_text(tokenizer, rollout, prompt_format.end_marker)[0]
     response = Response(text, bool(rollout.finished[0]), mixtures(tokenizer, rollout, 0))
     print_response(Console(highlight=False), response, top=args.top)
     return 0

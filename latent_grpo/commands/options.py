@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from latent_grpo.config import LatentGRPOConfig, LatentSampling, check_options, groups_of
+from latent_grpo.config import LatentGRPOConfig, LatentSampling, PromptOptions, check_options, groups_of
 from latent_grpo.errors import ConfigError, require, unknown_key
 
 INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -17,7 +18,7 @@ SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work is split o
 # Options of `train` that commands which sample from a finished model take too.
 STEP_FLAGS = ("latent_top_k", "latent_top_p", "tau", "noise_scale", "temperature", "top_p", "top_k", "seed")
 LIMIT_FLAG = "max_completion_length"
-MODEL_FLAGS = ("end_marker", "dtype", "device")
+MODEL_FLAGS = ("dtype", "device")
 TRUE, FALSE = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
 
 
@@ -66,6 +67,17 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"give true or false, not {text!r}")
 
 
+def mapping(text: str) -> dict[str, Any]:
+    """Return the mapping that a text of JSON stands for."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"give a JSON mapping, as '{{\"name\": 1}}', not {text!r}")
+    return value
+
+
 def or_null(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a converter that also takes `null`, for numbers that may be None."""
 
@@ -85,13 +97,12 @@ def flag_settings(kind: Any) -> dict[str, Any]:
     if NoneType in get_args(kind):
         (inner,) = (flag_settings(part) for part in get_args(kind) if part is not NoneType)
         # In a text `null` may be a name, and in a list it would be an item.
-        return (
-            {**inner, "type": or_null(inner["type"])}
-            if inner["type"] in (int, float) and "nargs" not in inner
-            else inner
-        )
+        is_number = inner.get("type") in (int, float) and "nargs" not in inner
+        return {**inner, "type": or_null(inner["type"])} if is_number else inner
     if get_origin(kind) is list:
         return {**flag_settings(get_args(kind)[0]), "nargs": "+"}
+    if get_origin(kind) is dict:
+        return {"type": mapping, "metavar": "JSON"}
     return {"type": kind, "metavar": kind.__name__.upper()}
 
 
@@ -179,11 +190,27 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("latent", "text"), default="latent", help="Reason in latent or text steps.")
     add_flags_named(parser.add_argument_group("How a response is sampled"), (*STEP_FLAGS, LIMIT_FLAG))
     add_flags_named(parser.add_argument_group("Which model is used, in what precision, on what device"), MODEL_FLAGS)
+    prompt_flags(parser)
 
 
-def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Return model, tokenizer and sampling options for the flags of `sampling_flags`."""
-    from latent_grpo.model import end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+def prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the prompt format."""
+    (group,) = (part for part, _ in groups_of(PromptOptions))
+    target = parser.add_argument_group((group.__doc__ or "").partition(".")[0])
+    add_flags(target, PromptOptions, fields(PromptOptions))
+
+
+def prompt_options(args: argparse.Namespace) -> PromptOptions:
+    """Return the options of `prompt_flags`, checked."""
+    options = PromptOptions(**{item.name: getattr(args, item.name) for item in fields(PromptOptions)})
+    check_options(options)
+    return options
+
+
+def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """Return model, tokenizer, sampling options and prompt format for the flags of `sampling_flags`."""
+    from latent_grpo.model import check_vocabulary, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+    from latent_grpo.prompts import resolve_format
 
     latent, limit = args.mode == "latent", args.max_completion_length
     require(limit >= 1, LIMIT_FLAG, limit, "give 1 or more")
@@ -191,9 +218,11 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     sampling = LatentSampling(latent=latent, max_new_tokens=limit, **given)
     check_options(sampling)  # before the model is loaded, which takes longer
     tokenizer = load_tokenizer(args.model)
-    sampling.end_token_id = end_marker_ids(tokenizer, args.end_marker)[0] if latent else None
+    prompt_format = resolve_format(prompt_options(args), args.model)
+    sampling.end_token_id = end_marker_ids(tokenizer, prompt_format.end_marker)[0] if latent else None
     model = load_model(args.model, args.dtype, args.device)
+    check_vocabulary(model, tokenizer, prompt_format, latent)
     sampling.eos_token_id = eos_ids(model, tokenizer)
     vocab = len(lm_head(model))
     require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
-    return model, tokenizer, sampling
+    return model, tokenizer, sampling, prompt_format

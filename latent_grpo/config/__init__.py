@@ -7,6 +7,7 @@ need, and `--help` and docs/options.md show the options in the same groups. Afte
 """
 
 from latent_grpo.config.fields import Range, check_options, groups_of, option
+from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.sampling import LatentSampling, SamplingOptions
 from latent_grpo.config.sft import LatentSFTConfig
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, OptimizerOptions, RunOptions
@@ -28,6 +29,7 @@ __all__ = [
     "LatentSampling",
     "ModelOptions",
     "OptimizerOptions",
+    "PromptOptions",
     "Range",
     "RewardOptions",
     "RolloutOptions",

@@ -61,13 +61,15 @@ def check_options(config: Any) -> None:
     kinds = get_type_hints(type(config))
     for item in fields(config):
         name, value, kind = item.name, getattr(config, item.name), kinds[item.name]
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-        require(not choices or value in choices, name, value, f"choose from {', '.join(map(str, choices))}")
-        if value is None:
-            require(NoneType in get_args(kind), name, value, "give a value")
+        alternatives = (kind, *get_args(kind))
+        choices = next((get_args(part) for part in alternatives if get_origin(part) is Literal), ())
+        if value is None and NoneType in alternatives:
             continue
-        listed = any(get_origin(alternative) is list for alternative in (kind, *get_args(kind)))
-        require(not listed or isinstance(value, list), name, value, "give a list")
+        require(not choices or value in choices, name, value, f"choose from {', '.join(map(str, choices))}")
+        require(value is not None, name, value, "give a value")
+        for container, words in ((list, "a list"), (dict, "a mapping")):
+            wanted = any(get_origin(part) is container for part in alternatives)
+            require(not wanted or isinstance(value, container), name, value, f"give {words}")
         allowed = item.metadata.get("range")
         if allowed is not None:
             if isinstance(value, Real) and hasattr(value, "item"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latent_grpo.config.fields import NON_NEGATIVE, POSITIVE, Range, option
+from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, RunOptions
 from latent_grpo.errors import require
 
 
 @dataclass
-class LatentSFTConfig(RunOptions, DataOptions, AdapterOptions, ModelOptions):
+class LatentSFTConfig(RunOptions, DataOptions, PromptOptions, AdapterOptions, ModelOptions):
     """The warm start: chain-of-thought tokens become latent targets (arXiv 2510.15522)."""
 
     latent: bool = option(True, "False keeps the chain as text: the warm start of the text baseline.")

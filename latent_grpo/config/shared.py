@@ -24,7 +24,6 @@ class ModelOptions:
     """Which model is used, in what precision, on what device."""
 
     model_name_or_path: str = option("", "Model folder or Hub name.")
-    end_marker: str = option("</think>", "Text whose first token ends a latent run.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the parameters.")
     device: str | None = option(None, "Device. Default: the GPU if there is one.")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, SHARE, Range, option
+from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.sampling import LatentSampling, SamplingOptions
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, RunOptions
 from latent_grpo.errors import require
@@ -134,6 +135,7 @@ class LatentGRPOConfig(
     SamplingOptions,
     RunOptions,
     DataOptions,
+    PromptOptions,
     AdapterOptions,
     ModelOptions,
 ):

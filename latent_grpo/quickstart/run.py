@@ -19,7 +19,7 @@ from rich.table import Table
 from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.errors import ConfigError
 from latent_grpo.evaluation import evaluate
-from latent_grpo.model import encode_prompts
+from latent_grpo.prompts import encode_prompts
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.trajectory import visible_text
@@ -125,9 +125,10 @@ def measure(trainer: LatentGRPOTrainer, problems: list[Any]) -> dict[str, Any]:
 def respond(trainer: LatentGRPOTrainer, problems: list[Any]) -> list[Response]:
     """Return a noise-free, greedy response to each problem."""
     sampling = LatentSampling(**{**vars(trainer.sampling), "noise": "none", "temperature": 0.0})
-    ids, mask = encode_prompts(trainer.tokenizer, [problem["prompt"] for problem in problems], trainer.device)
+    prompts = [problem["prompt"] for problem in problems]
+    ids, mask = encode_prompts(trainer.tokenizer, prompts, trainer.device, prompt_format=trainer.prompt_format)
     rollout = generate_latent(trainer.model, ids, mask, sampling)
-    texts = visible_text(trainer.tokenizer, rollout, trainer.args.end_marker)
+    texts = visible_text(trainer.tokenizer, rollout, trainer.prompt_format.end_marker)
     return [
         Response(text, bool(rollout.finished[row]), mixtures(trainer.tokenizer, rollout, row))
         for row, text in enumerate(texts)

@@ -4,7 +4,8 @@ A checkpoint is written beside its final name, flushed to the disk, then renamed
 leaves only complete ones. Before it is resumed, every file is checked, and so are options, data and parameters.
 
 The folder `checkpoint-STEP` holds:
-- the model (only the adapters, if there are any) and the tokenizer, as `from_pretrained` reads them;
+- the model (only the adapters, if there are any) and the tokenizer, as `from_pretrained` reads them, with the format of
+  the prompts;
 - `optimizer/`: the large tensors of the optimizer. Every rank writes its part; any number of ranks resumes.
 - `trainer_state.pt`: small tensors and numbers of the optimizer, random streams, position in the data;
 - `trainer_state.json`: step, metrics, identity of the run, and the size of every other file.
@@ -26,6 +27,7 @@ from latent_grpo.config import RunOptions
 from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank
+from latent_grpo.prompts import PromptFormat
 from latent_grpo.saving.atomic_files import flush
 from latent_grpo.saving.model_files import read_model, write_model
 from latent_grpo.saving.random_streams import random_state, set_random_state
@@ -46,7 +48,7 @@ class Checkpoints:
         args: the options of the run.
         model: the trained model, sharded if there are several processes.
         full_model: the model that `shard` returned.
-        tokenizer: the tokenizer, which is written with the model.
+        tokenizer, prompt_format: the tokenizer and how prompts are put to the model; both are written with it.
         updater: the optimizer.
         rows: the training data.
         total_steps: number of steps of the schedule.
@@ -59,13 +61,14 @@ class Checkpoints:
         model: Any,
         full_model: Any,
         tokenizer: Any,
+        prompt_format: PromptFormat,
         updater: Updater,
         rows: Sequence[Any],
         total_steps: int,
     ) -> None:
         self.kind, self.args, self.rows, self.total_steps = kind, args, rows, total_steps
         self.model, self.full_model, self.tokenizer, self.updater = model, full_model, tokenizer, updater
-        self.output_dir = Path(args.output_dir)
+        self.output_dir, self.prompt_format = Path(args.output_dir), prompt_format
 
     def save(self, step: int, position: dict[str, Any], history: list[dict[str, Any]]) -> Path:
         """Write `checkpoint-STEP`, remove the oldest checkpoints beyond `save_total_limit`, and return its path.
@@ -89,7 +92,7 @@ class Checkpoints:
 
     def _finish(self, final: Path, partial: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Write the files of rank 0, and rename the checkpoint once all of it is on the disk."""
-        write_model(partial, self.full_model, self.tokenizer)
+        write_model(partial, self.full_model, self.tokenizer, self.prompt_format)
         torch.save(tensors, partial / TENSOR_FILE)
         # The sizes tell a torn checkpoint from a whole one, so this file is the last.
         files = {str(path.relative_to(partial)): path.stat().st_size for path in files_in(partial)}
@@ -137,7 +140,7 @@ class Checkpoints:
         return state["step"], tensors["position"], state["log_history"]
 
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.kind, self.args, self.rows, self.total_steps, self.model)
+        return run_identity(self.kind, self.args, self.rows, self.total_steps, self.model, self.prompt_format)
 
 
 def files_in(folder: Path) -> list[Path]:

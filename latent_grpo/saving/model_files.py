@@ -12,18 +12,23 @@ from transformers.utils import logging as transformers_logging
 from latent_grpo.model import load_model
 from latent_grpo.parallel.fsdp import assign
 from latent_grpo.parallel.process_group import on_rank_zero
+from latent_grpo.prompts import PromptFormat, write_format
 from latent_grpo.saving.atomic_files import flush
 from latent_grpo.update.lora import has_adapters, merged_model, read_adapters, write_adapters
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer into a folder that `from_pretrained` reads; of a model with adapters, only these."""
+def write_model(folder: Path, model: Any, tokenizer: Any, prompt_format: PromptFormat) -> None:
+    """Write a model into a folder that `from_pretrained` reads, with its tokenizer and the format of its prompts.
+
+    Of a model with adapters, only these are written.
+    """
     transformers_logging.disable_progress_bar()  # it would break into the progress bar of the run
     if has_adapters(model):
         write_adapters(folder, model)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_format(folder, prompt_format)
 
 
 def read_model(folder: Path, model: Any) -> None:
@@ -40,20 +45,20 @@ def read_model(folder: Path, model: Any) -> None:
         assign(parameter, saved[name])
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, prompt_format: PromptFormat) -> None:
     """Write the finished model, with its adapters merged, into a folder that may hold other files.
 
     Collective: every rank must call it; rank 0 writes. Each file appears whole. The weights appear last, so a folder
     with weights is complete.
     """
-    on_rank_zero(lambda: _save_model(folder, model, tokenizer))
+    on_rank_zero(lambda: _save_model(folder, model, tokenizer, prompt_format))
 
 
-def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+def _save_model(folder: Path, model: Any, tokenizer: Any, prompt_format: PromptFormat) -> None:
     model = merged_model(model) if has_adapters(model) else model
     partial = folder / ".model.partial"
     shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left one
-    write_model(partial, model, tokenizer)
+    write_model(partial, model, tokenizer, prompt_format)
     for path in sorted(partial.iterdir(), key=lambda path: "safetensors" in path.name):
         flush(path)
         os.replace(path, folder / path.name)

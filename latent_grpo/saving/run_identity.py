@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from latent_grpo.config import RunOptions
+from latent_grpo.config import PromptOptions, RunOptions
 from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import world_size
+from latent_grpo.prompts import PromptFormat
 
 FINGERPRINT_ROWS = 1000  # hashed rows of the training data at most, spread over all of it
 
@@ -27,16 +28,21 @@ FREE_OPTIONS = frozenset(
         *("max_steps", "num_train_epochs"),
         # They name the training data, whose rows `data` compares: a file may have moved.
         *("dataset", "dataset_split", "prompt_column", "answer_column", "chain_column", "limit"),
+        # They give the prompt format, which is compared as a whole: the model's own may come in their place.
+        *(item.name for item in fields(PromptOptions)),
         # They give the size of an update, together with the number of processes. `update_size` compares the product.
         *("per_device_train_batch_size", "gradient_accumulation_steps"),
     )
 )
 
 
-def run_identity(kind: str, args: RunOptions, rows: Sequence[Any], total_steps: int, model: Any) -> dict[str, Any]:
+def run_identity(
+    kind: str, args: RunOptions, rows: Sequence[Any], total_steps: int, model: Any, prompt_format: PromptFormat
+) -> dict[str, Any]:
     """Return what identifies a run, in the types that JSON keeps.
 
     kind: the training phase, "train" or "sft". rows: the training data. total_steps: length of the schedule.
+    prompt_format: how prompts are put to the model.
     """
     identity = {
         "kind": kind,
@@ -44,6 +50,7 @@ def run_identity(kind: str, args: RunOptions, rows: Sequence[Any], total_steps: 
         "update_size": args.update_size(world_size()),
         "total_steps": total_steps,
         "data": fingerprint(rows),
+        "prompt_format": asdict(prompt_format),
         "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
     }
     # Through JSON, so that it compares equal to one that was read from a file: tuples become lists.
@@ -66,6 +73,10 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
     for name in sorted(written.keys() & given.keys() - FREE_OPTIONS):
         if written[name] != given[name] and not name.startswith("eval_"):
             yield f"was written with {name} {written[name]!r}, this run has {given[name]!r}"
+    # Checkpoints of earlier versions hold no prompt format.
+    for name, value in saved.get("prompt_format", {}).items():
+        if value != own["prompt_format"].get(name):
+            yield f"was written with {name} {value!r}, this run has {own['prompt_format'].get(name)!r}"
     if saved["update_size"] != own["update_size"]:
         yield (
             f"was written with updates of {saved['update_size']} (per_device_train_batch_size times "

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from latent_grpo.config import LatentSFTConfig
 from latent_grpo.errors import DataError
-from latent_grpo.model import end_marker_ids, prompt_ids
+from latent_grpo.model import end_marker_ids
+from latent_grpo.prompts import PromptFormat, check_ids, fits_table, resolve_format
 
 
 @dataclass
@@ -34,36 +35,57 @@ class SFTBatch:
     numbers: Tensor  # [B] int64, numbers of the examples
 
 
-def build_example(tokenizer: Any, row: Any, args: LatentSFTConfig, marker: list[int], number: int) -> Example:
-    """Return the tokens of a row with "prompt", "chain" and "answer". marker: ids of the end marker."""
+def build_example(
+    tokenizer: Any, row: Any, args: LatentSFTConfig, prompt_format: PromptFormat, marker: list[int], number: int
+) -> Example:
+    """Return the tokens of a row with "prompt", "chain" and "answer". marker: ids of the end marker.
+
+    The visible answer is the row's "answer_text", or `answer_template` with its "answer".
+    """
     chain = tokenizer(row["chain"], add_special_tokens=False)["input_ids"]
     width = args.compression if args.latent else 1
     latents = [chain[i : i + width] for i in range(0, len(chain), width)]
-    answer = tokenizer(args.answer_template.format(answer=row["answer"]), add_special_tokens=False)["input_ids"]
+    visible = row.get("answer_text") or args.answer_template.format(answer=row["answer"])
+    answer = tokenizer(visible, add_special_tokens=False)["input_ids"]
     text = [[token] for token in [*marker, *answer, tokenizer.eos_token_id]]
-    return Example(prompt_ids(tokenizer, row["prompt"]), latents + text, number)
+    return Example(prompt_format.ids(tokenizer, [row["prompt"]])[0], latents + text, number)
 
 
-def build_examples(tokenizer: Any, rows: Sequence[Any], args: LatentSFTConfig) -> list[Example]:
+def build_examples(
+    tokenizer: Any, rows: Sequence[Any], args: LatentSFTConfig, prompt_format: PromptFormat | None = None
+) -> list[Example]:
     """Return an example of every row that fits the length limits.
+
+    prompt_format: the default is the one that the options and the model of `model_name_or_path` give.
 
     Raises:
         DataError: a row has no chain, or no row fits.
     """
-    marker = end_marker_ids(tokenizer, args.end_marker)
+    prompt_format = prompt_format or resolve_format(args, args.model_name_or_path)
+    marker = end_marker_ids(tokenizer, prompt_format.end_marker)
     examples = []
     for number, row in enumerate(rows, 1):
         if not row.get("chain"):
             raise DataError(
                 f"row {number} has no chain of thought; Latent-SFT needs one, name its column with --chain_column"
             )
-        example = build_example(tokenizer, row, args, marker, number)
+        example = build_example(tokenizer, row, args, prompt_format, marker, number)
         fits_prompt = args.max_prompt_length is None or len(example.prompt) <= args.max_prompt_length
         if fits_prompt and len(example.response) <= args.max_completion_length:
             examples.append(example)
     if not examples:
         raise DataError("no row fits max_prompt_length and max_completion_length; raise them")
     return examples
+
+
+def check_examples(tokenizer: Any, examples: Sequence[Example], table_rows: int) -> None:
+    """Raise ModelError for the first id of an example that has no row in an embedding table of `table_rows` rows."""
+    if fits_table(tokenizer, table_rows):
+        return
+    for example in examples:
+        response = (token for element in example.response for token in element)
+        check_ids(tokenizer, example.prompt, table_rows, f"the prompt of row {example.number}")
+        check_ids(tokenizer, response, table_rows, f"chain and answer of row {example.number}")
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> SFTBatch:

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from transformers import set_seed
 
 from latent_grpo.config import LatentSFTConfig
-from latent_grpo.model import body, embedding_table, lm_head, positions
+from latent_grpo.model import body, check_vocabulary, embedding_table, lm_head, positions
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, snake_draft
+from latent_grpo.prompts import resolve_format
 from latent_grpo.saving.checkpoint import Checkpoints
 from latent_grpo.saving.interrupt import graceful_interrupt
 from latent_grpo.saving.model_files import save_model
 from latent_grpo.seeds import rank_seed
-from latent_grpo.sft.examples import Example, build_examples, collate
+from latent_grpo.sft.examples import Example, build_examples, check_examples, collate
 from latent_grpo.sft.inputs import input_mixtures
 from latent_grpo.sft.loss import batch_loss
 from latent_grpo.update.lora import add_adapters
@@ -40,6 +41,7 @@ class LatentSFTTrainer:
 
     Attributes:
         full_model: the model that is saved. With one process it is `model`; with several, a copy on rank 0's CPU.
+        prompt_format: how prompts are put to the model; saved with it.
         step: number of finished optimizer steps.
 
     Raises:
@@ -50,7 +52,10 @@ class LatentSFTTrainer:
         set_seed(args.seed)  # new adapters start from random values
         self.model, self.args, self.tokenizer = model, args, processing_class
         self.output_dir = Path(args.output_dir)
-        self.examples = build_examples(processing_class, train_dataset, args)
+        self.prompt_format = resolve_format(args, args.model_name_or_path)
+        check_vocabulary(model, processing_class, self.prompt_format, latent=True)
+        self.examples = build_examples(processing_class, train_dataset, args, self.prompt_format)
+        check_examples(processing_class, self.examples, len(embedding_table(model)))
         self.batch_rows = args.update_size(world_size())
         epochs_of_steps = round(args.num_train_epochs * len(self.examples) / self.batch_rows)
         self.total_steps = args.max_steps if args.max_steps > 0 else max(1, epochs_of_steps)
@@ -58,9 +63,8 @@ class LatentSFTTrainer:
             add_adapters(model, args)
         self.full_model = shard(model, sampling=False)
         self.updater = Updater(model, args, self.total_steps, args.freeze_embeddings)
-        self.checkpoints = Checkpoints(
-            "sft", args, model, self.full_model, processing_class, self.updater, train_dataset, self.total_steps
-        )
+        written = (args, model, self.full_model, processing_class, self.prompt_format)
+        self.checkpoints = Checkpoints("sft", *written, self.updater, train_dataset, self.total_steps)
         set_seed(rank_seed(args.seed, rank()))  # dropout draws
         self.generator = torch.Generator().manual_seed(args.seed)
         self.queue: list[int] = []  # indices of the next examples
@@ -99,7 +103,7 @@ class LatentSFTTrainer:
                     raise KeyboardInterrupt
         self.metrics.close()
         copy_to_full(self.full_model, self.model)
-        save_model(self.output_dir, self.full_model, self.tokenizer)
+        save_model(self.output_dir, self.full_model, self.tokenizer, self.prompt_format)
         return values
 
     def save(self) -> Path:

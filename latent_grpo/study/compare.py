@@ -28,6 +28,7 @@ from latent_grpo.data.rows import load_rows
 from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer
+from latent_grpo.prompts import PromptFormat, resolve_format
 from latent_grpo.quickstart.run import grpo_config, sft_config
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
 from latent_grpo.recipes.read import read_yaml
@@ -259,15 +260,16 @@ def execute(plan: Plan, run: Run) -> float:
         torch.manual_seed(run.seed)
         model, tokenizer = (warm_start if run == run.start else reinforce)(plan, run, train, held_out)
         options = plan.grpo_options(run)
+        prompt_format = resolve_format(options, str(folder))
         trained = time.perf_counter()
         result = evaluate(
             model,
             tokenizer,
             held_out,
-            sampling(options, model, tokenizer),
+            sampling(options, model, tokenizer, prompt_format),
             num_samples=plan.args.num_samples,
             batch_size=options.per_device_train_batch_size,
-            end_marker=options.end_marker,
+            prompt_format=prompt_format,
         )
     samples = result.pop("samples")
     # For a warm start, this is where the Pass@1 curves of its arms begin: they evaluate the same problems in training.
@@ -322,7 +324,7 @@ def reinforce(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tu
     return trainer.model, trainer.tokenizer
 
 
-def sampling(options: LatentGRPOConfig, model: Any, tokenizer: Any) -> LatentSampling:
+def sampling(options: LatentGRPOConfig, model: Any, tokenizer: Any, prompt_format: PromptFormat) -> LatentSampling:
     """Return how responses are sampled under noise in the evaluation: as in the run's training."""
-    end = end_marker_ids(tokenizer, options.end_marker)[0] if options.latent else None
+    end = end_marker_ids(tokenizer, prompt_format.end_marker)[0] if options.latent else None
     return replace(options.sampling(), end_token_id=end, eos_token_id=eos_ids(model, tokenizer))

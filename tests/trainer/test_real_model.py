@@ -11,7 +11,8 @@ import torch
 
 from latent_grpo import LatentSampling, generate_latent
 from latent_grpo.commands.main import main
-from latent_grpo.model import encode_prompts, end_marker_ids, eos_ids, load_model, load_tokenizer
+from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer
+from latent_grpo.prompts import encode_prompts
 from latent_grpo.update.replay import replay_logprob
 
 MODEL = os.environ.get("LATENT_GRPO_REAL_MODEL", "")

@@ -142,7 +142,7 @@ def test_sampling_flags_reach_the_sampler(flag, input_folder):
     value = {"latent_top_k": 3, "top_k": 7}.get(flag, 0.25)
     parser = generate_parser("generate")
     args = parser.parse_args(["--model", str(input_folder / "model"), "--prompt", "x", f"--{flag}", str(value)])
-    _, _, sampling = load_for_sampling(args)
+    _, _, sampling, _ = load_for_sampling(args)
     assert getattr(sampling, flag) == value
 
 

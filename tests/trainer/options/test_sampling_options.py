@@ -10,7 +10,8 @@ import torch
 from support.options import ROWS, metrics_of, record_calls
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.model import body, embedding_table, encode_prompts, end_marker_ids, lm_head, positions
+from latent_grpo.model import body, embedding_table, end_marker_ids, lm_head, positions
+from latent_grpo.prompts import encode_prompts
 from latent_grpo.rollout import decoder
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.update.replay import replay_logprob

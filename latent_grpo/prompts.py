@@ -1,0 +1,242 @@
+"""Prompt formats: the text and the token ids with which a question is put to a model.
+
+A format is made of parts: an instruction, a suffix, the chat template or a text around the question, and the text that
+opens the reasoning. `FORMATS` names the formats of the paper's released code. A model is saved with the format that it
+was trained with, because it answers worse in any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers.utils import cached_file
+
+from latent_grpo.config import PromptOptions
+from latent_grpo.errors import ConfigError, DataError, ModelError, first_line, require
+
+FORMAT_FILE = "prompt_format.json"  # beside the weights
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+LETTER_SUFFIX = "\nPlease provide the option letter (A, B, C, or D) as your final answer."
+BATCH = 1000  # prompts that are tokenised in one call
+
+Message = dict[str, str]
+Prompt = str | Sequence[Mapping[str, str]]  # a question, or chat messages
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a prompt is put to the model. The fields are options of the same names, with what applies by default.
+
+    Raises ConfigError for parts that do not go together.
+    """
+
+    instruction: str = ""
+    instruction_role: Literal["user", "system"] = "user"
+    prompt_suffix: str = ""
+    opening_marker: str = ""
+    end_marker: str = "</think>"
+    chat_template: bool | None = None  # None: if the tokenizer has one
+    prompt_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        template, arguments, off = self.prompt_template, self.chat_template_kwargs, self.chat_template is False
+        require(template is None or off, "prompt_template", template, "it needs --chat_template false")
+        require(not arguments or not off, "chat_template_kwargs", arguments, "give {} with --chat_template false")
+        if template is not None:
+            try:
+                holds = "\0" in template.format(prompt="\0")
+            except (KeyError, IndexError, ValueError):
+                holds = False
+            require(holds, "prompt_template", template, "give a Python format that holds {prompt} and no other field")
+
+    def messages(self, prompt: Prompt) -> list[Message]:
+        """Return the chat messages of a prompt: its own ones, or one user message, with instruction and suffix.
+
+        Messages that hold the instruction, in whatever role, do not get it a second time.
+
+        Raises:
+            DataError: the messages have none that instruction or suffix could go to.
+        """
+        own = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        users = [message for message in own if message["role"] == "user"]
+        if (self.instruction or self.prompt_suffix) and not users:
+            raise DataError(f"the prompt {str(prompt)[:60]!r} has no user message; add one, or give no instruction")
+        held = not isinstance(prompt, str) and any(self.instruction in message["content"] for message in own)
+        if self.prompt_suffix and not users[-1]["content"].endswith(self.prompt_suffix):
+            users[-1]["content"] += self.prompt_suffix
+        if not self.instruction or held:
+            return own
+        if self.instruction_role == "system" and own[0]["role"] != "system":
+            return [{"role": "system", "content": self.instruction}, *own]
+        target = own[0] if self.instruction_role == "system" else users[-1]
+        target["content"] = f"{self.instruction}\n{target['content']}"
+        return own
+
+    def render(self, tokenizer: Any, prompt: Prompt) -> str:
+        """Return the text that the model continues.
+
+        Raises:
+            ModelError: the chat template is missing or refuses the messages.
+        """
+        messages = self.messages(prompt)
+        if self.uses_chat_template(tokenizer):
+            try:
+                text: str = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+                )
+            except (TemplateError, TypeError) as error:
+                raise ModelError(
+                    f"the chat template refuses the prompt {str(prompt)[:60]!r}: {first_line(error)}; choose another "
+                    "instruction_role, or --chat_template false"
+                ) from error
+        else:
+            text = "\n".join(message["content"] for message in messages)
+            text = text if self.prompt_template is None else self.prompt_template.format(prompt=text)
+        opened = text.rstrip().endswith(self.opening_marker)
+        return text if opened else text + self.opening_marker
+
+    def uses_chat_template(self, tokenizer: Any) -> bool:
+        """Return whether prompts go through the tokenizer's chat template. ModelError if it lacks one that it needs."""
+        has_one = bool(getattr(tokenizer, "chat_template", None))
+        if self.chat_template and not has_one:
+            raise ModelError(
+                "the tokenizer has no chat template, which the prompt format needs; give --prompt_template"
+            )
+        return has_one if self.chat_template is None else self.chat_template
+
+    def ids(self, tokenizer: Any, prompts: Iterable[Prompt]) -> list[list[int]]:
+        """Return the token ids of each prompt. A template writes the special tokens itself; bare text gets them."""
+        texts = [self.render(tokenizer, prompt) for prompt in prompts]
+        bare = self.prompt_template is None and not self.uses_chat_template(tokenizer)
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=bare)["input_ids"] if texts else []
+        return ids
+
+
+# What the released scripts of training and evaluation write. Only the evaluation of GPQA has a suffix. The second stage
+# of the LLaMA start was trained without a system message and without BOS.
+FORMATS = {
+    "latent-grpo-low": PromptFormat(INSTRUCTION, opening_marker="<think>", chat_template=True),
+    "latent-grpo-high": PromptFormat(INSTRUCTION, "system", opening_marker="<think>", chat_template=True),
+    "latent-grpo-gpqa": PromptFormat(INSTRUCTION, "system", LETTER_SUFFIX, "<think>", chat_template=True),
+    "latent-sft-llama": PromptFormat(
+        INSTRUCTION,
+        opening_marker="<think>",
+        chat_template=False,
+        prompt_template="<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
+
+
+def resolve_format(options: PromptOptions, model_path: str | None = None) -> PromptFormat:
+    """Return the prompt format of a command or trainer.
+
+    Given options override the named format, which overrides what is saved with the model of `model_path` (a folder or
+    Hub name), which overrides the defaults. A named format leaves the end marker as it is saved.
+
+    Raises:
+        ConfigError: the options do not go together, or the saved format cannot be read.
+    """
+    saved = read_format(model_path) if model_path else PromptFormat()
+    name = options.prompt_format
+    require(name is None or name in FORMATS, "prompt_format", name, f"choose from {', '.join(FORMATS)}")
+    base = saved if name is None else replace(FORMATS[name], end_marker=saved.end_marker)
+    return replace(base, **options.given_prompt_options())
+
+
+def read_format(model_path: str) -> PromptFormat:
+    """Return the format that is saved with the model of a folder or Hub name, or the default if none is.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        path = cached_file(model_path, FORMAT_FILE)
+    except OSError:  # the model was not trained by this package, or cannot be reached: loading it will say so
+        return PromptFormat()
+    known = [item.name for item in fields(PromptFormat)]
+    try:
+        values = json.loads(Path(str(path)).read_text("utf-8"))
+        # A later version may write more parts; without them its prompts would be others.
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown part {unknown[0]!r}")
+        return PromptFormat(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{str(path)!r} is no prompt format ({first_line(error)}); correct or remove it") from error
+
+
+def write_format(folder: Path, prompt_format: PromptFormat) -> None:
+    """Write a format beside the weights of a model."""
+    text = json.dumps(asdict(prompt_format), indent=1, ensure_ascii=False)
+    (folder / FORMAT_FILE).write_text(text, encoding="utf-8")
+
+
+def encode_prompts(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    device: torch.device,
+    max_length: int | None = None,
+    prompt_format: PromptFormat | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the left-padded ids and the mask of P prompts, both int64 [P, L] on `device`.
+
+    prompt_format: the default is the tokenizer's chat template, if it has one, around the bare question.
+
+    Raises:
+        ModelError: a prompt has more than `max_length` tokens.
+    """
+    rows = (prompt_format or PromptFormat()).ids(tokenizer, prompts)
+    for row, prompt in zip(rows, prompts, strict=True):
+        if max_length is not None and len(row) > max_length:
+            raise ModelError(
+                f"a prompt has {len(row)} tokens, over max_prompt_length {max_length}: {str(prompt)[:60]!r}; "
+                "raise max_prompt_length or shorten the data"
+            )
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def fits_table(tokenizer: Any, table_rows: int) -> bool:
+    """Return whether every entry of the tokenizer has a row in an embedding table of `table_rows` rows."""
+    return bool(max(tokenizer.get_vocab().values()) < table_rows)
+
+
+def check_ids(tokenizer: Any, ids: Iterable[int], table_rows: int, place: str) -> None:
+    """Raise ModelError that names the first of `ids` without a row in the embedding table. place: where they are from.
+
+    A tokenizer may have more entries than the table has rows. Only their use is an error.
+    """
+    for token in ids:
+        if token >= table_rows:
+            raise ModelError(
+                f"{place}: id {token} ({tokenizer.convert_ids_to_tokens(token)!r}) has no row in the embedding table, "
+                f"which has {table_rows}; remove the token from the text, choose another marker or tokenizer, or add a "
+                "row with resize_token_embeddings"
+            )
+
+
+def check_prompts(tokenizer: Any, prompts: Iterable[Prompt], prompt_format: PromptFormat, table_rows: int) -> None:
+    """Raise ModelError for the first prompt of a data set with an id that has no row in the embedding table.
+
+    A tokenizer that has no such id costs nothing. Otherwise every prompt is tokenised once.
+    """
+    if fits_table(tokenizer, table_rows):
+        return
+    rows = list(prompts)
+    for start in range(0, len(rows), BATCH):
+        for number, ids in enumerate(prompt_format.ids(tokenizer, rows[start : start + BATCH]), start + 1):
+            check_ids(tokenizer, ids, table_rows, f"row {number}, the prompt {str(rows[number - 1])[:60]!r}")
