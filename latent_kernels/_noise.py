@@ -95,20 +95,29 @@ def exponential_draws(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: in
 def philox_uniform(row_ids: Tensor, *, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """Return one uniform draw in (0, 1) per row, [B] float64, from which text sampling picks the row's token.
 
-    The draw is the word of (seed, step, row, id 0). Latent noise uses the same word, but a row is either latent or text
+    The draw is the word of (seed, step, row, id 0). Latent steps use the same word, but a row is either latent or text
     at a step, so no draw is used twice. row_ids is [B] int64. seed and step are an int or a 0-d int64 tensor; step may
     also be [B].
     """
-    words = philox_words(torch.zeros(1, dtype=torch.int64, device=row_ids.device), row_ids, seed, step)
-    return (words.squeeze(-1).double() + 0.5) * 2.0**-32
+    return uniform_draws(1, row_ids, seed, step).squeeze(-1)
 
 
-def gumbel_noise(exponential: Tensor, kind: str) -> Tensor:
-    """Return clamped Gumbel noise `clamp(-log(e), -1.5, 3)`, shifted to [0, 4.5] if one-sided (Eq. 12-13)."""
+def uniform_draws(count: int, row_ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """Return the uniform draws in (0, 1) of the ids 0, 1, ..., count - 1 of each row, [B, count] float64."""
+    words = philox_words(torch.arange(count, device=row_ids.device), row_ids, seed, step)
+    return (words.double() + 0.5) * 2.0**-32
+
+
+def gumbel_noise(exponential: Tensor, kind: str, delta: float = 0.0) -> Tensor:
+    """Return Gumbel noise `clamp(-log(e), -1.5, 3)`, shifted to [delta, 4.5 + delta] if one-sided (Eq. 12-13)."""
     noise = torch.clamp(-torch.log(exponential), GUMBEL_LOW, GUMBEL_HIGH)
-    return noise - GUMBEL_LOW if kind == "one_sided" else noise
+    return noise - GUMBEL_LOW + delta if kind == "one_sided" else noise
 
 
-def noise_bounds(kind: str) -> tuple[float, float]:
-    """Return the smallest and the largest value of `gumbel_noise`."""
-    return (0.0, GUMBEL_HIGH - GUMBEL_LOW) if kind == "one_sided" else (GUMBEL_LOW, GUMBEL_HIGH)
+def noise_bounds(kind: str, delta: float = 0.0) -> tuple[float, float]:
+    """Return a lower and an upper bound of `gumbel_noise`, which are its extremes if delta is 0."""
+    if kind != "one_sided":
+        return GUMBEL_LOW, GUMBEL_HIGH
+    # A sum with delta is rounded in float32 or in float64, whichever the draws have.
+    slack = 2.0**-22 if delta else 0.0
+    return delta * (1.0 - slack), (GUMBEL_HIGH - GUMBEL_LOW + delta) * (1.0 + slack)

@@ -17,6 +17,7 @@ class NoiseSpec(NamedTuple):
     step: int | Tensor  # an int or 0-d int64; in a latent step also [B]
     row_ids: Tensor | None  # [B] int64; None stands for 0, 1, ...
     exponential: Tensor | None
+    delta: float = 0.0  # the least one-sided noise, before the scale
 
     @property
     def needs_seed(self) -> bool:
@@ -26,34 +27,63 @@ class NoiseSpec(NamedTuple):
 
 @dataclass(frozen=True, eq=False)  # no `==`: a tensor among the options has no single truth value
 class LatentStepOptions:
-    """The options of a latent step of B rows over V tokens. `latent_step_from_logits` documents each of them."""
+    """The options of a latent step of B rows over V tokens.
+
+    Args:
+        top_k: K, the number of mixture components, 1 to V.
+        top_p: nucleus mass, a float or [B]; the first top_k tokens are always candidates, 1 keeps every token.
+        tau: Gumbel-softmax temperature of the weights, a float or [B]; inf weighs all components alike.
+        noise: "one_sided" ([0, 4.5], the paper), "two_sided" ([-1.5, 3]) or "none" (deterministic; tau is not applied).
+        noise_scale: factor on the noise, a float or [B].
+        seed, step: an int or a 0-d int64 tensor; step may also be [B]. If seed is None, torch's generator draws one.
+        row_ids: [B] int64, the noise stream of each row (default 0, 1, ...). The noise of a token is a function of
+            only (seed, step, row_ids[b], token id): batch, order, dtype and implementation do not change it.
+        exponential: [B, V] Exp(1) draws e in place of a seed. Uniform draw k of "multiplex" is exp(-e[:, k]).
+        latent_mask: [B] bool, True for rows still in their latent run (default: all rows).
+        end_token_id: the end marker. A row that ends is hard: its is_latent is False and its top_token the end marker.
+        noise_delta: the least one-sided noise: one-sided noise is in [noise_delta, 4.5 + noise_delta].
+        end_rule: "raw": a row ends, without noise, where its highest raw logit is the end marker. "noisy": also where
+            the first id of its mixture is (the released sampler); such a row keeps its noisy mixture.
+        min_latent_steps: while `step` is below it, the end marker ends no run.
+        max_latent_steps: a run ends where `step` has reached it, whatever the logits are. None is no limit.
+        method: "latent_grpo" adds noise to the nucleus and keeps the K best. "soft_grpo" takes the K most probable
+            tokens and adds noise to the logarithms of their renormalised probabilities. "multiplex" draws K tokens from
+            softmax(logits), with replacement; noise_scale is not used, and top_p must be 1.
+    """
 
     top_k: int = 10
-    top_p: float | Tensor = 0.95  # a float or [B]
-    tau: float | Tensor = 1.0  # a float or [B]
+    top_p: float | Tensor = 0.95
+    tau: float | Tensor = 1.0
     noise: str = "one_sided"
-    noise_scale: float | Tensor = 1.0  # a float or [B]
-    seed: int | Tensor | None = None  # an int or 0-d int64
-    step: int | Tensor = 0  # an int, 0-d int64 or [B] int64
-    row_ids: Tensor | None = None  # [B] int64
-    exponential: Tensor | None = None  # [B, V]
-    latent_mask: Tensor | None = None  # [B] bool
+    noise_scale: float | Tensor = 1.0
+    seed: int | Tensor | None = None
+    step: int | Tensor = 0
+    row_ids: Tensor | None = None
+    exponential: Tensor | None = None
+    latent_mask: Tensor | None = None
     end_token_id: int | None = None
+    noise_delta: float = 0.0
+    end_rule: str = "raw"
+    min_latent_steps: int = 0
+    max_latent_steps: int | None = None
+    method: str = "latent_grpo"
 
     @property
     def noise_spec(self) -> NoiseSpec:
         """Return the options that describe the noise."""
-        return NoiseSpec(self.noise, self.noise_scale, self.seed, self.step, self.row_ids, self.exponential)
+        return NoiseSpec(
+            self.noise, self.noise_scale, self.seed, self.step, self.row_ids, self.exponential, self.noise_delta
+        )
 
 
 class LatentStep(NamedTuple):
     """The result of one latent step of B rows, with K mixture components and embedding width D'."""
 
-    ids: Tensor  # [B, K] int64, best score first, ties to the lower id
-    scores: Tensor  # [B, K] float32: log-prob plus noise; only the log-prob on a row without noise
+    ids: Tensor  # [B, K] int64, best score first, ties to the lower id; "multiplex": in the order of the draws
+    scores: Tensor  # [B, K] float32: log-prob plus noise; only the log-prob on a row without noise or of "multiplex"
     weights: Tensor  # [B, K] float32, non-negative, each row sums to one
     embedding: Tensor  # [B, D'] in the embedding table's dtype
-    top_token: Tensor  # [B] int64, the token of the highest raw logit, ties to the lower id
+    top_token: Tensor  # [B] int64, the end marker where a run ends, else the highest raw logit's (ties: the lower id)
     is_latent: Tensor  # [B] bool, False where the row has ended or was not latent
 
 

@@ -68,6 +68,9 @@ def check_noise(noise: NoiseSpec, rows: int, width: int, like: Tensor, *, step_p
     """Check the arguments that describe noise [rows, width]; with `step_per_row`, step may be [rows]."""
     check_choice("noise", noise.kind, NOISE_KINDS)
     check_row_range("noise_scale", noise.scale, rows, like, 0.0)
+    check_range("noise_delta", noise.delta, 0.0)
+    if noise.delta and noise.kind != "one_sided":
+        raise ValueError(f"noise_delta needs noise='one_sided'; give noise_delta=0 with noise={noise.kind!r}")
     for name, value in (("seed", noise.seed), ("step", noise.step)):
         if isinstance(value, Tensor):
             per_row = name == "step" and step_per_row and value.ndim > 0

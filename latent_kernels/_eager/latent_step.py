@@ -23,7 +23,13 @@ from torch import Tensor
 
 from latent_kernels._noise import exponential_draws, gumbel_noise, noise_bounds
 from latent_kernels._types import LatentStep, LatentStepOptions, NoiseSpec
-from latent_kernels.reference.latent_step import best_first, nucleus_mask, per_row
+from latent_kernels.reference.latent_step import (
+    best_first,
+    in_latent_run,
+    nucleus_mask,
+    per_row,
+    with_ended_rows,
+)
 
 GROUP = 32  # ids per group: every (V / 32)-th id, so that the maxima are a reduction over the outer axis
 FIRST_GROUPS = 96  # covers realistic rows (30 to 350 ids that matter) in one or two rounds
@@ -40,6 +46,7 @@ class RowNoise(NamedTuple):
     step: int | Tensor
     row_ids: Tensor  # [B]
     exponential: Tensor | None  # [B, V] injected draws
+    delta: float  # the least one-sided noise
 
     def select(self, index: Tensor) -> RowNoise:
         """Return the same noise for a subset of the rows."""
@@ -57,13 +64,14 @@ class RowNoise(NamedTuple):
         else:
             assert self.seed is not None
             draws = exponential_draws(ids, self.row_ids, self.seed, self.step)
-        return gumbel_noise(draws, self.kind).to(self.scale.dtype) * self.scale
+        return gumbel_noise(draws, self.kind, self.delta).to(self.scale.dtype) * self.scale
 
 
 def row_noise(noise: NoiseSpec, logits: Tensor) -> RowNoise:
     """Return the noise of the rows of logits [B, V], in their dtype."""
     row_ids = torch.arange(len(logits), device=logits.device) if noise.row_ids is None else noise.row_ids
-    return RowNoise(noise.kind, per_row(noise.scale, logits), noise.seed, noise.step, row_ids, noise.exponential)
+    scale = per_row(noise.scale, logits)
+    return RowNoise(noise.kind, scale, noise.seed, noise.step, row_ids, noise.exponential, noise.delta)
 
 
 class Prefix(NamedTuple):
@@ -169,7 +177,7 @@ def noisy_round(
 
     A row is decided if no token outside the prefix can change its result.
     """
-    low, high = noise_bounds(noise.kind)
+    low, high = noise_bounds(noise.kind, noise.delta)
     log_probs = prefix.logits - log_z
     candidate = nucleus_mask(log_probs, top_p, top_k)
     if not prefix.whole:
@@ -198,7 +206,7 @@ def next_groups(scores: Tensor, maxima: Tensor, log_z: Tensor, noise: RowNoise, 
         return groups
     # The K-th best score only grows, so the groups that could beat the current one are enough. A row with fewer than K
     # candidates has -inf there, and so asks for all groups.
-    _, high = noise_bounds(noise.kind)
+    _, high = noise_bounds(noise.kind, noise.delta)
     line = scores[:, -1:] - high * noise.scale.max()
     needed = int((maxima - log_z >= line).sum(-1).max())
     return min(max(needed, groups + 1), groups * GROWTH, maxima.shape[1])
@@ -275,7 +283,7 @@ def mixture(ids: Tensor, weights: Tensor, embedding: Tensor) -> Tensor:
 
 
 def latent_step_from_logits_eager(logits: Tensor, embedding: Tensor, options: LatentStepOptions) -> LatentStep:
-    """Compute `latent_step_from_logits_ref` on checked arguments and float32 or float64 logits [B, V]."""
+    """Compute the rule of "latent_grpo" on checked arguments and float32 or float64 logits [B, V]."""
     small = len(logits) > 0 and logits.shape[1] <= GROUP * max(FIRST_GROUPS, options.top_k)
     if small:
         prefix = whole_prefix(logits)
@@ -284,10 +292,7 @@ def latent_step_from_logits_eager(logits: Tensor, embedding: Tensor, options: La
         blocks = grouped(logits)
         maxima = blocks.amax(1)
         top_token = highest(logits, blocks, maxima)
-    mask = options.latent_mask
-    is_latent = torch.ones_like(top_token, dtype=torch.bool) if mask is None else mask.clone()
-    if options.end_token_id is not None:
-        is_latent &= top_token != options.end_token_id
+    is_latent = in_latent_run(top_token, options)
     noisy = is_latent if options.noise != "none" else torch.zeros_like(is_latent)
     log_z = logits.logsumexp(-1, keepdim=True)
     if small:
@@ -296,4 +301,6 @@ def latent_step_from_logits_eager(logits: Tensor, embedding: Tensor, options: La
         scores, ids = grouped_step(logits, blocks, maxima, log_z, noisy, options)
     tau = torch.as_tensor(options.tau, dtype=logits.dtype, device=logits.device)
     weights = (scores / torch.where(noisy, tau, 1.0).unsqueeze(-1)).softmax(-1)
-    return LatentStep(ids, scores.float(), weights.float(), mixture(ids, weights, embedding), top_token, is_latent)
+    embeds = mixture(ids, weights, embedding)
+    step = LatentStep(ids, scores.float(), weights.float(), embeds, top_token, is_latent)
+    return with_ended_rows(step, options)

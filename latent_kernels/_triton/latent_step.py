@@ -168,8 +168,14 @@ def first_frontier(group_keys, ceiling, span, K: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def ends_run(first, end_token_id, step, least):
+    """Return whether a first id ends a run at this step: it is the end marker, and `least` steps have been taken."""
+    return (first == end_token_id) & ((step >= least) | (least <= 0))
+
+
+@triton.jit
 def score_keys(
-    keys, log_probs, inside, noisy, scale, row, noise_row, draws_ptr, draws_stride, seed, step,
+    keys, log_probs, inside, noisy, scale, delta, row, noise_row, draws_ptr, draws_stride, seed, step,
     INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr,
 ):  # fmt: skip
     """Return the keys of the tokens' noisy scores, or on a row without noise the tokens' own keys."""
@@ -178,7 +184,7 @@ def score_keys(
         draws = tl.load(draws_ptr + row * draws_stride + ids, mask=inside, other=1.0).to(tl.float32)
     else:
         draws = exponential_draws(ids, noise_row, seed, step)
-    return tl.where(noisy, token_key(log_probs + gumbel_noise(draws, ONE_SIDED) * scale, ids), keys)
+    return tl.where(noisy, token_key(log_probs + gumbel_noise(draws, delta, ONE_SIDED) * scale, ids), keys)
 
 
 @triton.jit
@@ -206,14 +212,13 @@ def narrower_frontier(keys, count, tries, N: tl.constexpr):
 
 
 @triton.jit
-def store_step(
-    best, noisy, log_z, tau, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr, table_stride, V, D,
+def store_mixture(
+    ids, scores, tau, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr, table_stride, V, D,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store ids, scores, weights and the mixture of table rows, from the K best keys of a row."""
+    """Store ids and scores [BLOCK_K] of a row, their weights, and the mixture of table rows."""
     k = tl.arange(0, BLOCK_K)
-    ids = tl.minimum(tl.where(k < K, key_id(best), 0), V - 1).to(tl.int64)
-    scores = tl.where(noisy, key_value(best), key_value(best) - log_z)
+    ids = tl.minimum(tl.where(k < K, ids, 0), V - 1).to(tl.int64)
     exponents = tl.where(k < K, scores / tau, -float("inf"))
     weights = tl.exp(exponents - tl.max(exponents, 0))
     weights = weights / tl.sum(weights, 0)
@@ -231,19 +236,24 @@ def store_step(
 # Pointers into a batch can have any alignment, and the counters any value. Specialisation is disabled so that no
 # variant is compiled during a rollout.
 @triton.jit(
-    do_not_specialize=["end_token_id", "seed", "step", "step_stride"],
+    do_not_specialize=["noisy_end_id", "end_token_id", "least", "most", "seed", "step", "step_stride"],
     do_not_specialize_on_alignment=["latent_ptr", "row_ids_ptr"],
 )
 def latent_step_kernel(
     logits_ptr, maxima_ptr, sums_ptr, draws_ptr, row_ids_ptr, latent_ptr, table_ptr, list_ptr, buffer_ptr,
     ids_ptr, scores_ptr, weights_ptr, mixture_ptr, top_ptr, is_latent_ptr,
-    top_p, tau, scale, seed, step, step_stride, end_token_id, logits_stride, draws_stride, table_stride, V, G, D,
+    top_p, tau, scale, delta, seed, step, step_stride, end_token_id, noisy_end_id, least, most,
+    logits_stride, draws_stride, table_stride, V, G, D,
     NOISE: tl.constexpr, INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
     HAS_MASK: tl.constexpr, TOP_P_PER_ROW: tl.constexpr, TAU_PER_ROW: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
     SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program computes the step of one row. list [B, G] and buffer [B, N] are scratch."""
+    """One program computes the step of one row. list [B, G] and buffer [B, N] are scratch.
+
+    A run ends at a raw argmax of `end_token_id` or a noisy one of `noisy_end_id`, after at least `least` steps, or once
+    `most` steps are taken. -1 stands for no such token and no such limit.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     list_ptr += row * G
@@ -252,23 +262,24 @@ def latent_step_kernel(
     group = tl.arange(0, BLOCK_G)
     log_z, group_keys, ceiling = read_sidecar(logits_ptr, maxima_ptr, sums_ptr, row, group, V, G, GROUP)
     top_token = key_id(ceiling)
-    latent = top_token != end_token_id
+    seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR, row * step_stride)
+    in_run = top_token >= 0  # always
     if HAS_MASK:
-        latent = latent & (tl.load(latent_ptr + row) != 0)
+        in_run = tl.load(latent_ptr + row) != 0
+    latent = in_run & (ends_run(top_token, end_token_id, step, least) == 0) & ((step < most) | (most < 0))
     noisy = latent if NOISE else latent & False
     limit = row_option(top_p, row, TOP_P_PER_ROW)
     limit = tl.where(limit < 1.0, limit, float("inf"))  # top_p = 1 keeps all tokens, whatever rounding does to the mass
     # A row without noise gets the noise-free mixture: the softmax of its log-probs.
     tau = tl.where(noisy, row_option(tau, row, TAU_PER_ROW), 1.0)
     scale = tl.where(noisy, row_option(scale, row, SCALE_PER_ROW), 0.0)
-    seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR, row * step_stride)
     noise_row = row
     if HAS_ROW_IDS:
         noise_row = tl.load(row_ids_ptr + row)
     span = scale * (GUMBEL_HIGH - GUMBEL_LOW)
     largest = scale * GUMBEL_HIGH
     if ONE_SIDED:
-        largest = span
+        largest = scale * (GUMBEL_HIGH - GUMBEL_LOW + delta)
 
     frontier = first_frontier(group_keys, ceiling, span, K, N)
     n = tl.arange(0, N)
@@ -293,7 +304,7 @@ def latent_step_kernel(
             candidate = inside & ((before < limit) | (taken + n < K))
             if NOISE:
                 keys = score_keys(
-                    keys, log_probs, inside, noisy, scale, row, noise_row, draws_ptr, draws_stride, seed, step,
+                    keys, log_probs, inside, noisy, scale, delta, row, noise_row, draws_ptr, draws_stride, seed, step,
                     INJECTED, ONE_SIDED,
                 )  # fmt: skip
             best = keep_best(best, tl.where(candidate, keys, LOWEST), K, BLOCK_K)
@@ -309,11 +320,13 @@ def latent_step_kernel(
                 most = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
                 frontier = frontier_between(group_keys, needed, ceiling, most // 2 + 1, most)
 
-    tl.store(top_ptr + row, top_token.to(tl.int64))
+    noisy_end = noisy & ends_run(key_id(tl.max(best, 0)), noisy_end_id, step, least)
+    latent = latent & (noisy_end == 0)
+    tl.store(top_ptr + row, tl.where(latent | (in_run == 0), top_token, end_token_id).to(tl.int64))
     tl.store(is_latent_ptr + row, latent.to(tl.int8))
-    store_step(
-        best, noisy, log_z, tau, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr, table_stride, V, D,
-        K, BLOCK_K, BLOCK_D,
+    store_mixture(
+        key_id(best), tl.where(noisy, key_value(best), key_value(best) - log_z), tau, row, ids_ptr, scores_ptr,
+        weights_ptr, mixture_ptr, table_ptr, table_stride, V, D, K, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
 
@@ -332,7 +345,17 @@ def constants(vocab: int, options: LatentStepOptions) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def _per_row(value: float | Tensor, rows: int) -> float | Tensor:
+def end_arguments(options: LatentStepOptions) -> dict[str, int]:
+    """Return the arguments of the kernel that say when a run ends."""
+    end = -1 if options.end_token_id is None else options.end_token_id
+    return {
+        "end_token_id": end, "noisy_end_id": end if options.end_rule == "noisy" else -1,
+        "least": options.min_latent_steps,
+        "most": -1 if options.max_latent_steps is None else options.max_latent_steps,
+    }  # fmt: skip
+
+
+def per_row(value: float | Tensor, rows: int) -> float | Tensor:
     """Return a number unchanged, and a tensor with one entry per row."""
     return value.expand(rows).contiguous() if isinstance(value, Tensor) else float(value)
 
@@ -366,11 +389,10 @@ def latent_step_from_sidecar(sidecar: Sidecar, embedding: Tensor, options: Laten
             latent_ptr=mask, table_ptr=table, list_ptr=empty(torch.int32, groups),
             buffer_ptr=empty(torch.int64, chosen["N"]), ids_ptr=result.ids, scores_ptr=result.scores,
             weights_ptr=result.weights, mixture_ptr=result.embedding, top_ptr=result.top_token,
-            is_latent_ptr=result.is_latent.view(torch.int8), top_p=_per_row(options.top_p, rows),
-            tau=_per_row(options.tau, rows), scale=_per_row(options.noise_scale, rows),
+            is_latent_ptr=result.is_latent.view(torch.int8), top_p=per_row(options.top_p, rows),
+            tau=per_row(options.tau, rows), scale=per_row(options.noise_scale, rows), delta=float(options.noise_delta),
             seed=0 if options.seed is None else options.seed, step=step,
-            step_stride=step.stride(0) if isinstance(step, Tensor) and step.ndim else 0,
-            end_token_id=-1 if options.end_token_id is None else options.end_token_id,
+            step_stride=step.stride(0) if isinstance(step, Tensor) and step.ndim else 0, **end_arguments(options),
             logits_stride=logits.stride(0), draws_stride=draws.stride(0), table_stride=table.stride(0),
             V=vocab, G=groups, D=width, **chosen, num_warps=NUM_WARPS, **BUILD_OPTIONS,
         )  # fmt: skip

@@ -34,7 +34,7 @@ BUILD_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": MAX_REGISTERS}
 # Batch sizes and counters change from call to call. Without specialisation, no value of them compiles a variant.
 @triton.jit(do_not_specialize=["B", "seed", "step"])
 def project_with_noise_kernel(
-    weight_ptr, hidden_ptr, bias_ptr, draws_ptr, row_ids_ptr, out_ptr, scale, seed, step,
+    weight_ptr, hidden_ptr, bias_ptr, draws_ptr, row_ids_ptr, out_ptr, scale, delta, seed, step,
     weight_stride, hidden_stride, draws_stride, B, V, D,
     NOISE: tl.constexpr, ONE_SIDED: tl.constexpr, INJECTED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALE_PER_ROW: tl.constexpr, SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr,
@@ -59,7 +59,7 @@ def project_with_noise_kernel(
             seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR)
             draws = exponential_draws(v[:, None], noise_row, seed, step)
         row_scale = row_option(scale, tl.minimum(b, B - 1)[None, :], SCALE_PER_ROW)
-        out += gumbel_noise(draws, ONE_SIDED) * row_scale
+        out += gumbel_noise(draws, delta, ONE_SIDED) * row_scale
     tl.store(out_ptr + row * V + v[:, None], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -92,7 +92,8 @@ class _ProjectWithNoise(torch.autograd.Function):
             project_with_noise_kernel[(triton.cdiv(outputs, BLOCK_V), triton.cdiv(rows, BLOCK_B))](
                 weight_ptr=weight, hidden_ptr=hidden, bias_ptr=unused if bias is None else bias.contiguous(),
                 draws_ptr=draws, row_ids_ptr=unused if noise.row_ids is None else noise.row_ids.contiguous(),
-                out_ptr=out, scale=noise.scale, seed=0 if noise.seed is None else noise.seed, step=noise.step,
+                out_ptr=out, scale=noise.scale, delta=float(noise.delta),
+                seed=0 if noise.seed is None else noise.seed, step=noise.step,
                 weight_stride=weight.stride(0), hidden_stride=hidden.stride(0), draws_stride=draws.stride(0),
                 B=rows, V=outputs, D=width,
                 **constants(noise, dot_dtype(hidden, weight), has_bias=bias is not None), **BUILD_OPTIONS,

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from latent_kernels._dispatch import MAX_TOP_K, on_input_device, resolve
-from latent_kernels._eager.latent_step import latent_step_from_logits_eager
+from latent_kernels._eager.latent_step_methods import latent_step_with_method_eager
 from latent_kernels._linear import project
 from latent_kernels._noise import draw_seed
 from latent_kernels._types import LatentStep, LatentStepOptions
-from latent_kernels._validate import check_noise, check_row_range, check_tensor
+from latent_kernels._validate import check_choice, check_noise, check_range, check_row_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
 
 if TYPE_CHECKING:
     from latent_kernels._triton.lm_head import Sidecar
+
+METHODS = ("latent_grpo", "soft_grpo", "multiplex")
+END_RULES = ("raw", "noisy")
 
 
 @torch.no_grad()
@@ -37,41 +40,38 @@ def latent_step_from_logits(
     exponential: Tensor | None = None,
     latent_mask: Tensor | None = None,
     end_token_id: int | None = None,
+    noise_delta: float = 0.0,
+    end_rule: str = "raw",
+    min_latent_steps: int = 0,
+    max_latent_steps: int | None = None,
+    method: str = "latent_grpo",
     impl: str = "auto",
 ) -> LatentStep:
     """Add clamped Gumbel noise to the nucleus, keep the top_k best and mix their embeddings (Eq. 1, 12-14).
+
+    With another `method`, choose and weigh the top_k tokens as SofT-GRPO or Multiplex Thinking does.
 
     Args:
         logits: [B, V], any float dtype; computed in float32 (float64 for float64). -inf masks a token; each row needs
             at least one finite logit.
         embedding: [V, D'], the input embedding table.
-        top_k: K, the number of mixture components, 1 to V.
-        top_p: nucleus mass, a float or [B]; the first top_k tokens are always candidates, 1 keeps every token.
-        tau: Gumbel-softmax temperature of the weights, a float or [B].
-        noise: "one_sided" ([0, 4.5], the paper), "two_sided" ([-1.5, 3], SofT-GRPO) or "none" (deterministic; tau is
-            not applied).
-        noise_scale: factor on the noise, a float or [B].
-        seed, step: an int or a 0-d int64 tensor; step may also be [B]. If seed is None, torch's generator draws one.
-        row_ids: [B] int64, the noise stream of each row (default 0, 1, ...). The noise of a token is a function of
-            only (seed, step, row_ids[b], token id): batch, order, dtype and implementation do not change it.
-        exponential: [B, V] Exp(1) draws in place of a seed.
-        latent_mask: [B] bool, True for rows still in their latent run (default: all rows).
-        end_token_id: a row whose highest raw logit is this token ends: it gets no noise, and its is_latent is False.
+        top_k and the names that follow: the fields of `LatentStepOptions`, which documents each of them.
 
     Not differentiable. Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot
     run.
     """
     check_tensor("logits", logits, [None, None])
     options = LatentStepOptions(
-        top_k, top_p, tau, noise, noise_scale, seed, step, row_ids, exponential, latent_mask, end_token_id
-    )
+        top_k, top_p, tau, noise, noise_scale, seed, step, row_ids, exponential, latent_mask, end_token_id,
+        noise_delta, end_rule, min_latent_steps, max_latent_steps, method,
+    )  # fmt: skip
     options = _checked(options, len(logits), logits.shape[1], embedding, like=logits)
     if resolve("latent_step", impl, logits, unsupported=_top_k_limit(top_k)) == "triton":
-        from latent_kernels._triton.latent_step import latent_step_from_sidecar
+        from latent_kernels._triton.latent_step_methods import latent_step_with_method
         from latent_kernels._triton.lm_head import logits_sidecar
 
-        return latent_step_from_sidecar(logits_sidecar(logits), embedding, options)
-    return latent_step_from_logits_eager(logits.to(compute_dtype(logits)), embedding, options)
+        return latent_step_with_method(logits_sidecar(logits), embedding, options)
+    return latent_step_with_method_eager(logits.to(compute_dtype(logits)), embedding, options)
 
 
 def latent_step(
@@ -90,16 +90,22 @@ def latent_step(
     exponential: Tensor | None = None,
     latent_mask: Tensor | None = None,
     end_token_id: int | None = None,
+    noise_delta: float = 0.0,
+    end_rule: str = "raw",
+    min_latent_steps: int = 0,
+    max_latent_steps: int | None = None,
+    method: str = "latent_grpo",
     impl: str = "auto",
 ) -> LatentStep:
     """Turn each row's hidden state into its next input embedding (Eq. 1, 12-14).
 
     The result is that of `latent_step_from_logits(hidden @ lm_head.T, ...)`. hidden [B, D] and lm_head [V, D] have any
-    float dtype; logits are accumulated in float32. The options are those of `latent_step_from_logits`.
+    float dtype; logits are accumulated in float32. `LatentStepOptions` documents the options.
     """
     options = LatentStepOptions(
-        top_k, top_p, tau, noise, noise_scale, seed, step, row_ids, exponential, latent_mask, end_token_id
-    )
+        top_k, top_p, tau, noise, noise_scale, seed, step, row_ids, exponential, latent_mask, end_token_id,
+        noise_delta, end_rule, min_latent_steps, max_latent_steps, method,
+    )  # fmt: skip
     return latent_step_with_logits(hidden, lm_head, embedding, options, impl=impl)[0]
 
 
@@ -127,12 +133,12 @@ def latent_step_with_logits(
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     options = _checked(options, len(hidden), len(lm_head), embedding, like=hidden)
     if resolve("latent_step", impl, hidden, lm_head, unsupported=_top_k_limit(options.top_k)) == "triton":
-        from latent_kernels._triton.latent_step import latent_step_from_sidecar
+        from latent_kernels._triton.latent_step_methods import latent_step_with_method
 
         sidecar = _sidecar(hidden, lm_head)
-        return latent_step_from_sidecar(sidecar, embedding, options), sidecar.logits[:, : len(lm_head)]
+        return latent_step_with_method(sidecar, embedding, options), sidecar.logits[:, : len(lm_head)]
     logits = project(hidden, lm_head)
-    return latent_step_from_logits_eager(logits, embedding, options), logits
+    return latent_step_with_method_eager(logits, embedding, options), logits
 
 
 def _sidecar(hidden: Tensor, lm_head: Tensor) -> Sidecar:
@@ -158,7 +164,7 @@ def _checked(
 ) -> LatentStepOptions:
     """Check the arguments of a latent step; return the options, with a drawn seed if they need one and have none."""
     check_tensor("embedding", embedding, [vocab, None], like=like)
-    top_k, end_token_id = options.top_k, options.end_token_id
+    top_k = options.top_k
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
     if not 1 <= top_k <= vocab:
@@ -168,8 +174,24 @@ def _checked(
     check_noise(options.noise_spec, rows, vocab, like, step_per_row=True)
     if options.latent_mask is not None:
         check_tensor("latent_mask", options.latent_mask, [rows], (torch.bool,), like=like)
-    if end_token_id is not None and (isinstance(end_token_id, bool) or not isinstance(end_token_id, int)):
-        raise TypeError(f"end_token_id must be an int, got {type(end_token_id).__name__}")
-    if end_token_id is not None and not 0 <= end_token_id < vocab:
-        raise ValueError(f"end_token_id must be between 0 and {vocab - 1}, got {end_token_id}")
+    _check_end(options, vocab)
+    check_choice("method", options.method, METHODS)
+    if options.method == "multiplex" and not (isinstance(options.top_p, int | float) and options.top_p == 1):
+        raise ValueError(f"method='multiplex' draws from the whole distribution; give top_p=1, got {options.top_p}")
     return replace(options, seed=draw_seed()) if options.noise_spec.needs_seed else options
+
+
+def _check_end(options: LatentStepOptions, vocab: int) -> None:
+    """Check the options that say when a latent run ends."""
+    end, least, most = options.end_token_id, options.min_latent_steps, options.max_latent_steps
+    check_choice("end_rule", options.end_rule, END_RULES)
+    for name, value in (("end_token_id", end), ("min_latent_steps", least), ("max_latent_steps", most)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if end is not None and not 0 <= end < vocab:
+        raise ValueError(f"end_token_id must be between 0 and {vocab - 1}, got {end}")
+    check_range("min_latent_steps", least, 0)
+    if most is not None:
+        check_range("max_latent_steps", most, least)
+    if end is None and (options.end_rule == "noisy" or least or most is not None):
+        raise ValueError("end_rule='noisy', min_latent_steps and max_latent_steps need end_token_id, got None")

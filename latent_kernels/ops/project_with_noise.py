@@ -24,6 +24,7 @@ def project_with_noise(
     step: int | Tensor = 0,
     row_ids: Tensor | None = None,
     exponential: Tensor | None = None,
+    noise_delta: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """Return `hidden @ weight.T + bias + noise_scale * g` [B, D'] in the dtype of hidden.
@@ -37,7 +38,7 @@ def project_with_noise(
     check_tensor("weight", weight, [None, hidden.shape[1]], like=hidden)
     if bias is not None:
         check_tensor("bias", bias, [len(weight)], like=hidden)
-    spec = NoiseSpec(noise, noise_scale, seed, step, row_ids, exponential)
+    spec = NoiseSpec(noise, noise_scale, seed, step, row_ids, exponential, noise_delta)
     check_noise(spec, len(hidden), len(weight), hidden)
     implementation = resolve("project_with_noise", impl, hidden, weight)
     if spec.needs_seed:
@@ -58,4 +59,5 @@ def project_with_noise(
             step=step,
             row_ids=row_ids,
             exponential=exponential,
+            noise_delta=noise_delta,
         )

@@ -6,13 +6,16 @@ Equation numbers are those of arXiv 2604.27998.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from latent_kernels._noise import exponential_draws, gumbel_noise
-from latent_kernels._types import LatentStep
+from latent_kernels._noise import exponential_draws, gumbel_noise, uniform_draws
+from latent_kernels._types import LatentStep, LatentStepOptions
 
-UNUSED_ID = -100  # marks the unused components of a text step  # marks the unused components of a text step
+UNUSED_ID = -100  # marks the unused components of a text step
+SOFT_GRPO_FLOOR = 1e-6  # added to a probability before its logarithm, as SofT-GRPO does
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -46,58 +49,151 @@ def best_first(scores: Tensor, ids: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     return scores[:, :top_k], ids.gather(-1, order)[:, :top_k]
 
 
-def latent_step_from_logits_ref(
-    logits: Tensor,  # [B, V]
-    embedding: Tensor,  # [V, D']
-    *,
-    top_k: int = 10,
-    top_p: float | Tensor = 0.95,
-    tau: float | Tensor = 1.0,
-    noise: str = "one_sided",
-    noise_scale: float | Tensor = 1.0,
-    seed: int | Tensor = 0,
-    step: int | Tensor = 0,
-    row_ids: Tensor | None = None,
-    exponential: Tensor | None = None,
-    latent_mask: Tensor | None = None,
-    end_token_id: int | None = None,
-) -> LatentStep:
-    """Compute the latent step by the plain rule: full sort, nucleus, noise on the whole vocabulary (Eq. 1, 12-14)."""
-    logits = logits.to(compute_dtype(logits))
-    rows, vocab = logits.shape
-    log_probs = logits - logits.logsumexp(-1, keepdim=True)
-    ids = torch.arange(vocab, device=logits.device).expand(rows, vocab)
-    top_token = logits.argmax(-1)
-    is_latent = torch.ones_like(top_token, dtype=torch.bool) if latent_mask is None else latent_mask.clone()
-    if end_token_id is not None:
-        is_latent &= top_token != end_token_id
+class Mixture(NamedTuple):
+    """The components of B rows, and their weights."""
 
-    order = logits.sort(dim=-1, descending=True, stable=True).indices
-    clean_ids = order[:, :top_k]
-    clean_scores = log_probs.gather(-1, clean_ids)
-    clean_weights = clean_scores.softmax(-1)
-    if noise == "none":
-        kept_scores, kept_ids, weights = clean_scores, clean_ids, clean_weights
+    ids: Tensor  # [B, K] int64
+    scores: Tensor  # [B, K]
+    weights: Tensor  # [B, K]
+
+
+def weighed(ids: Tensor, scores: Tensor, options: LatentStepOptions) -> Mixture:
+    """Return components with the weights softmax(scores / tau), or softmax(scores) without noise."""
+    tau = 1.0 if options.noise == "none" else per_row(options.tau, scores)
+    return Mixture(ids, scores, (scores / tau).softmax(-1))
+
+
+def stream_rows(rows: int, options: LatentStepOptions, device: torch.device) -> Tensor:
+    """Return the noise stream of each row [B]."""
+    return torch.arange(rows, device=device) if options.row_ids is None else options.row_ids
+
+
+def noise_of_ids(ids: Tensor, options: LatentStepOptions, like: Tensor) -> Tensor:
+    """Return the scaled noise of ids [B, M] in the dtype of `like`."""
+    if options.exponential is not None:
+        draws = options.exponential.gather(-1, ids)
     else:
-        if exponential is None:
-            row_ids = torch.arange(rows, device=logits.device) if row_ids is None else row_ids
-            exponential = exponential_draws(ids, row_ids, seed, step)
-        shift = gumbel_noise(exponential, noise).to(logits.dtype) * per_row(noise_scale, logits)
-        in_nucleus = torch.zeros_like(order, dtype=torch.bool)
-        in_nucleus.scatter_(-1, order, nucleus_mask(log_probs.gather(-1, order), top_p, top_k))
-        # A candidate of probability zero has the score -inf, like all tokens outside the nucleus. Its lower id keeps it
-        # ahead of them.
-        outside_last = torch.where(in_nucleus, ids, ids + vocab)
-        scores = torch.where(in_nucleus, log_probs + shift, -torch.inf)
-        kept_scores, kept_ids = best_first(scores, outside_last, top_k)
-        kept_ids = kept_ids % vocab
-        weights = (kept_scores / per_row(tau, logits)).softmax(-1)
-        noisy = is_latent.unsqueeze(-1)
-        kept_scores = torch.where(noisy, kept_scores, clean_scores)
-        kept_ids = torch.where(noisy, kept_ids, clean_ids)
-        weights = torch.where(noisy, weights, clean_weights)
-    mixture = mix(kept_ids, weights, embedding)
-    return LatentStep(kept_ids, kept_scores.float(), weights.float(), mixture, top_token, is_latent)
+        assert options.seed is not None
+        draws = exponential_draws(ids, stream_rows(len(ids), options, ids.device), options.seed, options.step)
+    noise = gumbel_noise(draws, options.noise, options.noise_delta)
+    return noise.to(like.dtype) * per_row(options.noise_scale, like)
+
+
+def nucleus_mixture(log_probs: Tensor, order: Tensor, options: LatentStepOptions) -> Mixture:
+    """Return the K best noisy scores of the nucleus (Eq. 12-14), given log-probs [B, V] and their falling order."""
+    if options.noise == "none":
+        ids = order[:, : options.top_k]
+        return weighed(ids, log_probs.gather(-1, ids), options)
+    rows, vocab = log_probs.shape
+    ids = torch.arange(vocab, device=log_probs.device).expand(rows, vocab)
+    in_nucleus = torch.zeros_like(order, dtype=torch.bool)
+    in_nucleus.scatter_(-1, order, nucleus_mask(log_probs.gather(-1, order), options.top_p, options.top_k))
+    # A candidate of probability zero has the score -inf, like all tokens outside the nucleus. Its lower id keeps it
+    # ahead of them.
+    outside_last = torch.where(in_nucleus, ids, ids + vocab)
+    scores = torch.where(in_nucleus, log_probs + noise_of_ids(ids, options, log_probs), -torch.inf)
+    scores, ids = best_first(scores, outside_last, options.top_k)
+    return weighed(ids % vocab, scores, options)
+
+
+def soft_grpo_mixture(logits: Tensor, ids: Tensor, options: LatentStepOptions) -> Mixture:
+    """Return the mixture of SofT-GRPO (arXiv 2511.06411), given logits [B, V] and the ids [B, K] of the highest.
+
+    p = softmax of the K logits; q = p where the mass of the more probable ids is below top_p, else 0, normalised; score
+    = log(q + 1e-6) + noise. Ids outside the nucleus stay in the mixture. Equal logits are inside together, as in the
+    threshold search of the released code.
+    """
+    best = logits.gather(-1, ids)
+    probs = best.softmax(-1)
+    # before[b, k] = the sum of probs[b, j] over the j whose logits are higher
+    before = (probs.unsqueeze(1) * (best.unsqueeze(1) > best.unsqueeze(2))).sum(-1)
+    limit = per_row(options.top_p, before)
+    inside = (before < limit) | (limit >= 1.0) | (before == 0.0)
+    probs = torch.where(inside, probs, 0.0)
+    scores = (probs / probs.sum(-1, keepdim=True) + SOFT_GRPO_FLOOR).log()
+    if options.noise != "none":
+        scores = scores + noise_of_ids(ids, options, logits)
+    scores, ids = best_first(scores, ids, options.top_k)
+    return weighed(ids, scores, options)
+
+
+def multiplex_draws(rows: int, options: LatentStepOptions, device: torch.device) -> Tensor:
+    """Return the uniform draws [B, K] float64 that pick the ids of Multiplex Thinking."""
+    if options.exponential is not None:
+        return torch.exp(-options.exponential[:, : options.top_k].double())
+    assert options.seed is not None
+    return uniform_draws(options.top_k, stream_rows(rows, options, device), options.seed, options.step)
+
+
+def multiplex_mixture(log_probs: Tensor, options: LatentStepOptions) -> Mixture:
+    """Return the mixture of Multiplex Thinking (arXiv 2601.08808): K independent draws from log-probs [B, V].
+
+    A draw u picks the first id whose cumulative mass, in the order of the vocabulary, is above u times the whole mass.
+    The score of an id is its log-prob. The order of the draws is kept.
+    """
+    mass = log_probs.double().exp().cumsum(-1)
+    total = mass[:, -1:]
+    targets = multiplex_draws(len(log_probs), options, log_probs.device) * total
+    last = (mass < total).sum(-1, keepdim=True)  # a draw of 1 picks the last id of positive mass
+    ids = torch.minimum(torch.searchsorted(mass, targets, right=True), last)
+    return weighed(ids, log_probs.gather(-1, ids), options)
+
+
+def ends_run(first: Tensor, options: LatentStepOptions) -> Tensor:
+    """Return which rows [B] the end marker ends, given their first ids [B]: none below min_latent_steps."""
+    assert options.end_token_id is not None
+    ends = first.eq(options.end_token_id)
+    return ends & (options.step >= options.min_latent_steps) if options.min_latent_steps else ends
+
+
+def in_latent_run(top_token: Tensor, options: LatentStepOptions) -> Tensor:
+    """Return which rows [B] take a latent step, given the tokens of their highest logits [B]."""
+    mask = options.latent_mask
+    latent = torch.ones_like(top_token, dtype=torch.bool) if mask is None else mask.clone()
+    if options.end_token_id is not None:
+        latent &= ~ends_run(top_token, options)
+    if options.max_latent_steps is not None:
+        latent &= options.step < options.max_latent_steps
+    return latent
+
+
+def with_ended_rows(step: LatentStep, options: LatentStepOptions) -> LatentStep:
+    """Return the step after the noisy end rule, with the end marker as the token of the rows that end."""
+    if options.end_rule == "raw" and options.max_latent_steps is None:
+        return step  # where a run has ended, the highest logit is the end marker
+    is_latent = step.is_latent
+    if options.end_rule == "noisy":
+        is_latent = is_latent & ~ends_run(step.ids[:, 0], options)
+    ended = ~is_latent if options.latent_mask is None else options.latent_mask & ~is_latent
+    assert options.end_token_id is not None
+    return step._replace(top_token=step.top_token.masked_fill(ended, options.end_token_id), is_latent=is_latent)
+
+
+def latent_step_from_logits_ref(logits: Tensor, embedding: Tensor, **named: Any) -> LatentStep:
+    """Compute the latent step by the plain rule: full sort, nucleus, noise on the whole vocabulary (Eq. 1, 12-14).
+
+    logits is [B, V], embedding [V, D']. `LatentStepOptions` has the options; the default seed is 0.
+    """
+    options = LatentStepOptions(**{"seed": 0, **named})
+    logits = logits.to(compute_dtype(logits))
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
+    top_token = logits.argmax(-1)
+    is_latent = in_latent_run(top_token, options)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    ids = order[:, : options.top_k]
+    scores = log_probs.gather(-1, ids)
+    weights = scores.softmax(-1)
+    noisy = is_latent.unsqueeze(-1)
+    if options.method == "soft_grpo":
+        mixture = soft_grpo_mixture(logits, ids, options)
+    elif options.method == "multiplex" and options.noise != "none":
+        mixture = multiplex_mixture(log_probs, options)
+    else:
+        mixture = nucleus_mixture(log_probs, order, options)
+    rows = ((ids, mixture.ids), (scores, mixture.scores), (weights, mixture.weights))
+    ids, scores, weights = (torch.where(noisy, chosen, clean) for clean, chosen in rows)
+    step = LatentStep(ids, scores.float(), weights.float(), mix(ids, weights, embedding), top_token, is_latent)
+    return with_ended_rows(step, options)
 
 
 def is_hard(ids: Tensor) -> Tensor:
@@ -140,6 +236,7 @@ def project_with_noise_ref(
     step: int | Tensor = 0,
     row_ids: Tensor | None = None,
     exponential: Tensor | None = None,
+    noise_delta: float = 0.0,
 ) -> Tensor:
     """Return `hidden @ weight.T + bias + noise_scale * g` [B, D'].
 
@@ -153,5 +250,5 @@ def project_with_noise_ref(
         if exponential is None:
             row_ids = torch.arange(len(hidden), device=hidden.device) if row_ids is None else row_ids
             exponential = exponential_draws(torch.arange(len(weight), device=hidden.device), row_ids, seed, step)
-        out = out + gumbel_noise(exponential, noise).to(dtype) * per_row(noise_scale, out)
+        out = out + gumbel_noise(exponential, noise, noise_delta).to(dtype) * per_row(noise_scale, out)
     return out.to(hidden.dtype)

@@ -14,9 +14,9 @@ import pytest
 
 # Bytes of shared memory that one block can have on an A100, H100 and B200.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# In the order of `build_kernels.FAMILIES`: latent_step, its LM head, project_with_noise, mix_embeddings,
+# In the order of `build_kernels.FAMILIES`: latent_step, its methods, its LM head, project_with_noise, mix_embeddings,
 # group_advantages, logprob, policy_loss.
-CONFIGURATIONS = (7, 11, 12, 36, 22, 33, 21)
+CONFIGURATIONS = (7, 5, 11, 12, 36, 22, 33, 21)
 
 # A folder with another Triton, the oldest supported: `pip install --target FOLDER --no-deps triton==3.6.0`
 OTHER_TRITON = os.environ.get("LATENT_GRPO_OTHER_TRITON")

@@ -29,6 +29,7 @@ from latent_kernels._loss_types import LossOptions, LossSpec
 from latent_kernels._triton import group_advantages as advantages
 from latent_kernels._triton import latent_logprob as logprob
 from latent_kernels._triton import latent_step, lm_head, policy_loss, project_with_noise
+from latent_kernels._triton import latent_step_methods as methods
 from latent_kernels._triton import lm_head_routes as routes
 from latent_kernels._triton import mix_embeddings as mix
 from latent_kernels._types import LatentStepOptions, NoiseSpec
@@ -119,6 +120,7 @@ def option_types(noise: NoiseSpec) -> dict[str, str]:
         "draws_ptr": "*fp32",
         "row_ids_ptr": "*i64",
         "scale": "*fp32" if tensor else "fp32",
+        "delta": "fp32",
         "seed": "*i64" if tensor else "i64",
         "step": "*i64" if tensor else "i32",
     }
@@ -160,13 +162,55 @@ def latent_step_builds() -> Iterator[Build]:
             "top_p": number,
             "tau": number,
             **option_types(noise),
-            **dict.fromkeys(("step_stride", "end_token_id", "logits_stride", "draws_stride", "table_stride"), "i32"),
-            **dict.fromkeys(("V", "G", "D"), "i32"),
+            **dict.fromkeys(("step_stride", "end_token_id", "noisy_end_id", "least", "most"), "i32"),
+            **dict.fromkeys(("logits_stride", "draws_stride", "table_stride", "V", "G", "D"), "i32"),
         }
         name = f"latent_step {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
         options = {"num_warps": latent_step.NUM_WARPS, **latent_step.BUILD_OPTIONS}
         strides = ("logits_stride", "table_stride", "D")
         yield Build(name, latent_step.latent_step_kernel, types, constants, options, aligned=strides)
+
+
+def latent_step_method_builds() -> Iterator[Build]:
+    """Yield the methods with options as numbers and as tensors, mixture sizes and vocabularies."""
+    variants = [
+        ("soft_grpo", "two_sided", 5, "fp32", "bf16", 128_256, False, False),
+        ("soft_grpo", "one_sided", 32, "bf16", "fp32", 128_256, True, True),
+        ("soft_grpo", "none", 10, "fp32", "fp16", 32_000, False, False),
+        ("multiplex", "one_sided", 3, "fp32", "bf16", 128_256, False, False),
+        ("multiplex", "one_sided", 32, "bf16", "fp32", 262_144, True, True),
+    ]
+    for method, kind, top_k, logits, table, vocab, tensors, injected in variants:
+        noise = noise_spec(kind, tensors=tensors, injected=injected)
+        value = torch.zeros(()) if tensors else 0
+        options = LatentStepOptions(
+            top_k, value, value, kind, value, value, value, noise.row_ids, noise.exponential, method=method
+        )
+        soft, number = method == "soft_grpo", "*fp32" if tensors else "fp32"
+        pointers = ("scores_ptr", "weights_ptr", *(() if soft else ("maxima_ptr", "sums_ptr")))
+        types = {
+            "logits_ptr": f"*{logits}",
+            "table_ptr": f"*{table}",
+            "mixture_ptr": f"*{table}",
+            **dict.fromkeys(pointers, "*fp32"),
+            **dict.fromkeys(("ids_ptr", "top_ptr"), "*i64"),
+            "is_latent_ptr": "*i8",
+            "tau": number,
+            **option_types(noise),
+            **dict.fromkeys(("step_stride", "noisy_end_id", "least", "logits_stride", "draws_stride"), "i32"),
+            **dict.fromkeys(("table_stride", "V", "D"), "i32"),
+        }
+        if soft:
+            types["top_p"] = number
+        else:
+            del types["scale"], types["delta"]
+            types["G"] = "i32"
+        name = f"{method} {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
+        launch = {"num_warps": methods.SOFT_GRPO_WARPS if soft else methods.MULTIPLEX_WARPS}
+        launch |= latent_step.BUILD_OPTIONS
+        kernel = methods.soft_grpo_kernel if soft else methods.multiplex_kernel
+        strides = ("logits_stride", "table_stride", "D")
+        yield Build(name, kernel, types, methods.constants(vocab, options), launch, aligned=strides)
 
 
 def project_with_noise_builds() -> Iterator[Build]:
@@ -251,6 +295,7 @@ def policy_loss_builds() -> Iterator[Build]:
 
 FAMILIES = (
     latent_step_builds,
+    latent_step_method_builds,
     lm_head_builds,
     project_with_noise_builds,
     mix_embeddings_builds,
