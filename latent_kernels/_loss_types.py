@@ -10,13 +10,18 @@ from latent_kernels._types import PolicyStats
 
 
 class LogprobSpec(NamedTuple):
-    """What the log-probs of N rows depend on besides the logits (Eq. 15-17)."""
+    """What the log-probs of N rows depend on besides the logits (Eq. 15-17).
+
+    With `components`, the log-prob of every component is wanted instead of their sum.
+    """
 
     ids: Tensor  # [N, K] int64
     scores: Tensor  # [N, K]
     advantages: Tensor | None  # [N]
     temperature: float
     margin_gradient: str
+    method: str = "latent_grpo"
+    components: bool = False
 
     def select(self, rows: slice | Tensor) -> LogprobSpec:
         """Return the same for some of the rows."""
@@ -27,18 +32,18 @@ class LogprobSpec(NamedTuple):
 class RowScores(NamedTuple):
     """The log-probs of a chunk of n rows."""
 
-    logprob: Tensor  # [n]
+    logprob: Tensor  # [n], or [n, K] with `components`
     crossed: Tensor  # [n] integer, latent components with a negative margin
     dlogits: Tensor | None  # [n, V] gradient of the log-prob in the logits, stored over the logits
 
 
-class RowEntropies(NamedTuple):
-    """The log-probs and entropies of a chunk of n rows."""
+class RowForward(NamedTuple):
+    """The log-probs of a chunk of n rows, and what a backward pass over the same logits needs."""
 
-    logprob: Tensor  # [n]
+    logprob: Tensor  # [n], or [n, K] with `components`
     crossed: Tensor  # [n] integer, latent components with a negative margin
     log_z: Tensor  # [n] log-sum-exp of the row's logits, on a text row of logits / temperature
-    entropy: Tensor  # [n] nats; 0 on latent rows
+    entropy: Tensor | None  # [n] nats, if wanted; 0 on latent rows
 
 
 class LossOptions(NamedTuple):
@@ -56,12 +61,15 @@ class LossOptions(NamedTuple):
 
 
 class LossSpec(NamedTuple):
-    """What the loss of N response steps depends on besides their log-probs. Tensors are [N]."""
+    """What the loss of N response steps depends on besides their log-probs.
+
+    Tensors are [N]. With ratio="component", log-probs and advantages are [N, K].
+    """
 
     old_logprob: Tensor
     advantages: Tensor
     ref_logprob: Tensor | None
-    weights: Tensor  # weight of a step in the loss
+    weights: Tensor  # [N], weight of a step in the loss
     sequence_log_ratio: Tensor | None  # mean log-ratio of the step's response, for ratio="sequence"
     options: LossOptions
 
@@ -71,21 +79,22 @@ class LossSpec(NamedTuple):
         return self._replace(**selected)
 
 
-# The sums over the steps, in this order: the loss (weighted), plain statistics, the KL term (weighted).
+# The sums over the steps, or over the components with ratio="component", in this order: the loss (weighted), plain
+# statistics, the KL term (weighted).
 SUMS = ("loss", "clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio", "kl")
 
 
 class StepLosses(NamedTuple):
     """The loss of n response steps."""
 
-    gradient: Tensor  # [n] gradient of the weighted loss in the log-prob
+    gradient: Tensor  # gradient of the weighted loss in the log-probs, in their shape
     sums: Tensor  # [6] in the order of SUMS
 
 
 def loss_and_stats(
     sums: Tensor, count: Tensor | int, unit: Tensor | float, crossed: Tensor, entropy: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the loss and the fields of PolicyStats, all 0-d, from sums [6] over `count` steps.
+    """Return the loss and the fields of PolicyStats, all 0-d, from sums [6] over `count` steps or components.
 
     The weights of the steps were divided by `unit`, so the weighted sums are multiplied by it.
     """

@@ -17,6 +17,7 @@ def group_advantages_eager(
     normalize_std: bool,
     mean_logprob: Tensor | None,
     first_token: str,
+    winner_from: str,
 ) -> GroupAdvantages:
     """Compute `latent_kernels.group_advantages` on checked arguments."""
     rewards = rewards.double()  # the mean of equal float32 rewards is then exactly these rewards
@@ -30,12 +31,14 @@ def group_advantages_eager(
     std = torch.where(count > 1, spread.sqrt(), 1.0)
     centred = rewards - mean
     advantages = centred / (std + STD_EPSILON) if normalize_std else centred
+    can_win = advantages > 0
     if invalid != "keep":
         advantages = advantages.masked_fill(is_invalid, 0.0)
+        can_win &= ~is_invalid | (winner_from == "all" and invalid == "zero")
     first = advantages
     if first_token != "all":
         assert mean_logprob is not None
-        first = _first_step(advantages, mean_logprob, segment, first_token)
+        first = _first_step(advantages, can_win, mean_logprob, segment, first_token)
     return GroupAdvantages(advantages.float(), first.float(), mean.float(), std.float())
 
 
@@ -52,15 +55,15 @@ def _segment_sum(values: Tensor, segment: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add_(0, segment, values)[segment]
 
 
-def _first_step(advantages: Tensor, mean_logprob: Tensor, segment: Tensor, first_token: str) -> Tensor:
+def _first_step(advantages: Tensor, can_win: Tensor, mean_logprob: Tensor, segment: Tensor, first_token: str) -> Tensor:
     """Return the advantages at the first response step [R]: the winner keeps its own, its rivals get 0."""
-    correct = advantages > 0
-    key = torch.where(correct, mean_logprob.to(advantages.dtype), -torch.inf)
-    # Rank all rows by log-prob, ties to the first row. A group's winner is its correct row with the lowest rank.
+    key = torch.where(can_win, mean_logprob.to(advantages.dtype), -torch.inf)
+    # Rank all rows by log-prob, ties to the first row. A group's winner is its row of `can_win` with the lowest
+    # rank.
     rows = torch.arange(len(key), device=key.device)
     rank = torch.empty_like(rows).scatter_(0, key.argsort(descending=True, stable=True), rows)
-    rank = torch.where(correct, rank, len(key))
+    rank = torch.where(can_win, rank, len(key))
     best = torch.full_like(rank, len(key)).scatter_reduce_(0, segment, rank, "amin")[segment]
     has_winner = best < len(key)
-    rivals = correct if first_token == "best_of_correct" else has_winner
+    rivals = advantages > 0 if first_token == "best_of_correct" else has_winner
     return advantages.masked_fill(rivals & (rank != best), 0.0)

@@ -9,9 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_kernels._loss_types import SUMS, LogprobSpec, LossSpec, RowEntropies, RowScores, StepLosses
+from latent_kernels._loss_types import SUMS, LogprobSpec, LossSpec, RowForward, RowScores, StepLosses
 from latent_kernels.reference.latent_step import is_hard
-from latent_kernels.reference.loss import MARGIN_MAX, component_margins, margin_coefficients, surrogate, token_loss
+from latent_kernels.reference.loss import (
+    MARGIN_MAX,
+    component_margins,
+    margin_coefficients,
+    soft_margins,
+    soft_surrogate,
+    surrogate,
+    token_loss,
+    used_components,
+)
 
 BLOCK_COLUMNS = 8192  # columns of logits at a time, in steps that need a second tensor of their size
 
@@ -21,8 +30,9 @@ def logprob_rows_(
 ) -> RowScores:
     """Return the log-probs of logits [n, V], and overwrite the logits with their gradient unless `dtype` is None.
 
-    `dtype` is the coarsest dtype in which the gradient may be stored; here it keeps that of the logits. `upstream` [n]
-    scales the gradient. If `dtype` is None, the logits are overwritten by intermediate values.
+    `dtype` is the coarsest dtype in which the gradient may be stored; here it keeps that of the logits. `upstream` has
+    the shape of the log-probs and scales the gradient. If `dtype` is None, the logits are overwritten by intermediate
+    values.
     """
     hard = is_hard(spec.ids)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
@@ -32,14 +42,14 @@ def logprob_rows_(
     highest = logits.amax(-1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
     log_probs = component_logits - (highest + total.log())
-    logprob, crossed, margin = _score(log_probs, spec, hard)
+    logprob, crossed = _score(log_probs, spec, hard)
     if dtype is None:
         return RowScores(logprob, crossed, None)
-    coefficients = _coefficients(margin, spec, hard) * inverse_temperature
+    coefficients = _coefficients(log_probs, spec, hard) * inverse_temperature
     if upstream is not None:
-        coefficients *= upstream.to(logits.dtype).unsqueeze(-1)
+        coefficients *= _per_component(upstream).to(logits.dtype)
     # sum_k c_k (onehot(id_k) - softmax): `logits` holds the exponentials, whose sum is `total`.
-    logits.mul_(-coefficients.sum(-1, keepdim=True) / total).scatter_add_(-1, ids, coefficients)
+    logits.mul_(-_softmax_share(coefficients, spec, hard) / total).scatter_add_(-1, ids, coefficients)
     return RowScores(logprob, crossed, logits)
 
 
@@ -48,23 +58,56 @@ def _inverse_temperature(logits: Tensor, spec: LogprobSpec, hard: Tensor) -> Ten
     return logits.new_ones(len(logits), 1).masked_fill_(hard.unsqueeze(-1), 1.0 / spec.temperature)
 
 
-def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs [n], counts of crossed margins [n] and margins [n, K], from the components' log-probs [n, K]."""
-    margin = component_margins(spec.scores.to(log_probs.dtype), log_probs)
-    logprob = torch.where(hard, log_probs[:, 0], surrogate(margin))
-    return logprob, torch.where(hard, 0, (margin < 0).sum(-1)), margin
+def _per_component(upstream: Tensor) -> Tensor:
+    """Return a gradient in log-probs, [n] or [n, K], in a shape that broadcasts to [n, K]."""
+    return upstream.unsqueeze(-1) if upstream.ndim == 1 else upstream
 
 
-def _coefficients(margin: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
+def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probs and counts of crossed margins [n], from the components' log-probs [n, K]."""
+    if spec.method == "multiplex":
+        each = torch.where(used_components(spec.ids), log_probs, 0.0)
+        return each if spec.components else each.sum(-1), torch.zeros_like(hard, dtype=torch.int64)
+    scores = spec.scores.to(log_probs.dtype)
+    if spec.method == "soft_grpo":
+        margin, latent = soft_margins(scores, log_probs)[0], soft_surrogate(scores, log_probs)
+    else:
+        margin = component_margins(scores, log_probs)
+        latent = surrogate(margin)
+    return torch.where(hard, log_probs[:, 0], latent), torch.where(hard, 0, (margin < 0).sum(-1))
+
+
+def _coefficients(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
     """Return the gradient of the log-prob in the log-probs of the components, [n, K]."""
-    coefficients = margin_coefficients(margin, spec.advantages, spec.margin_gradient) / margin.shape[1]
+    scores = spec.scores.to(log_probs.dtype)
+    if spec.method == "multiplex":
+        coefficients = torch.ones_like(log_probs)
+    elif spec.method == "soft_grpo":
+        with torch.enable_grad():
+            leaf = log_probs.detach().requires_grad_()
+            (coefficients,) = torch.autograd.grad(soft_surrogate(scores, leaf).sum(), leaf)
+    else:
+        margin = component_margins(scores, log_probs)
+        coefficients = margin_coefficients(margin, spec.advantages, spec.margin_gradient) / margin.shape[1]
     first = torch.zeros_like(coefficients)
     first[:, 0] = 1.0  # the only component of a text row is its token
     return torch.where(hard.unsqueeze(-1), first, coefficients)
 
 
-def entropy_rows(logits: Tensor, spec: LogprobSpec) -> RowEntropies:
-    """Return the log-probs of logits [n, V], and the entropy of softmax(logits / T) on text rows. The logits stay."""
+def _softmax_share(coefficients: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
+    """Return by how much of the softmax the gradient of a row falls, [n, 1]: the sum of its coefficients [n, K].
+
+    A latent row of SofT-GRPO depends on the differences of its K logits alone, so its sum is exactly 0.
+    """
+    total = coefficients.sum(-1, keepdim=True)
+    return total.masked_fill_(~hard.unsqueeze(-1), 0.0) if spec.method == "soft_grpo" else total
+
+
+def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForward:
+    """Return the log-probs of logits [n, V] and, if wanted, the entropy of softmax(logits / T) on text rows.
+
+    The logits stay.
+    """
     hard = is_hard(spec.ids)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
     highest = logits.amax(-1, keepdim=True) * inverse_temperature
@@ -73,28 +116,33 @@ def entropy_rows(logits: Tensor, spec: LogprobSpec) -> RowEntropies:
         below = (block * inverse_temperature).sub_(highest).clamp_min_(-MARGIN_MAX)  # 0 * -inf would be NaN
         weight = below.exp()
         total += weight.sum(-1, keepdim=True)
-        spread += weight.mul_(below).sum(-1, keepdim=True)
+        if entropy:
+            spread += weight.mul_(below).sum(-1, keepdim=True)
     log_z = highest + total.log()
     log_probs = logits.gather(-1, spec.ids.clamp_min(0)) * inverse_temperature - log_z
-    logprob, crossed, _ = _score(log_probs, spec, hard)
-    entropy = torch.where(hard, (total.log() - spread / total).squeeze(-1), 0.0)
-    return RowEntropies(logprob, crossed, log_z.squeeze(-1), entropy)
+    logprob, crossed = _score(log_probs, spec, hard)
+    nats = torch.where(hard, (total.log() - spread / total).squeeze(-1), 0.0) if entropy else None
+    return RowForward(logprob, crossed, log_z.squeeze(-1), nats)
 
 
-def entropy_dlogits_(
-    logits: Tensor, spec: LogprobSpec, scored: RowEntropies, dtype: torch.dtype, upstream: Tensor, bonus: Tensor
+def backward_rows_(
+    logits: Tensor, spec: LogprobSpec, scored: RowForward, dtype: torch.dtype, upstream: Tensor, bonus: Tensor | None
 ) -> Tensor:
     """Overwrite logits [n, V] with the gradient of `upstream * logprob + bonus * entropy`, and return it.
 
     The gradient of the entropy is d entropy / dz_v = -p_v (log p_v + entropy), with z = logits / T. `bonus` [n] is 0 on
-    latent rows. `dtype` is the coarsest dtype in which the gradient may be stored; here it keeps that of the logits.
+    latent rows. It is None without entropies. `dtype` is the coarsest dtype in which the gradient may be stored; here
+    it keeps that of the logits.
     """
     hard, ids = is_hard(spec.ids), spec.ids.clamp_min(0)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
-    log_z, bonus = scored.log_z.unsqueeze(-1), bonus.unsqueeze(-1) * inverse_temperature
-    margin = _score(logits.gather(-1, ids) * inverse_temperature - log_z, spec, hard)[2]
-    coefficients = _coefficients(margin, spec, hard) * (inverse_temperature * upstream.unsqueeze(-1))
-    constant = coefficients.sum(-1, keepdim=True) + bonus * scored.entropy.unsqueeze(-1)
+    log_z = scored.log_z.unsqueeze(-1)
+    coefficients = _coefficients(logits.gather(-1, ids) * inverse_temperature - log_z, spec, hard)
+    coefficients = coefficients * (inverse_temperature * _per_component(upstream))
+    constant = _softmax_share(coefficients, spec, hard)
+    bonus = torch.zeros_like(log_z) if bonus is None else bonus.unsqueeze(-1) * inverse_temperature
+    if scored.entropy is not None:
+        constant = constant + bonus * scored.entropy.unsqueeze(-1)
     for block in logits.split(BLOCK_COLUMNS, -1):
         log_probs = block.mul_(inverse_temperature).sub_(log_z).clamp_min_(-MARGIN_MAX)
         weight = log_probs.exp()
@@ -111,16 +159,25 @@ def score_rows(logits: Tensor, spec: LogprobSpec) -> Tensor:
     return _score(logits.log_softmax(-1).gather(-1, spec.ids.clamp_min(0)), spec, hard)[0]
 
 
-def step_losses(logprob: Tensor, spec: LossSpec) -> StepLosses:
-    """Return the weighted loss of response steps with log-probs [n], its gradient, and the sums of its statistics."""
+def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None) -> StepLosses:
+    """Return the weighted loss of response steps with log-probs [n], its gradient, and the sums of its statistics.
+
+    With `used` [n, K] bool, log-probs are [n, K], and the components that are used each have a loss of their own.
+    """
+    weights = spec.weights
+    if used is not None:
+        weights = weights.unsqueeze(-1) * used
+        # An unused component has the ratio 1, so it adds nothing to the statistics.
+        ref = None if spec.ref_logprob is None else torch.where(used, spec.ref_logprob, 0.0)
+        spec = spec._replace(old_logprob=torch.where(used, spec.old_logprob, 0.0), ref_logprob=ref)
     with torch.enable_grad():
         logprob = logprob.detach().requires_grad_()
         loss, terms = token_loss(
             logprob, spec.old_logprob, spec.advantages, spec.ref_logprob, spec.sequence_log_ratio, spec.options
         )
-        total = (loss * spec.weights).sum()
+        total = (loss * weights).sum()
         (gradient,) = torch.autograd.grad(total, logprob)
     if "kl" in terms:
-        terms["kl"] = terms["kl"] * spec.weights
+        terms["kl"] = terms["kl"] * weights
     sums = [terms[name].sum() if name in terms else total.new_zeros(()) for name in SUMS[1:]]
     return StepLosses(gradient, torch.stack([total.detach(), *sums]))

@@ -40,6 +40,7 @@ def members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, VALID_ONLY: tl.co
 def group_advantages_kernel(
     rewards_ptr, groups_ptr, invalid_ptr, logprob_ptr, advantage_ptr, first_ptr, mean_ptr, std_ptr, R, epsilon,
     HAS_INVALID: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, NORMALIZE: tl.constexpr,
+    VALID_WINNER: tl.constexpr,
     SELECTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -78,10 +79,10 @@ def group_advantages_kernel(
     first = advantage
     if SELECTION > 0:
         best = tl.full([BLOCK_R], -float("inf"), dtype=tl.float64)
-        winner = tl.zeros([BLOCK_R], dtype=tl.int32) + R  # stays R if the group has no correct row
+        winner = tl.zeros([BLOCK_R], dtype=tl.int32) + R  # stays R if no row of the group can win
         for start in range(0, R, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            correct, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, HAS_INVALID and not KEEP)
+            correct, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, HAS_INVALID and VALID_WINNER)
             # "reward > mean" without a quotient, whose rounding could differ between the rows of a group.
             correct = correct & ((value[None, :] - reward[:, None]) * divisor[:, None] > total[:, None])
             logprob = tl.load(logprob_ptr + j, mask=j < R, other=0.0).to(tl.float64)
@@ -100,17 +101,21 @@ def group_advantages_kernel(
     tl.store(std_ptr + rows, std, mask=inside)
 
 
-def constants(*, has_invalid: bool, invalid: str, normalize_std: bool, first_token: str) -> dict[str, int | bool]:
+def constants(
+    *, has_invalid: bool, invalid: str, normalize_std: bool, first_token: str, winner_from: str
+) -> dict[str, int | bool]:
     """Return the constants of the kernel."""
     return {
         "HAS_INVALID": has_invalid, "EXCLUDE": invalid == "exclude", "KEEP": invalid == "keep",
-        "NORMALIZE": normalize_std, "SELECTION": SELECTIONS[first_token], "BLOCK_R": BLOCK_R, "BLOCK_J": BLOCK_J,
+        "NORMALIZE": normalize_std,
+        "VALID_WINNER": invalid == "exclude" or (invalid == "zero" and winner_from == "valid"),
+        "SELECTION": SELECTIONS[first_token], "BLOCK_R": BLOCK_R, "BLOCK_J": BLOCK_J,
     }  # fmt: skip
 
 
 def group_advantages_triton(
     rewards: Tensor, group_ids: Tensor, invalid_mask: Tensor | None, invalid: str, normalize_std: bool,
-    mean_logprob: Tensor | None, first_token: str,
+    mean_logprob: Tensor | None, first_token: str, winner_from: str,
 ) -> GroupAdvantages:  # fmt: skip
     """Compute `latent_kernels.group_advantages` on checked arguments."""
     rewards, rows = rewards.contiguous(), len(rewards)
@@ -118,7 +123,11 @@ def group_advantages_triton(
     if rows:
         unused = rewards  # in the place of a tensor that the kernel does not read
         chosen = constants(
-            has_invalid=invalid_mask is not None, invalid=invalid, normalize_std=normalize_std, first_token=first_token
+            has_invalid=invalid_mask is not None,
+            invalid=invalid,
+            normalize_std=normalize_std,
+            first_token=first_token,
+            winner_from=winner_from,
         )
         group_advantages_kernel[(triton.cdiv(rows, BLOCK_R),)](
             rewards_ptr=rewards, groups_ptr=group_ids.contiguous(),

@@ -7,17 +7,16 @@ arithmetic is in float32. p is the softmax of the row.
     latent row  f = mean_k(-d_k - exp(-d_k)),             dlogits = 1/K sum_k c_k (onehot(id_k) - p)
                 d_k = score_k - log p(id_k),              c_k = 1 - exp(-d_k)
 
-Outputs: log-prob, log Z and entropy [n] float32; crossed margins [n] int32; dlogits [n, V], the gradient of the
-log-prob (or of `upstream * logprob + bonus * entropy`), which may overwrite the logits. `FromLogits` saves the logits
-and log Z.
+With the method "multiplex", a latent row is the sum of log p(id_k), and c_k = 1. With "soft_grpo" it depends on the K
+picked logits alone, see `soft_terms`.
+
+Outputs: log-prob [n] (or [n, K], of components), log Z and entropy [n] float32; crossed margins [n] int32; dlogits
+[n, V], the gradient of the log-prob (or of `upstream * logprob + bonus * entropy`), which may overwrite the logits.
 
 One program owns one row. It passes over the row once for the log-sum-exp and, for the gradient, once more from its end
 to its start, so that what it read last is still in cache. The gradient of a row is a multiple of its softmax everywhere
 except at its K components. These are stored last, each as one complete value. There are no atomics, so results repeat
-bit for bit.
-
-Elements per row: V read for the log-probs; V read and V written for the gradient if log Z is known; otherwise V is read
-twice, the second time mostly from cache.
+bit for bit. V elements of a row are read for the log-probs, and V read and V written for the gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels._loss_types import LogprobSpec, RowEntropies, RowScores
+from latent_kernels._loss_types import LogprobSpec, RowForward, RowScores
 from latent_kernels._triton.common import MAX_REGISTERS
 from latent_kernels.reference import latent_step as steps
 from latent_kernels.reference import loss
@@ -37,11 +36,16 @@ from latent_kernels.reference import loss
 UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
 EXPONENT_MAX = tl.constexpr(loss.EXPONENT_MAX)
 MARGIN_MAX = tl.constexpr(loss.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
+SOFT_EPSILON = tl.constexpr(loss.SOFT_EPSILON)
+SOFT_MARGIN_MIN, SOFT_MARGIN_MAX = tl.constexpr(loss.SOFT_MARGIN_MIN), tl.constexpr(loss.SOFT_MARGIN_MAX)
+SOFT_LOGPROB_MIN = tl.constexpr(loss.SOFT_LOGPROB_MIN)
 FLOAT16_MAX = tl.constexpr(65504.0)
 LOWEST = tl.constexpr(-3.0e38)  # below any logit that matters, and finite: differences from it are numbers
 BLOCK_V, NUM_WARPS = 8192, 16  # 16 elements per thread
 REGISTERS = 65536  # per multiprocessor
 MARGINS = {"none": 0, "aligned": 1, "released": 2}
+METHODS = {"latent_grpo": 0, "soft_grpo": 1, "multiplex": 2}
+SOFT_GRPO, MULTIPLEX = tl.constexpr(METHODS["soft_grpo"]), tl.constexpr(METHODS["multiplex"])
 
 
 @triton.jit
@@ -105,6 +109,27 @@ def component_terms(log_probs, scores, replaced, MARGIN: tl.constexpr):
 
 
 @triton.jit
+def soft_terms(log_probs, scores, used):
+    """Return the log-prob of a latent row of SofT-GRPO, its gradient in the K picked logits, and the margins.
+
+    q = softmax over the K components, l_k = log(q_k + 1e-6), d_k = score_k - l_k clamped to [-1.5, 3]. The log-prob is
+    the mean of -d_k - exp(-d_k) over the components with l_k > -3. Products rather than masks keep a NaN.
+    """
+    share = tl.where(used, tl.exp(log_probs - tl.max(tl.where(used, log_probs, -float("inf")), 0)), 0.0)
+    share = share / tl.sum(share, 0)
+    target = tl.log(share + SOFT_EPSILON)
+    margin = scores - target
+    below, above = margin < SOFT_MARGIN_MIN, margin > SOFT_MARGIN_MAX
+    clamped = tl.where(below, SOFT_MARGIN_MIN, tl.where(above, SOFT_MARGIN_MAX, margin))
+    pull = tl.exp(-clamped)
+    counts = tl.where(used & (target > SOFT_LOGPROB_MIN), 1.0, 0.0)
+    weight = counts / tl.maximum(tl.sum(counts, 0), 1.0)
+    logprob = tl.sum(tl.where(used, (-clamped - pull) * weight, 0.0), 0)
+    pulled = tl.where(below | above, 0.0, (1.0 - pull) * weight) * share / (share + SOFT_EPSILON)
+    return logprob, pulled - share * tl.sum(pulled, 0), margin
+
+
+@triton.jit
 def as_stored(value, DTYPE: tl.constexpr):
     """Convert a gradient to the dtype it is stored in, clamped to the range of float16.
 
@@ -117,10 +142,10 @@ def as_stored(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_dlogits(
-    row_ptr, dlogits_ptr, V, ids, valid, log_probs, coefficients, log_z, inverse_temperature, factor, entropy, bonus,
-    ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_ptr, dlogits_ptr, V, ids, valid, log_probs, coefficients, total, log_z, inverse_temperature, factor, entropy,
+    bonus, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Store factor * sum_k c_k (onehot(id_k) - p) of a row, which may overwrite the row's logits.
+    """Store factor * (sum_k c_k onehot(id_k) - total * p) of a row, which may overwrite the row's logits.
 
     With ENTROPY, add bonus * -p (log p + entropy), the gradient of bonus times the entropy of p.
     If dlogits is half as wide as the logits, it lies in the second half of their bytes, and a tile is written over
@@ -128,7 +153,6 @@ def store_dlogits(
     writes it.
     """
     v = tl.arange(0, BLOCK_V)
-    total = tl.sum(coefficients, 0)
     tiles = tl.cdiv(V, BLOCK_V)
     for tile in range(0, tiles):
         at = (tiles - 1 - tile) * BLOCK_V + v
@@ -159,7 +183,8 @@ def latent_logprob_kernel(
     logits_ptr, ids_ptr, scores_ptr, advantages_ptr, upstream_ptr, logprob_ptr, log_z_ptr, crossed_ptr, dlogits_ptr,
     entropy_ptr, bonus_ptr, logits_stride, dlogits_stride, V, inverse_temperature,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, MARGIN: tl.constexpr, FORWARD: tl.constexpr,
-    DLOGITS: tl.constexpr, HAS_UPSTREAM: tl.constexpr, ENTROPY: tl.constexpr,
+    DLOGITS: tl.constexpr, HAS_UPSTREAM: tl.constexpr, ENTROPY: tl.constexpr, METHOD: tl.constexpr,
+    COMPONENTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # n * V may exceed 2^31
     row_ptr = logits_ptr + row * logits_stride
@@ -187,23 +212,40 @@ def latent_logprob_kernel(
     valid = used & (ids < V)
     picked = tl.load(row_ptr + ids, mask=valid, other=float("nan")).to(tl.float32)
     log_probs = picked * inverse_temperature - log_z
-    scores = tl.load(scores_ptr + row * K + k, mask=used, other=0.0).to(tl.float32)
-    replaced = -float("inf")
-    if MARGIN > 0:
-        replaced = tl.where(tl.load(advantages_ptr + row) <= 0, 0.0, -float("inf"))
-    terms, component_coefficients, margins = component_terms(log_probs, scores, replaced, MARGIN)
+    if METHOD == MULTIPLEX:
+        latent = tl.sum(tl.where(used, log_probs, 0.0), 0)
+        component_coefficients = 1.0
+        margins = tl.zeros([BLOCK_K], dtype=tl.float32)  # there are none
+    else:
+        scores = tl.load(scores_ptr + row * K + k, mask=used, other=0.0).to(tl.float32)
+        if METHOD == SOFT_GRPO:
+            latent, component_coefficients, margins = soft_terms(log_probs, scores, used)
+        else:
+            replaced = -float("inf")
+            if MARGIN > 0:
+                replaced = tl.where(tl.load(advantages_ptr + row) <= 0, 0.0, -float("inf"))
+            terms, component_coefficients, margins = component_terms(log_probs, scores, replaced, MARGIN)
+            latent = tl.sum(tl.where(used, terms, 0.0), 0) / K
+            component_coefficients = component_coefficients / K
     if FORWARD:
-        latent = tl.sum(tl.where(used, terms, 0.0), 0) / K
-        text = tl.sum(tl.where(k == 0, log_probs, 0.0), 0)
-        tl.store(logprob_ptr + row, tl.where(hard, text, latent))
+        if COMPONENTS:
+            tl.store(logprob_ptr + row * K + k, tl.where(used, log_probs, 0.0), mask=k < K)
+        else:
+            text = tl.sum(tl.where(k == 0, log_probs, 0.0), 0)
+            tl.store(logprob_ptr + row, tl.where(hard, text, latent))
         tl.store(crossed_ptr + row, tl.where(hard, 0, tl.sum((used & (margins < 0)).to(tl.int32), 0)))
     if DLOGITS:
-        coefficients = tl.where(used, tl.where(hard, 1.0, component_coefficients / K), 0.0)
+        coefficients = tl.where(used, tl.where(hard, 1.0, component_coefficients), 0.0)
         factor = inverse_temperature
-        if HAS_UPSTREAM:
+        if HAS_UPSTREAM and COMPONENTS:
+            coefficients *= tl.load(upstream_ptr + row * K + k, mask=used, other=0.0)
+        elif HAS_UPSTREAM:
             factor = inverse_temperature * tl.load(upstream_ptr + row)
+        total = tl.sum(coefficients, 0)
+        if METHOD == SOFT_GRPO:
+            total = tl.where(hard, total, 0.0)  # what is left of it on a latent row is a rounding
         store_dlogits(
-            row_ptr, dlogits_ptr + row * dlogits_stride, V, ids, valid, log_probs, coefficients, log_z,
+            row_ptr, dlogits_ptr + row * dlogits_stride, V, ids, valid, log_probs, coefficients, total, log_z,
             inverse_temperature, factor, entropy, bonus, ENTROPY, BLOCK_V,
         )  # fmt: skip
 
@@ -214,13 +256,14 @@ def block_v(vocab: int) -> int:
 
 
 def constants(
-    vocab: int, width: int, margin_gradient: str, *, forward: bool, dlogits: bool, upstream: bool, entropy: bool = False
-) -> dict[str, int | bool]:
+    vocab: int, width: int, margin_gradient: str, *, forward: bool, dlogits: bool, upstream: bool,
+    entropy: bool = False, method: str = "latent_grpo", components: bool = False,
+) -> dict[str, int | bool]:  # fmt: skip
     """Return the constants of the kernel."""
     return {
         "K": width, "BLOCK_K": triton.next_power_of_2(width), "BLOCK_V": block_v(vocab),
         "MARGIN": MARGINS[margin_gradient], "FORWARD": forward, "DLOGITS": dlogits, "HAS_UPSTREAM": upstream,
-        "ENTROPY": entropy,
+        "ENTROPY": entropy, "METHOD": METHODS[method], "COMPONENTS": components,
     }  # fmt: skip
 
 
@@ -236,15 +279,17 @@ def launch_options(vocab: int) -> dict[str, int]:
 class RowOutputs(NamedTuple):
     """What the forward pass writes for each row."""
 
-    logprob: Tensor  # [n] float32
+    logprob: Tensor  # [n] float32, or [n, K] with one per component
     log_z: Tensor  # [n] float32
     crossed: Tensor  # [n] int32
 
 
-def _row_outputs(logits: Tensor) -> RowOutputs:
+def _row_outputs(logits: Tensor, spec: LogprobSpec) -> RowOutputs:
     """Allocate the outputs of the forward pass."""
-    logprob, log_z = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
-    return RowOutputs(logprob, log_z, torch.empty(len(logits), dtype=torch.int32, device=logits.device))
+    rows, device = len(logits), logits.device
+    logprob = torch.empty(spec.ids.shape if spec.components else rows, dtype=torch.float32, device=device)
+    log_z = torch.empty(rows, dtype=torch.float32, device=device)
+    return RowOutputs(logprob, log_z, torch.empty(rows, dtype=torch.int32, device=device))
 
 
 def _launch(
@@ -260,7 +305,7 @@ def _launch(
     rows, vocab = logits.shape
     if not rows:
         return
-    margin = "none" if spec.advantages is None else spec.margin_gradient
+    margin = spec.margin_gradient if spec.advantages is not None and spec.method == "latent_grpo" else "none"
     unused = logits  # in the place of a tensor that the kernel neither reads nor writes
     chosen = constants(
         vocab,
@@ -270,6 +315,8 @@ def _launch(
         dlogits=dlogits is not None,
         upstream=upstream is not None,
         entropy=entropy is not None,
+        method=spec.method,
+        components=spec.components,
     )
     latent_logprob_kernel[(rows,)](
         logits_ptr=logits, ids_ptr=spec.ids.contiguous(), scores_ptr=spec.scores.contiguous(),
@@ -301,28 +348,29 @@ def logprob_rows_(
 ) -> RowScores:
     """Return the log-probs of float32 logits [n, V], and overwrite the logits with their gradient in `dtype`.
 
-    If `dtype` is None, there is no gradient and the logits stay. `upstream` [n] scales the gradient.
+    If `dtype` is None, there is no gradient and the logits stay. `upstream` has the shape of the log-probs and scales
+    the gradient.
     """
-    outputs = _row_outputs(logits)
+    outputs = _row_outputs(logits, spec)
     dlogits = None if dtype is None else dlogits_view(logits, dtype)
     _launch(logits, spec, outputs.log_z, outputs=outputs, dlogits=dlogits, upstream=upstream)
     return RowScores(outputs.logprob, outputs.crossed, dlogits)
 
 
-def entropy_rows(logits: Tensor, spec: LogprobSpec) -> RowEntropies:
-    """Return the log-probs of float32 logits [n, V] and the entropies of text rows. The logits stay."""
-    outputs = _row_outputs(logits)
-    entropy = torch.empty_like(outputs.log_z)
-    _launch(logits, spec, outputs.log_z, outputs=outputs, entropy=entropy)
-    return RowEntropies(outputs.logprob, outputs.crossed, outputs.log_z, entropy)
+def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForward:
+    """Return the log-probs of float32 logits [n, V] and, if wanted, the entropies of text rows. The logits stay."""
+    outputs = _row_outputs(logits, spec)
+    nats = torch.empty_like(outputs.log_z) if entropy else None
+    _launch(logits, spec, outputs.log_z, outputs=outputs, entropy=nats)
+    return RowForward(outputs.logprob, outputs.crossed, outputs.log_z, nats)
 
 
-def entropy_dlogits_(
-    logits: Tensor, spec: LogprobSpec, scored: RowEntropies, dtype: torch.dtype, upstream: Tensor, bonus: Tensor
+def backward_rows_(
+    logits: Tensor, spec: LogprobSpec, scored: RowForward, dtype: torch.dtype, upstream: Tensor, bonus: Tensor | None
 ) -> Tensor:
     """Overwrite logits [n, V] with the gradient, in `dtype`, of `upstream * logprob + bonus * entropy`.
 
-    `upstream` and `bonus` are [n]; `bonus` is 0 on latent rows.
+    `upstream` has the shape of the log-probs. `bonus` [n] is 0 on latent rows. It is None without entropies.
     """
     dlogits = dlogits_view(logits, dtype)
     _launch(
@@ -337,7 +385,7 @@ class FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, spec: LogprobSpec) -> Tensor:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        outputs = _row_outputs(logits)
+        outputs = _row_outputs(logits, spec)
         _launch(logits, spec, outputs.log_z, outputs=outputs)
         ctx.spec = spec
         ctx.save_for_backward(logits, outputs.log_z)

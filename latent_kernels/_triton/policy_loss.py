@@ -125,7 +125,8 @@ def constants(spec: LossSpec, *, has_mask: bool) -> dict[str, int | bool]:
 def step_losses(logprob: Tensor, spec: LossSpec, mask: Tensor | None = None) -> StepLosses:
     """Return the gradient of the weighted loss of response steps, float32, and the sums of loss and statistics.
 
-    Log-probs and the tensors of `spec` are [n], or [R, T] with a mask [R, T] (bool) and one weight per response [R].
+    Log-probs and the tensors of `spec` are [n], or [R, T] with a mask [R, T] (bool) and one weight per row [R]. A row
+    is a response of T steps, or a step of T components.
     """
     count, device = logprob.numel(), logprob.device
     gradient = torch.empty(logprob.shape, dtype=torch.float32, device=device)

@@ -3,7 +3,9 @@
 Advantages, old log-probs, masks and the weights of the aggregation are all known before the LM head is applied. So the
 gradient is computed in the forward pass. While a chunk of rows is alive it goes hidden -> logits -> log-prob and its
 gradient in the logits, in place -> loss -> dhidden, and the head's gradient if it is wanted. The backward pass only
-scales what was saved. Masked steps, and steps whose advantage is zero, never reach the LM head. Deterministic.
+scales what was saved. An entropy bonus, or one ratio per component of a latent step, needs the loss before the
+gradient in the logits; then a chunk is read twice. Masked steps, and steps whose advantage is zero, never reach the LM
+head. Deterministic.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from latent_kernels._loss_types import (
     LogprobSpec,
     LossOptions,
     LossSpec,
-    RowEntropies,
+    RowForward,
     RowScores,
     StepLosses,
     loss_and_stats,
@@ -32,18 +34,18 @@ from latent_kernels._loss_types import (
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_range, check_tensor
 from latent_kernels.ops.latent_logprob import check_logprob_options
-from latent_kernels.ops.policy_loss import check_loss_options
+from latent_kernels.ops.policy_loss import RATIOS, check_loss_options
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
-from latent_kernels.reference.loss import aggregation_weights, sequence_log_ratio
+from latent_kernels.reference.loss import aggregation_weights, sequence_log_ratio, used_components
 
 
 class RowKernels(NamedTuple):
     """The functions of one implementation that work on a chunk of logits."""
 
     logprob_rows_: Callable[..., RowScores]
-    entropy_rows: Callable[[Tensor, LogprobSpec], RowEntropies]
-    entropy_dlogits_: Callable[..., Tensor]
-    step_losses: Callable[[Tensor, LossSpec], StepLosses]
+    forward_rows: Callable[..., RowForward]
+    backward_rows_: Callable[..., Tensor]
+    step_losses: Callable[..., StepLosses]
 
 
 def _row_kernels(implementation: str) -> RowKernels:
@@ -52,8 +54,8 @@ def _row_kernels(implementation: str) -> RowKernels:
         from latent_kernels._triton import latent_logprob as triton
         from latent_kernels._triton.policy_loss import step_losses
 
-        return RowKernels(triton.logprob_rows_, triton.entropy_rows, triton.entropy_dlogits_, step_losses)
-    return RowKernels(eager.logprob_rows_, eager.entropy_rows, eager.entropy_dlogits_, eager.step_losses)
+        return RowKernels(triton.logprob_rows_, triton.forward_rows, triton.backward_rows_, step_losses)
+    return RowKernels(eager.logprob_rows_, eager.forward_rows, eager.backward_rows_, eager.step_losses)
 
 
 class ChunkLosses(NamedTuple):
@@ -75,21 +77,25 @@ def _chunk_losses_(
 ) -> ChunkLosses:
     """Return the weighted loss of logits [n, V], and overwrite them with its gradient unless `stored_dtype` is None.
 
-    Without an entropy bonus, the gradient in the logits is that of the log-prob times one number per row. So one pass
-    over the logits is enough: it stores the gradient of the log-prob, before the loss is known.
+    Without an entropy bonus and ratios of components, the gradient in the logits is that of the log-prob times one
+    number per row. So one pass over the logits is enough: it stores the gradient of the log-prob, before the loss is
+    known.
     """
     entropy_coef = loss_spec.options.entropy_coef
-    if not entropy_coef:
+    if not entropy_coef and not logprob_spec.components:
         scores = kernels.logprob_rows_(logits, logprob_spec, stored_dtype)
         gradient, sums = kernels.step_losses(scores.logprob, loss_spec)
         return ChunkLosses(scores.dlogits, gradient, sums, scores.crossed, None)
-    scored = kernels.entropy_rows(logits, logprob_spec)
-    gradient, sums = kernels.step_losses(scored.logprob, loss_spec)
-    bonus = torch.where(is_hard(logprob_spec.ids), -entropy_coef * loss_spec.weights, 0.0)
-    sums[0] += (bonus * scored.entropy).sum()
+    scored = kernels.forward_rows(logits, logprob_spec, entropy=bool(entropy_coef))
+    used = used_components(logprob_spec.ids) if logprob_spec.components else None
+    gradient, sums = kernels.step_losses(scored.logprob, loss_spec, used)
+    bonus = None
+    if scored.entropy is not None:
+        bonus = torch.where(is_hard(logprob_spec.ids), -entropy_coef * loss_spec.weights, 0.0)
+        sums[0] += (bonus * scored.entropy).sum()
     dlogits = None
     if stored_dtype is not None:
-        dlogits = kernels.entropy_dlogits_(logits, logprob_spec, scored, stored_dtype, gradient, bonus)
+        dlogits = kernels.backward_rows_(logits, logprob_spec, scored, stored_dtype, gradient, bonus)
     return ChunkLosses(dlogits, None, sums, scored.crossed, scored.entropy)
 
 
@@ -128,17 +134,20 @@ class _Fused(torch.autograd.Function):
             crossed += losses.crossed.sum()
             # Without a bonus the entropies are not known, and the statistic is NaN.
             entropy += torch.nan if losses.entropy is None else losses.entropy.sum()
-            # Without an entropy bonus, dlogits is the gradient of the log-prob. The loss's own factor, one number per
-            # row, is multiplied into the smaller [n, D] tensors.
+            # After one pass, dlogits is the gradient of the log-prob. The loss's own factor, one number per row, is
+            # multiplied into the smaller [n, D] tensors.
             factor = 1.0 if losses.factor is None else losses.factor.unsqueeze(-1)
             if dhidden is not None and losses.dlogits is not None:
                 dhidden[index] = (back_project(losses.dlogits, lm_head) * factor).to(hidden.dtype)
             if dhead is not None and losses.dlogits is not None:
                 add_outer_(dhead, losses.dlogits, (rows * factor).to(losses.dlogits.dtype))
         ctx.save_for_backward(dhidden, None if dhead is None else dhead.to(lm_head.dtype), unit)
-        num_text = is_hard(logprob_spec.ids[active]).sum()
-        num_components = (len(active) - num_text) * logprob_spec.ids.shape[1]
-        loss, *stats = loss_and_stats(sums, len(active), unit, crossed / num_components, entropy / num_text)
+        ids = logprob_spec.ids[active]
+        num_text = is_hard(ids).sum()
+        # The components of "multiplex" have no margins.
+        num_margins = torch.nan if logprob_spec.method == "multiplex" else (len(active) - num_text) * ids.shape[1]
+        count = used_components(ids).sum() if logprob_spec.components else len(active)
+        loss, *stats = loss_and_stats(sums, count, unit, crossed / num_margins, entropy / num_text)
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
 
@@ -156,12 +165,13 @@ def fused_policy_loss(
     lm_head: Tensor,  # [V, D]
     ids: Tensor,  # [R, T, K] int64
     scores: Tensor,  # [R, T, K]
-    old_logprob: Tensor,  # [R, T]
+    old_logprob: Tensor,  # [R, T]; [R, T, K] with ratio="component"
     advantages: Tensor,  # [R, T]
     mask: Tensor,  # [R, T] bool or 0/1
     *,
     temperature: float = 1.0,
     margin_gradient: str = "aligned",
+    method: str = "latent_grpo",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = 3.0,
@@ -186,8 +196,13 @@ def fused_policy_loss(
     but the statistics are means over the other steps. With ratio="sequence", whole responses without an advantage are
     left out, and the log-probs of the others are computed once before the loss: one more product with the head.
 
-    entropy_coef: subtract this much of the entropy of softmax(logits / T) at text steps, aggregated like the loss. It
-    also counts for text steps without an advantage. A chunk of logits is then read once more.
+    Args:
+        ratio: "token" or "sequence", as in `policy_loss`, or "component": with the method "multiplex", each component
+            of a latent step has a ratio and a clipped loss of its own (the released code of arXiv 2601.08808). The loss
+            of the step is their sum. Statistics are means over components, a text step being one. Old and reference
+            log-probs are then `latent_logprob(..., components=True)`, [R, T, K].
+        entropy_coef: subtract this much of the entropy of softmax(logits / T) at text steps, aggregated like the loss.
+            It also counts for text steps without an advantage. A chunk of logits is then read once more.
 
     Differentiable once, in `hidden` and `lm_head`. Extra memory: one chunk of logits, dhidden, and [V, D] in float32 if
     `lm_head` requires a gradient. The other options are those of `latent_logprob` and `policy_loss`. Masked steps may
@@ -196,7 +211,7 @@ def fused_policy_loss(
     options = LossOptions(
         clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator, entropy_coef
     )
-    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
+    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, ratio == "component")
     _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
     unsupported = components_limit(ids.shape[2])
     kernels = _row_kernels(resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported))
@@ -219,9 +234,12 @@ def _check_arguments(
     check_tensor("lm_head", lm_head, [None, hidden.shape[2]], like=hidden)
     check_tensor("ids", spec.ids, [*steps, None], (torch.int64,), like=hidden)
     check_tensor("scores", spec.scores, list(spec.ids.shape), like=hidden)
-    check_loss_options(steps, hidden, old_logprob, advantages, mask, ref_logprob, options)
+    ratios, components = (*RATIOS, "component"), spec.ids.shape[2]
+    check_loss_options(steps, hidden, old_logprob, advantages, mask, ref_logprob, options, ratios, components)
     ids, scores = spec.ids.flatten(0, 1), spec.scores.flatten(0, 1)
-    check_logprob_options(ids, scores, len(ids), hidden, spec.temperature, None, spec.margin_gradient)
+    check_logprob_options(
+        ids, scores, len(ids), hidden, spec.temperature, None, spec.margin_gradient, spec.method, spec.components
+    )
     check_range("entropy_coef", options.entropy_coef, 0.0)
 
 
@@ -250,14 +268,16 @@ def _loss_of_active_steps(
     active = keep.flatten().nonzero().squeeze(-1)
     advantages = spec.advantages.to(dtype).flatten()
     spec = spec._replace(ids=spec.ids.flatten(0, 1), scores=spec.scores.flatten(0, 1), advantages=advantages)
-    old = old_logprob.to(dtype)
+    old, ref = (None if x is None else x.to(dtype).flatten(0, 1) for x in (old_logprob, ref_logprob))
+    assert old is not None
     step_log_ratio = None
     if options.ratio == "sequence":
         logprob = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
         logprob.view(-1)[active] = _logprobs(hidden.detach(), lm_head.detach(), active, spec, kernels, dtype)
-        step_log_ratio = sequence_log_ratio(logprob, old, keep).unsqueeze(-1).expand_as(keep).flatten()
-    ref = None if ref_logprob is None else ref_logprob.to(dtype).flatten()
-    loss_spec = LossSpec(old.flatten(), advantages, ref, weights / unit, step_log_ratio, options)
+        step_log_ratio = sequence_log_ratio(logprob, old.view_as(keep), keep).unsqueeze(-1).expand_as(keep).flatten()
+    if spec.components:
+        advantages = advantages.unsqueeze(-1).expand_as(old)
+    loss_spec = LossSpec(old, advantages, ref, weights / unit, step_log_ratio, options)
     loss, *stats = _Fused.apply(hidden, lm_head, active, unit, spec, loss_spec, kernels)
     return loss, PolicyStats(*stats)
 

@@ -11,6 +11,7 @@ from latent_kernels._validate import INTEGERS, check_choice, check_tensor
 
 INVALID_MODES = ("exclude", "zero", "keep")
 FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
+WINNERS = ("valid", "all")
 
 
 @on_input_device
@@ -23,6 +24,7 @@ def group_advantages(
     normalize_std: bool = True,
     mean_logprob: Tensor | None = None,  # [R]
     first_token: str = "best_of_correct",
+    winner_from: str = "valid",
     impl: str = "auto",
 ) -> GroupAdvantages:
     """Compute the advantages (R - group mean) / (group std + 1e-6) of R responses (Eq. 9-11, 18-21).
@@ -35,6 +37,9 @@ def group_advantages(
             advantage (ties to the first row). Required unless `first_token="all"`.
         first_token: whose advantage is set to 0 at the first response step: "best_of_correct" (every positive row
             except the winner), "best_of_group" (every row except the winner, if there is one) or "all" (no row's).
+        winner_from: the rows that can win under `invalid="zero"`: "valid" ones, or "all". The released code picks the
+            winner before it sets the advantage of invalid rows to 0 ("all"). If an invalid row wins there, no row keeps
+            a positive advantage at the first step. Rows that "exclude" leaves out never win.
 
     The standard deviation has Bessel's correction. A group with one counted row has mean 0 and std 1. Computed in
     float64, returned in float32.
@@ -44,6 +49,7 @@ def group_advantages(
     check_tensor("group_ids", group_ids, list(rewards.shape), INTEGERS, like=rewards)
     check_choice("invalid", invalid, INVALID_MODES)
     check_choice("first_token", first_token, FIRST_TOKEN_MODES)
+    check_choice("winner_from", winner_from, WINNERS)
     if invalid_mask is not None:
         check_tensor("invalid_mask", invalid_mask, list(rewards.shape), None, like=rewards)
     if mean_logprob is not None:
@@ -54,6 +60,8 @@ def group_advantages(
         from latent_kernels._triton.group_advantages import group_advantages_triton
 
         return group_advantages_triton(
-            rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token
+            rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token, winner_from
         )
-    return group_advantages_eager(rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token)
+    return group_advantages_eager(
+        rewards, group_ids, invalid_mask, invalid, normalize_std, mean_logprob, first_token, winner_from
+    )

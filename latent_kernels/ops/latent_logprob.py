@@ -6,9 +6,15 @@ Latent row:  f = mean_k(-d_k - exp(-d_k)),  d_k = score_k - log_softmax(logits)[
 Gradient:    dlogits = (1/K) sum_k c_k (onehot(id_k) - softmax(logits)),  c_k = 1 - exp(-d_k), on a latent row, and
              (onehot(token) - softmax(logits / T)) / T on a text row.
 
+These are the rows of Latent-GRPO. Two other methods have other latent rows (see `latent_logprob_from_logits`):
+
+SofT-GRPO:   f over the K components alone, with clamped margins
+Multiplex:   sum_k log_softmax(logits)[id_k], exact; dlogits = sum_k (onehot(id_k) - softmax(logits))
+
 `latent_logprob` makes the logits of one chunk of rows at a time. The gradient of a log-prob in `hidden`, [N, D], is
 computed in the forward pass while its chunk is alive. So a frozen head costs two products instead of three. The
-gradient in the head, if wanted, needs the upstream gradient. The backward pass recomputes the chunks for it.
+gradient in the head, if wanted, needs the upstream gradient. The backward pass recomputes the chunks for it, and for
+every gradient of log-probs of components, which are K numbers per row.
 """
 
 from __future__ import annotations
@@ -28,17 +34,23 @@ from latent_kernels._loss_types import LogprobSpec, RowScores
 from latent_kernels._validate import check_choice, check_components, check_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
 
+METHODS = ("latent_grpo", "soft_grpo", "multiplex")
 MARGIN_GRADIENTS = ("aligned", "released", "none")
 
 LogprobRowsFn = Callable[..., RowScores]  # `logprob_rows_` of one of the implementations
 
 
 def _score_from_logits(logits: Tensor, spec: LogprobSpec) -> Tensor:
-    """Return the log-probs [N] without a gradient."""
+    """Return the log-probs [N], or [N, K] of components, without a gradient."""
     dtype = compute_dtype(logits)
     chunks = row_chunks(len(logits), logits.shape[1], dtype, logits.device)
     scored = [score_rows(logits[chunk].to(dtype), spec.select(chunk)) for chunk in chunks]
-    return scored[0] if len(scored) == 1 else torch.cat([logits.new_empty(0, dtype=dtype), *scored])
+    return scored[0] if len(scored) == 1 else torch.cat([logits.new_empty(_shape(0, spec), dtype=dtype), *scored])
+
+
+def _shape(rows: int, spec: LogprobSpec) -> list[int]:
+    """Return the shape of the log-probs of `rows` rows."""
+    return [rows, spec.ids.shape[1]] if spec.components else [rows]
 
 
 class _FromLogits(torch.autograd.Function):
@@ -67,16 +79,18 @@ class _FromLogits(torch.autograd.Function):
 class _FromHidden(torch.autograd.Function):
     """Log-probs of hidden states.
 
-    Saves d logprob / d hidden [N, D], and `hidden` and `lm_head` only if the head wants a gradient.
+    Saves d logprob / d hidden [N, D], and `hidden` and `lm_head` only if the head wants a gradient. With log-probs of
+    components it saves `hidden` and `lm_head` alone.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, lm_head: Tensor, spec: LogprobSpec, logprob_rows_fn: LogprobRowsFn) -> Tensor:
         dtype = compute_dtype(hidden, lm_head)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        dhidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
-        stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if wants_hidden else None
-        logprob = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        at_once = wants_hidden and not spec.components
+        dhidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if at_once else None
+        stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if at_once else None
+        logprob = torch.empty(_shape(len(hidden), spec), dtype=dtype, device=hidden.device)
         chunks = row_chunks(len(hidden), len(lm_head), dtype, hidden.device)
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
         for chunk in chunks:
@@ -86,7 +100,7 @@ class _FromHidden(torch.autograd.Function):
             if dhidden is not None and scored.dlogits is not None:
                 dhidden[chunk] = back_project(scored.dlogits, lm_head)
         ctx.spec, ctx.logprob_rows_fn, ctx.hidden_dtype = spec, logprob_rows_fn, hidden.dtype
-        ctx.save_for_backward(dhidden, *((hidden, lm_head) if wants_head else ()))
+        ctx.save_for_backward(dhidden, *((hidden, lm_head) if wants_head or spec.components else ()))
         return logprob
 
     @staticmethod
@@ -97,15 +111,22 @@ class _FromHidden(torch.autograd.Function):
         grad_head = None
         if saved:
             hidden, lm_head = saved
-            grad_head = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
+            wants_hidden, wants_head = ctx.needs_input_grad[:2]
+            if wants_head:
+                grad_head = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
+            if wants_hidden and grad_hidden is None:
+                grad_hidden = torch.empty_like(hidden)
             stored_dtype = dlogits_dtype(hidden, lm_head, grad.dtype)
             chunks = row_chunks(len(hidden), len(lm_head), grad.dtype, hidden.device)
             buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, hidden.device)
             for chunk in chunks:
                 logits = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
                 dlogits = ctx.logprob_rows_fn(logits, ctx.spec.select(chunk), stored_dtype, grad[chunk]).dlogits
-                add_outer_(grad_head, dlogits, hidden[chunk])
-            grad_head = grad_head.to(lm_head.dtype)
+                if grad_hidden is not None and dhidden is None:
+                    grad_hidden[chunk] = back_project(dlogits, lm_head).to(hidden.dtype)
+                if grad_head is not None:
+                    add_outer_(grad_head, dlogits, hidden[chunk])
+            grad_head = None if grad_head is None else grad_head.to(lm_head.dtype)
         return grad_hidden, grad_head, None, None
 
 
@@ -117,11 +138,16 @@ def check_logprob_options(
     temperature: float,
     advantages: Tensor | None,
     margin_gradient: str,
+    method: str,
+    components: bool,
 ) -> None:
     """Check the arguments that every log-prob operator shares."""
     check_components(ids, scores, num_rows, like)
     check_range("temperature", temperature, 0.0, open_low=True)
     check_choice("margin_gradient", margin_gradient, MARGIN_GRADIENTS)
+    check_choice("method", method, METHODS)
+    if components and method != "multiplex":
+        raise ValueError(f"method is {method!r}: a step has one log-prob per component only with 'multiplex'")
     if advantages is not None:
         check_tensor("advantages", advantages, [num_rows], like=like)
 
@@ -135,6 +161,8 @@ def latent_logprob_from_logits(
     temperature: float = 1.0,
     advantages: Tensor | None = None,  # [N]
     margin_gradient: str = "aligned",
+    method: str = "latent_grpo",
+    components: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Return the log-probs [N] of text and latent rows from logits; differentiable in `logits` (Eq. 15-17).
@@ -147,14 +175,24 @@ def latent_logprob_from_logits(
         advantages: [N] or None. Only their sign is read, for `margin_gradient`.
         margin_gradient: the coefficient c_k, in the backward pass, of a component with a negative margin d on a row
             whose advantage is not positive: "aligned" (1 - exp(-|d|), the paper), "released" (exp(d) - 1, the released
-            code) or "none" (1 - exp(-d), as for other components).
+            code) or "none" (1 - exp(-d), as for other components). Only the method "latent_grpo" reads it.
+        method: what the log-prob of a latent row is; a text row is the same in all:
+            - "latent_grpo": the mean of -d_k - exp(-d_k), with d_k = score_k - log p(id_k).
+            - "soft_grpo" (arXiv 2511.06411, as released): the same with d_k = score_k - log(q_k + 1e-6), q the softmax
+              over the K components alone, d_k clamped to [-1.5, 3], and the mean over the components with
+              log(q_k + 1e-6) > -3 (0 if there is none). A clamped d_k has no gradient. The released code also divides
+              latent rows by the temperature, which is 1 there.
+            - "multiplex" (arXiv 2601.08808): the sum of log p(id_k), exact; scores are not read, repeated ids add up.
+        components: return the summands of "multiplex" one by one, [N, K]; 0 behind the token of a text row.
 
     The exponent of exp(-d) is at most 40. Returns float32 (float64 for float64 logits).
     Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("logits", logits, [None, None])
-    check_logprob_options(ids, scores, len(logits), logits, temperature, advantages, margin_gradient)
-    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
+    check_logprob_options(
+        ids, scores, len(logits), logits, temperature, advantages, margin_gradient, method, components
+    )
+    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, components)
     logprob: Tensor
     if resolve("latent_logprob_from_logits", impl, logits, unsupported=components_limit(ids.shape[1])) == "triton":
         from latent_kernels._triton import latent_logprob as kernel
@@ -177,6 +215,8 @@ def latent_logprob(
     temperature: float = 1.0,
     advantages: Tensor | None = None,  # [N]
     margin_gradient: str = "aligned",
+    method: str = "latent_grpo",
+    components: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Return `latent_logprob_from_logits(hidden @ lm_head.T, ...)` [N] without ever holding [N, V] (Eq. 15-17).
@@ -186,13 +226,15 @@ def latent_logprob(
     """
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
-    check_logprob_options(ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient)
+    check_logprob_options(
+        ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient, method, components
+    )
     logprob_rows_fn: LogprobRowsFn = logprob_rows_
     if resolve("latent_logprob", impl, hidden, lm_head, unsupported=components_limit(ids.shape[1])) == "triton":
         from latent_kernels._triton.latent_logprob import logprob_rows_ as logprob_rows_fn
     # Under no_grad, inputs that require a gradient would still make the forward pass compute it.
     if not torch.is_grad_enabled():
         hidden, lm_head = hidden.detach(), lm_head.detach()
-    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient)
+    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, components)
     logprob: Tensor = _FromHidden.apply(hidden, lm_head, spec, logprob_rows_fn)
     return logprob

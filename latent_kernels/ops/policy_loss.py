@@ -25,19 +25,25 @@ def check_loss_options(
     mask: Tensor,
     ref_logprob: Tensor | None,
     options: LossOptions,
+    ratios: tuple[str, ...] = RATIOS,
+    components: int = 1,
 ) -> None:
-    """Check the arguments that `policy_loss` and `fused_policy_loss` share; tensors have `shape`, [R, T]."""
-    check_tensor("old_logprob", old_logprob, shape, like=like)
+    """Check the arguments that `policy_loss` and `fused_policy_loss` share; tensors have `shape`, [R, T].
+
+    With ratio="component", log-probs have a third dimension: K components.
+    """
+    check_choice("ratio", options.ratio, ratios)
+    logprob_shape = [*shape, components] if options.ratio == "component" else shape
+    check_tensor("old_logprob", old_logprob, logprob_shape, like=like)
     check_tensor("advantages", advantages, shape, like=like)
     if ref_logprob is not None:
-        check_tensor("ref_logprob", ref_logprob, shape, like=like)
+        check_tensor("ref_logprob", ref_logprob, logprob_shape, like=like)
     check_tensor("mask", mask, shape, None, like=like)
     check_range("clip_low", options.clip_low, 0.0, 1.0)
     check_range("clip_high", options.clip_high, 0.0)
     if options.dual_clip is not None:
         check_range("dual_clip", options.dual_clip, 1.0, open_low=True)
     check_choice("aggregation", options.aggregation, AGGREGATIONS)
-    check_choice("ratio", options.ratio, RATIOS)
     check_choice("objective", options.objective, OBJECTIVES)
     check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
     check_range("kl_coef", options.kl_coef, 0.0)

@@ -17,6 +17,9 @@ EXPONENT_MAX = 40.0  # exp(40)^2 is finite in float32, so the norm of a gradient
 MARGIN_MAX = 1e4  # margin of a target that has probability zero under the policy: large, but finite
 LOG_RATIO_MAX = 20.0  # log-ratios are clamped to +- this, so that their exponentials are finite
 KL_MAX = 10.0  # largest value of the k3 estimate
+SOFT_EPSILON = 1e-6  # SofT-GRPO adds it to a probability before the logarithm
+SOFT_MARGIN_MIN, SOFT_MARGIN_MAX = -1.5, 3.0  # SofT-GRPO clamps its margins to the range of the clamped noise
+SOFT_LOGPROB_MIN = -3.0  # SofT-GRPO leaves out components whose log-prob is not above this
 STD_EPSILON = 1e-6  # added to the standard deviation of the rewards (Eq. 9-11)
 
 
@@ -45,6 +48,30 @@ def surrogate(margin: Tensor) -> Tensor:
     return (-margin - torch.exp(-margin.clamp_min(-EXPONENT_MAX))).mean(-1)
 
 
+def used_components(ids: Tensor) -> Tensor:
+    """Return which components of rows of ids [N, K] stand for an action, bool: the token alone on a text row."""
+    return (torch.arange(ids.shape[-1], device=ids.device) == 0) | ~is_hard(ids).unsqueeze(-1)
+
+
+def soft_margins(scores: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the margins [N, K] of SofT-GRPO, before their clamp, and which components count (1 or 0).
+
+    The target is log(q + 1e-6), with q the softmax of the K components' logits (or log-probs: log Z cancels).
+    """
+    target = (logits.softmax(-1) + SOFT_EPSILON).log()
+    return scores - target, (target.detach() > SOFT_LOGPROB_MIN).to(target.dtype)
+
+
+def soft_surrogate(scores: Tensor, logits: Tensor) -> Tensor:
+    """Return the log-prob [N] of SofT-GRPO (arXiv 2511.06411, released code): mean of -d_k - exp(-d_k) where it counts.
+
+    It is 0 if no component counts. Autograd gives the released gradient, which is 0 where the clamp holds a margin.
+    """
+    margin, counts = soft_margins(scores, logits)
+    margin = margin.clamp(SOFT_MARGIN_MIN, SOFT_MARGIN_MAX)
+    return ((-margin - torch.exp(-margin)) * counts).sum(-1) / counts.sum(-1).clamp_min(1.0)
+
+
 def latent_logprob_from_logits_ref(
     logits: Tensor,  # [N, V]
     ids: Tensor,  # [N, K]
@@ -53,23 +80,34 @@ def latent_logprob_from_logits_ref(
     temperature: float = 1.0,
     advantages: Tensor | None = None,
     margin_gradient: str = "aligned",
+    method: str = "latent_grpo",
+    components: bool = False,
 ) -> Tensor:
-    """Return the log-prob of text rows and the surrogate log-prob of latent rows, [N] (Eq. 15-17).
+    """Return the log-prob of text rows and the (surrogate) log-prob of latent rows, [N] or [N, K] (Eq. 15-17).
 
     Autograd gives the gradient of docs/method.md, section "Probability of a latent step".
     """
-    logits = logits.to(compute_dtype(logits))
+    logits, hard = logits.to(compute_dtype(logits)), is_hard(ids)
     token = ids[:, :1]
     text = (logits / temperature).log_softmax(-1).gather(-1, token).squeeze(-1)
+    if method == "soft_grpo":
+        # Zeros on text rows: whatever their scores are, 0 times their gradient must be 0.
+        picked = logits.gather(-1, ids.clamp_min(0))
+        inputs = (x.masked_fill(hard.unsqueeze(-1), 0.0) for x in (scores.to(logits.dtype), picked))
+        return torch.where(hard, text, soft_surrogate(*inputs))
     log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
-    targets = torch.where(is_hard(ids).unsqueeze(-1), -torch.inf, scores.to(logits.dtype))  # text rows have none
+    if method == "multiplex":
+        first = torch.nn.functional.pad(text.unsqueeze(-1), (0, ids.shape[-1] - 1))
+        each = torch.where(hard.unsqueeze(-1), first, log_probs)
+        return each if components else each.sum(-1)
+    targets = torch.where(hard.unsqueeze(-1), -torch.inf, scores.to(logits.dtype))  # text rows have none
     margin = component_margins(targets, log_probs).detach()
     coefficients = margin_coefficients(margin, advantages, margin_gradient)
     # Straight-through: the value of the surrogate, with the gradient that the coefficients give. Components with
     # c_k = 0 are masked out of the sum, because the gradient of a log-prob of -inf is NaN.
     reachable = torch.where(coefficients != 0, log_probs, 0.0)
     latent = surrogate(margin) + (coefficients * (reachable - reachable.detach())).mean(-1)
-    return torch.where(is_hard(ids), text, latent)
+    return torch.where(hard, text, latent)
 
 
 def text_entropy_ref(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -88,6 +126,7 @@ def group_advantages_ref(
     normalize_std: bool = True,
     mean_logprob: Tensor | None = None,
     first_token: str = "best_of_correct",
+    winner_from: str = "valid",
 ) -> GroupAdvantages:
     """Compute group-relative advantages, one group at a time (Eq. 9-11, 18-21)."""
     rewards = rewards.double()
@@ -101,12 +140,15 @@ def group_advantages_ref(
             mean[member], std[member] = rewards[counted].mean(), rewards[counted].std()
         scale = std + STD_EPSILON if normalize_std else 1.0
         kept = counted if invalid != "zero" else member & ~is_invalid
-        advantages = torch.where(kept, (rewards - mean) / scale, advantages)
+        centred = (rewards - mean) / scale
+        advantages = torch.where(kept, centred, advantages)
         first = torch.where(member, advantages, 0.0)
         correct = member & (advantages > 0)
-        if first_token != "all" and correct.any():
+        # The winner may be picked before rows are set to 0, but only among rows that the mean counts.
+        can_win = counted & (centred > 0) if winner_from == "all" else correct
+        if first_token != "all" and can_win.any():
             assert mean_logprob is not None
-            winner = torch.where(correct, mean_logprob, -torch.inf).argmax()
+            winner = torch.where(can_win, mean_logprob, -torch.inf).argmax()
             losers = (correct if first_token == "best_of_correct" else member).clone()
             losers[winner] = False
             first = first.masked_fill(losers, 0.0)

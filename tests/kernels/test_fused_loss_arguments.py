@@ -28,6 +28,18 @@ INVALID = {
     "mask-device": (dict(mask=FLAT.to("meta")), ValueError, "mask is on meta"),
     "temperature": (dict(temperature=-1.0), ValueError, "temperature .* got -1.0"),
     "margin-gradient": (dict(margin_gradient="x"), ValueError, "margin_gradient must be one of .* got 'x'"),
+    "method": (dict(method="x"), ValueError, "method must be one of .* got 'x'"),
+    "ratio": (dict(ratio="x"), ValueError, "ratio must be one of 'token', 'sequence', 'component', got 'x'"),
+    "component-old": (
+        dict(ratio="component", method="multiplex"),
+        ValueError,
+        r"old_logprob .* \[2, 3, 4\], got \[2, 3\]",
+    ),
+    "component-method": (
+        dict(ratio="component", old_logprob=torch.zeros(2, 3, 4)),
+        ValueError,
+        "method is 'latent_grpo': .* only with 'multiplex'",
+    ),
     "clip-low": (dict(clip_low=2.0), ValueError, "clip_low .* got 2.0"),
     "clip-high": (dict(clip_high="a"), TypeError, "clip_high must be a number, got str"),
     "dual-clip": (dict(dual_clip=0.5), ValueError, "dual_clip .* got 0.5"),

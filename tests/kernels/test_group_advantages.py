@@ -71,8 +71,8 @@ def unequal_groups() -> dict[str, Any]:
 @ALL_MODES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_unequal_groups_equal_the_oracle(operator, invalid, first_token, normalize_std, dtype):
-    options = dict(invalid=invalid, first_token=first_token, normalize_std=normalize_std)
-    for _ in range(3):
+    for winner_from in ("valid", "all", "valid"):
+        options = dict(invalid=invalid, first_token=first_token, normalize_std=normalize_std, winner_from=winner_from)
         data = unequal_groups()
         data["rewards"] = data["rewards"].to(dtype)
         result = operator(**data, **options)
@@ -102,6 +102,9 @@ def test_any_batch_equals_the_oracle(data, mode):
     expected = oracle_advantages(**data, **options)
     for operator in (group_advantages, group_advantages_ref):
         assert_same(operator(**data, **options), expected)
+    early = dict(options, winner_from="all")
+    for operator in (group_advantages, group_advantages_ref):
+        assert_same(operator(**data, **early), oracle_advantages(**data, **early))
 
 
 # Every mode once. The test of unequal groups has every combination of modes already.
@@ -193,6 +196,18 @@ def test_an_invalid_row_never_wins(operator, invalid):
 
 
 @PUBLIC_AND_REFERENCE
+@pytest.mark.parametrize("first_token", ["best_of_correct", "best_of_group"])
+def test_a_cut_off_winner_leaves_nobody_with_a_positive_first_step(operator, first_token):
+    rewards, broken = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, False])
+    log_probs, groups = torch.tensor([-3.0, -1.0, -2.0]), torch.zeros(3, dtype=torch.int64)
+    options = dict(invalid_mask=broken, mean_logprob=log_probs, first_token=first_token, winner_from="all")
+    first = operator(rewards, groups, invalid="zero", **options).first_step
+    assert first[1:].tolist() == [0.0, 0.0]
+    assert (first[0] < 0).item() == (first_token == "best_of_correct")
+    assert operator(rewards, groups, invalid="exclude", **options).first_step[2] > 0  # row 1 is not in the group
+
+
+@PUBLIC_AND_REFERENCE
 def test_a_group_of_one_has_mean_zero_and_std_one(operator):
     result = operator(torch.tensor([0.7]), torch.tensor([4]), mean_logprob=torch.tensor([-1.0]))
     assert (result.group_mean.item(), result.group_std.item()) == (0.0, 1.0)
@@ -239,6 +254,7 @@ INVALID = {
     "mask-shape": (dict(invalid_mask=GROUPS[:2].bool()), ValueError, r"invalid_mask .* got \[2\]"),
     "invalid": (dict(invalid="drop"), ValueError, "invalid must be one of 'exclude', 'zero', 'keep', got 'drop'"),
     "first-token": (dict(first_token="best"), ValueError, "first_token must be one of .* got 'best'"),
+    "winner": (dict(winner_from="best"), ValueError, "winner_from must be one of 'valid', 'all', got 'best'"),
     "log-prob-missing": (dict(mean_logprob=None), ValueError, "first_token='best_of_correct' needs mean_logprob"),
     "log-prob-shape": (dict(mean_logprob=torch.zeros(3)), ValueError, r"mean_logprob .* got \[3\]"),
     "impl-bogus": (dict(impl="bogus"), ValueError, "impl must be one of .* got 'bogus'"),

@@ -24,6 +24,8 @@ SHARED_INVALID = {
     "advantages-shape": (dict(advantages=torch.zeros(4, 1)), ValueError, r"advantages .* \[4\], got \[4, 1\]"),
     "advantages-int": (dict(advantages=IDS[:, 0]), TypeError, "advantages .* got torch.int64"),
     "margin-gradient": (dict(margin_gradient="flip"), ValueError, "margin_gradient must be one of .* got 'flip'"),
+    "method": (dict(method="grpo"), ValueError, "method must be one of .* got 'grpo'"),
+    "components": (dict(components=True), ValueError, "method is 'latent_grpo': .* only with 'multiplex'"),
     "impl-bogus": (dict(impl="bogus"), ValueError, "impl must be one of .* got 'bogus'"),
     "impl-triton": (dict(impl="triton"), RuntimeError, "use impl='auto'"),
 }

@@ -80,7 +80,7 @@ def test_a_gradient_beyond_the_range_of_its_dtype_stays_finite(dtype):
 @pytest.mark.parametrize("vocab", [100, 8193, 20_011])
 def test_entropies_and_their_gradient_over_the_logits_equal_the_oracle(vocab, dtype):
     """Rows of text and latent steps at a temperature, over several tiles, with logits of -inf."""
-    from latent_kernels._triton.latent_logprob import entropy_dlogits_, entropy_rows
+    from latent_kernels._triton.latent_logprob import backward_rows_, forward_rows
 
     rows, storage = 6, -(-vocab // 16) * 16
     spec = make_spec(rows, vocab)
@@ -97,11 +97,11 @@ def test_entropies_and_their_gradient_over_the_logits_equal_the_oracle(vocab, dt
     weights = (x.double().cpu().unsqueeze(-1) for x in (upstream, bonus))
     expected = sum(weight * rows.gradient for weight, rows in zip(weights, (logprob, entropy), strict=True))
 
-    actual = entropy_rows(logits, spec)
+    actual = forward_rows(logits, spec, entropy=True)
     close = dict(rtol=tol.FLOAT32, atol=tol.FLOAT32)
     torch.testing.assert_close(actual.logprob.double().cpu(), logprob.value, **close)
     torch.testing.assert_close(actual.entropy.double().cpu(), entropy.value, **close)
-    dlogits = entropy_dlogits_(logits, spec, actual, dtype, upstream, bonus)
+    dlogits = backward_rows_(logits, spec, actual, dtype, upstream, bonus)
     assert dlogits.dtype == dtype
     spacing = torch.finfo(dtype).eps * expected.abs() + tol.FLOAT32
     assert ((dlogits.double().cpu() - expected).abs() <= spacing).all()

@@ -23,6 +23,7 @@ MARGIN_MAX = 1e4  # of a margin: a component of probability zero under the polic
 LOG_RATIO_MAX = 20.0  # of log-ratios: exp(20) is finite in float32 and far outside every clip range
 KL_MAX = 10.0  # of the k3 estimate of a step, as in the released code
 STD_EPSILON = 1e-6  # added to a group's standard deviation (Eq. 10)
+SOFT_EPSILON, SOFT_LOGPROB_MIN = 1e-6, -3.0  # of the released SofT-GRPO: under the logarithm, and who counts
 GUMBEL_LOW, GUMBEL_HIGH = -1.5, 3.0  # the clamp of the noise (Eq. 13)
 
 WORD = 0xFFFFFFFF
@@ -224,6 +225,11 @@ def project_with_noise(
 # Log-probs and entropies
 
 
+def clamp(value: float, low: float, high: float) -> float:
+    """Return the nearest number in [low, high]."""
+    return min(max(value, low), high)
+
+
 class RowValues(NamedTuple):
     """A value per row [N] and its gradient in the row's logits [N, V], in float64."""
 
@@ -262,6 +268,7 @@ def logprob(
     temperature: float = 1.0,
     advantages: Tensor | None = None,
     margin_gradient: str = "aligned",
+    method: str = "latent_grpo",
 ) -> RowValues:
     """Return log-probs of text rows and surrogate log-probs of latent rows, with their gradients (Eq. 15-17).
 
@@ -277,6 +284,10 @@ def logprob(
             gradients[n, token] += 1.0 / temperature
             continue
         places = ids[n].tolist()
+        if method != "latent_grpo":
+            picked = soft_row if method == "soft_grpo" else multiplex_row
+            values[n], gradients[n] = picked(row, places, scores[n].detach().double().tolist())
+            continue
         distance = margins(row, ids[n].numpy(), scores[n].detach().double().numpy())
         values[n] = np.mean([-d - math.exp(min(-d, EXPONENT_MAX)) for d in distance])
         advantage = None if advantages is None else float(advantages[n])
@@ -285,6 +296,35 @@ def logprob(
         for place, pull in zip(places, pulls, strict=True):  # a repeated id gets the sum
             gradients[n, place] += pull
     return RowValues(torch.from_numpy(values), torch.from_numpy(gradients))
+
+
+def soft_row(row: np.ndarray, places: list[int], scores: list[float]) -> tuple[float, np.ndarray]:
+    """Return the log-prob of one latent row of SofT-GRPO and its gradient [V] (arXiv 2511.06411, as released).
+
+    With q the softmax of the K picked logits, dl_k / dz_j = q_k / (q_k + 1e-6) ((k = j) - q_j) for l = log(q + 1e-6).
+    """
+    share = softmax(row[places])
+    targets = [math.log(q + SOFT_EPSILON) for q in share]
+    counted = [k for k, target in enumerate(targets) if target > SOFT_LOGPROB_MIN]
+    value, gradient = 0.0, np.zeros(len(row))
+    for k in counted:
+        distance = scores[k] - targets[k]
+        held = clamp(distance, GUMBEL_LOW, GUMBEL_HIGH)
+        value += (-held - math.exp(-held)) / len(counted)
+        if held == distance:
+            pull = (1.0 - math.exp(-held)) / len(counted) * share[k] / (share[k] + SOFT_EPSILON)
+            for j, place in enumerate(places):
+                gradient[place] += pull * ((j == k) - share[j])
+    return value, gradient
+
+
+def multiplex_row(row: np.ndarray, places: list[int], scores: list[float]) -> tuple[float, np.ndarray]:
+    """Return the log-prob of one latent row of Multiplex Thinking, sum_k log p(id_k), and its gradient [V]."""
+    value, gradient = 0.0, -len(places) * softmax(row)
+    for place in places:
+        value += log_softmax(row)[place]
+        gradient[place] += 1.0
+    return value, gradient
 
 
 def entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> RowValues:

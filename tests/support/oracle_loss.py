@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support import oracle
-from support.oracle import KL_MAX, LOG_RATIO_MAX, STD_EPSILON
+from support.oracle import KL_MAX, LOG_RATIO_MAX, STD_EPSILON, clamp
 
 # Group advantages
 
@@ -31,6 +31,7 @@ def group_advantages(
     mean_logprob: Tensor | None = None,
     invalid: str = "exclude",
     first_token: str = "best_of_correct",
+    winner_from: str = "valid",
     normalize_std: bool = True,
 ) -> Advantages:
     """Return group-relative advantages, one group after the other (Eq. 9-11, 18-21)."""
@@ -45,15 +46,19 @@ def group_advantages(
         if len(counted) > 1:
             mean = math.fsum(counted) / len(counted)
             std = math.sqrt(math.fsum((value - mean) ** 2 for value in counted) / (len(counted) - 1))
+        scaled = {i: (values[i] - mean) / (std + STD_EPSILON if normalize_std else 1.0) for i in members}
         for i in members:
             means[i], stds[i] = mean, std
             if invalid == "keep" or not broken[i]:
-                advantages[i] = (values[i] - mean) / (std + STD_EPSILON if normalize_std else 1.0)
+                advantages[i] = scaled[i]
             first[i] = advantages[i]
         correct = [i for i in members if advantages[i] > 0]
-        if first_token == "all" or not correct:
+        candidates = correct
+        if invalid == "zero" and winner_from == "all":  # the winner is picked before the others are set to 0
+            candidates = [i for i in members if scaled[i] > 0]
+        if first_token == "all" or not candidates:
             continue
-        winner = max(correct, key=lambda i: (log_probs[i], -i))  # a tie goes to the first row
+        winner = max(candidates, key=lambda i: (log_probs[i], -i))  # a tie goes to the first row
         for i in correct if first_token == "best_of_correct" else members:
             if i != winner:
                 first[i] = 0.0
@@ -79,11 +84,6 @@ class Sample(NamedTuple):
     advantage: float
     ref_logprob: float | None
     response_ratio: float | None  # of the whole response, where that is what is clipped
-
-
-def clamp(value: float, low: float, high: float) -> float:
-    """Return the nearest number in [low, high]."""
-    return min(max(value, low), high)
 
 
 def kl(sample: Sample, estimator: str) -> tuple[float, float]:
@@ -209,6 +209,8 @@ def policy_loss(
 
 # From hidden states to the loss
 
+STATS = ("clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio", "kl")
+
 
 class FusedLoss(NamedTuple):
     """A loss, its gradients in hidden [R, T, D] and lm_head [V, D] as float64, and its statistics."""
@@ -224,6 +226,7 @@ def fused_policy_loss(
     *,
     temperature: float = 1.0,
     margin_gradient: str = "aligned",
+    method: str = "latent_grpo",
     entropy_coef: float = 0.0,
     dtype: torch.dtype = torch.float64,
     **loss_options: Any,
@@ -239,7 +242,13 @@ def fused_policy_loss(
     ids, scores, advantages = (batch[name][mask] for name in ("ids", "scores", "advantages"))
     logits = hidden @ head.T
     scored = oracle.logprob(
-        logits, ids, scores, temperature=temperature, advantages=advantages, margin_gradient=margin_gradient
+        logits,
+        ids,
+        scores,
+        temperature=temperature,
+        advantages=advantages,
+        margin_gradient=margin_gradient,
+        method=method,
     )
     values = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, scored.value)
     rest = (batch[name] for name in ("old_logprob", "advantages", "mask"))
@@ -254,6 +263,48 @@ def fused_policy_loss(
     for_hidden = torch.zeros(batch["hidden"].shape, dtype=torch.float64)
     for_hidden[mask] = (dlogits.to(dtype) @ head).double()
     return FusedLoss(loss, for_hidden, (dlogits.to(dtype).T @ hidden).double(), stats)
+
+
+def component_loss(
+    batch: dict[str, Any],
+    *,
+    temperature: float = 1.0,
+    aggregation: str = "token-mean",
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    **clips: Any,
+) -> FusedLoss:
+    """Return the loss of Multiplex Thinking with a ratio for each component, its gradients and statistics, in float64.
+
+    A text step has one component. A step weighs what it weighs in `policy_loss`, and so do its components.
+    """
+    weights = step_weights(batch["mask"].bool(), aggregation)
+    logits = batch["hidden"].detach().double() @ batch["lm_head"].detach().double().T
+    dlogits, loss, stats, count = torch.zeros_like(logits), 0.0, dict.fromkeys(STATS, 0.0), 0
+    for i, t in batch["mask"].nonzero().tolist():
+        ids, text = batch["ids"][i, t].tolist(), oracle.is_text(batch["ids"][i, t])
+        row = logits[i, t].numpy() / (temperature if text else 1.0)
+        for k, place in enumerate(ids[:1] if text else ids):
+            old, reference = (float(batch[name][i, t, k]) for name in ("old_logprob", "ref_logprob"))
+            logprob = float(oracle.log_softmax(row)[place])
+            sample = Sample(logprob, old, float(batch["advantages"][i, t]), reference, None)
+            value, pull, clipped, dual_clipped = step_loss(sample, **clips)
+            penalty, penalty_pull = kl(sample, kl_estimator)
+            weight, gap = float(weights[i, t]), clamp(logprob - old, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+            loss += weight * (value + kl_coef * penalty)
+            gradient = -torch.from_numpy(oracle.softmax(row))
+            gradient[place] += 1.0
+            dlogits[i, t] += weight * (pull + kl_coef * penalty_pull) / (temperature if text else 1.0) * gradient
+            for name, term in zip(STATS, (clipped, dual_clipped, -gap, abs(gap), weight * penalty), strict=True):
+                stats[name] += term
+            count += 1
+    bonus = oracle.entropy(logits.flatten(0, 1), batch["ids"].flatten(0, 1), temperature)
+    loss -= entropy_coef * float(weights.flatten() @ bonus.value)
+    dlogits -= entropy_coef * (weights.flatten().unsqueeze(-1) * bonus.gradient).view_as(dlogits)
+    means = {name: value if name == "kl" else value / count for name, value in stats.items()}
+    head, states = batch["lm_head"].detach().double(), batch["hidden"].detach().double()
+    return FusedLoss(loss, dlogits @ head, dlogits.flatten(0, 1).T @ states.flatten(0, 1), means)
 
 
 def crossed_share(logits: Tensor, ids: Tensor, scores: Tensor) -> float:
