@@ -63,13 +63,18 @@ def mix_embeddings_builds() -> Iterator[Build]:
 
 
 def group_advantages_builds() -> Iterator[Build]:
-    """Yield every combination of modes for float32 rewards; other reward dtypes and no mask once each."""
+    """Yield every combination of modes for float32 rewards; other dtypes, no mask and the other winner once each."""
     modes = list(product(("exclude", "zero", "keep"), (True, False), advantages.SELECTIONS))
     variants = [("fp32", True, *mode) for mode in modes]
     variants += [(dtype, True, *modes[0]) for dtype in ("fp64", "bf16", "fp16")] + [("fp32", False, *modes[0])]
-    for dtype, has_invalid, invalid, normalize_std, first_token in variants:
+    pairs = [(*variant, "valid") for variant in variants] + [("fp32", True, "zero", True, "best_of_group", "all")]
+    for dtype, has_invalid, invalid, normalize_std, first_token, winner in pairs:
         constants = advantages.constants(
-            has_invalid=has_invalid, invalid=invalid, normalize_std=normalize_std, first_token=first_token
+            has_invalid=has_invalid,
+            invalid=invalid,
+            normalize_std=normalize_std,
+            first_token=first_token,
+            winner_from=winner,
         )
         types = {
             "rewards_ptr": f"*{dtype}",
@@ -80,7 +85,7 @@ def group_advantages_builds() -> Iterator[Build]:
             "R": "i32",
             "epsilon": "fp32",
         }
-        name = f"group_advantages {dtype} {invalid} {first_token} std={normalize_std} mask={has_invalid}"
+        name = f"group_advantages {dtype} {invalid} {first_token} {winner} std={normalize_std} mask={has_invalid}"
         options = {"num_warps": advantages.NUM_WARPS}
         yield Build(name, advantages.group_advantages_kernel, types, constants, options)
 
@@ -242,9 +247,25 @@ def logprob_builds() -> Iterator[Build]:
         ("fp32", dlogits, 10, margin, False, True, True) for dlogits, margin in product(DTYPES, logprob.MARGINS)
     ]
     variants += [("fp32", "bf16", width, "aligned", False, True, True) for width in (1, 32, 128)]
-    for logits, dlogits, width, margin, forward, upstream, entropy in variants:
+    runs = [(*variant, "latent_grpo", False) for variant in variants]
+    for method, components, width in (("soft_grpo", False, 5), ("multiplex", False, 3), ("multiplex", True, 3)):
+        passes = [(None, True, False, False), ("bf16", True, not components, False), ("fp32", True, True, False)]
+        passes += [("bf16", False, True, True), (None, True, False, True)]
+        for dlogits, forward, upstream, entropy in passes:
+            runs.append(("fp32", dlogits, width, "none", forward, upstream or components, entropy, method, components))
+    runs += [("fp32", "bf16", 128, "none", True, True, False, "soft_grpo", False)]
+    runs += [("fp32", "bf16", 128, "none", False, True, entropy, "multiplex", True) for entropy in (False, True)]
+    for logits, dlogits, width, margin, forward, upstream, entropy, method, components in runs:
         chosen = logprob.constants(
-            128_256, width, margin, forward=forward, dlogits=dlogits is not None, upstream=upstream, entropy=entropy
+            128_256,
+            width,
+            margin,
+            forward=forward,
+            dlogits=dlogits is not None,
+            upstream=upstream,
+            entropy=entropy,
+            method=method,
+            components=components,
         )
         types = {
             "logits_ptr": f"*{logits}",
@@ -259,6 +280,7 @@ def logprob_builds() -> Iterator[Build]:
         }
         options = logprob.launch_options(128_256)
         name = f"logprob {logits} dlogits={dlogits} K={width} {margin} {forward=} {upstream=} {entropy=}"
+        name += f" {method} {components=}"
         strides = ("logits_stride", "dlogits_stride", "V")
         yield Build(name, logprob.latent_logprob_kernel, types, chosen, options, aligned=strides)
 
