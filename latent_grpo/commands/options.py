@@ -16,7 +16,21 @@ from latent_grpo.errors import ConfigError, require, unknown_key
 INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work is split over the ranks."
 # Options of `train` that commands which sample from a finished model take too.
-STEP_FLAGS = ("latent_top_k", "latent_top_p", "tau", "noise_scale", "temperature", "top_p", "top_k", "seed")
+STEP_FLAGS = (
+    "method",
+    "latent_top_k",
+    "latent_top_p",
+    "tau",
+    "noise_scale",
+    "noise_delta",
+    "end_rule",
+    "min_latent_steps",
+    "max_latent_steps",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+)
 LIMIT_FLAG = "max_completion_length"
 MODEL_FLAGS = ("dtype", "device")
 TRUE, FALSE = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
@@ -170,7 +184,7 @@ def parse_config(prog: str, config_class: type, description: str, argv: Sequence
 
 
 def load_dataset_rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    """Return the rows of `source` with the columns that `args` names."""
+    """Return the rows of `source`, which is not the training data, with the columns that `args` names."""
     from latent_grpo.data.rows import load_rows
 
     columns = {f"{name}_column": getattr(args, f"{name}_column") for name in ("prompt", "answer", "chain")}
@@ -214,9 +228,9 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
     latent, limit = args.mode == "latent", args.max_completion_length
     require(limit >= 1, LIMIT_FLAG, limit, "give 1 or more")
-    given = {name: getattr(args, name) for name in STEP_FLAGS}
+    given = {name: getattr(args, name) for name in (*STEP_FLAGS, "noise") if name in args}  # only eval has --noise
     sampling = LatentSampling(latent=latent, max_new_tokens=limit, **given)
-    check_options(sampling)  # before the model is loaded, which takes longer
+    sampling.check()  # before the model is loaded, which takes longer
     tokenizer = load_tokenizer(args.model)
     prompt_format = resolve_format(prompt_options(args), args.model)
     sampling.end_token_id = end_marker_ids(tokenizer, prompt_format.end_marker)[0] if latent else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_grpo.config.fields import NON_NEGATIVE, POSITIVE, SHARE, Range, check_options, option
+from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, SHARE, Range, check_options, option
+from latent_grpo.errors import require
 
 
 @dataclass
@@ -13,11 +14,30 @@ class SamplingOptions:
     """How a response is sampled."""
 
     latent: bool = option(True, "Reason in latent steps. False gives plain text through the same code.")
+    method: Literal["latent_grpo", "soft_grpo", "multiplex"] = option(
+        "latent_grpo",
+        "Rule of a latent step. latent_grpo: noise on the nucleus, then the K best. soft_grpo: the K most probable "
+        "tokens, then noise. multiplex: K tokens drawn from the model's distribution.",
+    )
     latent_top_k: int = option(10, "Mixture size K of a latent step. Keep it near compression of sft.", Range(2))
-    latent_top_p: float = option(0.95, "Nucleus mass of latent candidates.", SHARE)
-    tau: float = option(1.0, "Gumbel-softmax temperature of the mixture weights.", POSITIVE)
+    latent_top_p: float = option(0.95, "Nucleus mass of latent candidates. multiplex needs 1.", SHARE)
+    tau: float = option(
+        1.0, "Gumbel-softmax temperature of the mixture weights. inf weighs all components alike.", POSITIVE
+    )
     noise: Literal["one_sided", "two_sided", "none"] = option("one_sided", "Noise of latent steps while sampling.")
     noise_scale: float = option(1.0, "Factor on the noise.", NON_NEGATIVE)
+    noise_delta: float = option(
+        0.0, "Least one-sided noise, before noise_scale.", Range(0, float("inf"), open_high=True)
+    )
+    end_rule: Literal["raw", "noisy"] = option(
+        "raw",
+        "What ends a latent run. raw: the end marker has the highest logit. noisy: or it is the first token of the "
+        "sampled mixture.",
+    )
+    min_latent_steps: int = option(0, "Latent steps before the end marker can end a latent run.", NON_NEGATIVE)
+    max_latent_steps: int | None = option(
+        None, "Latent steps after which a latent run is ended. null sets no limit.", ONE_OR_MORE
+    )
     temperature: float = option(0.6, "Sampling temperature of text tokens. 0 is greedy.", NON_NEGATIVE)
     top_p: float = option(0.95, "Nucleus mass of text tokens.", Range(0, 1, open_low=True))
     top_k: int = option(30, "Candidates of text tokens. 0 keeps all.", NON_NEGATIVE)
@@ -28,6 +48,21 @@ class SamplingOptions:
     def check(self) -> None:
         """Raise ConfigError for the first option that cannot be used."""
         check_options(self)
+        self.check_latent_steps()
+
+    def check_latent_steps(self, limit: int | None = None) -> None:
+        """Raise ConfigError for options of latent steps that do not fit each other or responses of `limit` steps."""
+        if not self.latent:
+            return
+        whole = self.method != "multiplex" or self.latent_top_p == 1
+        require(whole, "latent_top_p", self.latent_top_p, "method multiplex draws from all tokens; give 1")
+        one_sided = self.noise_delta == 0 or self.noise == "one_sided"
+        require(one_sided, "noise_delta", self.noise_delta, f"it needs noise one_sided, not {self.noise}; give 0")
+        most = self.max_latent_steps
+        if most is not None:
+            ordered, short = self.min_latent_steps <= most, limit is None or most < limit
+            require(ordered, "min_latent_steps", self.min_latent_steps, f"give at most max_latent_steps {most}")
+            require(short, "max_latent_steps", most, f"a response has at most {limit} steps; give less")
 
 
 @dataclass
@@ -38,3 +73,8 @@ class LatentSampling(SamplingOptions):
     end_token_id: int | None = option(None, "First token of the end marker. Latent responses need it.")
     eos_token_id: tuple[int, ...] | int | None = option(None, "Ids that end a response. Default: the model's.")
     seed: int = option(0, "Seed of the noise streams.")
+
+    def check(self) -> None:
+        """Raise ConfigError for the first option that cannot be used."""
+        check_options(self)
+        self.check_latent_steps(self.max_new_tokens)

@@ -52,7 +52,15 @@ class AdvantageOptions:
         "exclude", "What becomes of responses cut off by the limit, see group_advantages."
     )
     first_token: Literal["best_of_correct", "best_of_group", "all"] = option(
-        "best_of_correct", "Whose advantage counts at the first response step."
+        "best_of_group",
+        "Whose advantage counts at the first response step. best_of_group: only that of the most probable correct "
+        "response (the released code). best_of_correct: its own and those of incorrect responses (the paper). all: "
+        "everyone's.",
+    )
+    winner_from: Literal["valid", "all"] = option(
+        "valid",
+        "With invalid zero, who can be the most probable correct response of first_token. all: cut-off ones too (the "
+        "released code); if one of them is, no advantage above 0 is left at the first step.",
     )
     scale_rewards: Literal["group", "batch", "none"] = option(
         "group", "Divide advantages by the standard deviation of the group's or of the batch's rewards, or not at all."
@@ -71,10 +79,13 @@ class UpdateOptions:
         "its gradient.",
     )
     loss_on: Literal["all", "latent", "text"] = option("all", "Response steps that carry the policy loss.")
-    margin_gradient: Literal["aligned", "released", "none"] = option("aligned", "Backward coefficient past the target.")
-    importance_sampling_level: Literal["token", "sequence"] = option(
+    margin_gradient: Literal["aligned", "released", "none"] = option(
+        "aligned", "Backward coefficient past the target. Only method latent_grpo reads it."
+    )
+    importance_sampling_level: Literal["token", "sequence", "component"] = option(
         "token",
-        "Ratio of a token, or the geometric mean over its response (GSPO, with epsilon 3e-4 and epsilon_high 4e-4).",
+        "Ratio of a step, or the geometric mean over its response (GSPO, with epsilon 3e-4 and epsilon_high 4e-4). "
+        "component: one ratio for each component of a latent step, only with method multiplex (its released code).",
     )
     epsilon: float = option(0.2, "Clip range below 1.", SHARE)
     epsilon_high: float | None = option(
@@ -143,9 +154,12 @@ class LatentGRPOConfig(
 
     def __post_init__(self) -> None:
         self.check_run()
+        self.check_latent_steps(self.max_completion_length)
         latent_without_noise = self.latent and self.noise == "none"
         require(not latent_without_noise, "noise", self.noise, "latent training needs noise to explore")
         require(self.temperature > 0, "temperature", self.temperature, "training needs sampled text; give more than 0")
+        if self.importance_sampling_level == "component":
+            self.check_component_ratios()
         whole_groups = self.generation_batch_size % self.num_generations == 0
         remedy = f"give a multiple of num_generations {self.num_generations}"
         require(whole_groups, "generation_batch_size", self.generation_batch_size, remedy)
@@ -157,6 +171,15 @@ class LatentGRPOConfig(
         cache = self.soft_punish_cache
         fits = cache is None or cache <= self.max_completion_length
         require(fits, "soft_punish_cache", cache, "give at most max_completion_length, or null for a fifth of it")
+
+    def check_component_ratios(self) -> None:
+        """Raise ConfigError for the first option that does not go with a ratio for each component."""
+        level, drawn = self.importance_sampling_level, self.latent and self.method == "multiplex"
+        require(drawn, "importance_sampling_level", level, "only latent steps of method multiplex have such ratios")
+        whole = self.loss_type != "gspo"
+        require(whole, "importance_sampling_level", level, "loss_type gspo takes ratios of responses; give token")
+        recomputed = self.old_logprobs == "recompute"
+        require(recomputed, "importance_sampling_level", level, "it needs old_logprobs recompute")
 
     def sampling(self) -> LatentSampling:
         """Return the sampling options alone."""

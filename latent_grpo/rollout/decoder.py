@@ -262,27 +262,16 @@ class Decoder:
             ids, scores = _text_components(token, 2), self.record.scores.new_zeros(len(token), 2)
             embeds = self.table[token]
         else:
-            options = LatentStepOptions(
-                top_k=sampling.latent_top_k,
-                top_p=sampling.latent_top_p,
-                tau=sampling.tau,
-                noise=sampling.noise,
-                noise_scale=sampling.noise_scale,
-                seed=self.seed,
-                step=state.step,
-                row_ids=state.stream,
-                latent_mask=state.in_latent,
-                end_token_id=sampling.end_token_id,
-            )
-            mixture, logits = latent_step_with_logits(state.hidden, self.head, self.table, options)
+            mixture, logits = latent_step_with_logits(state.hidden, self.head, self.table, self.step_options(state))
             is_latent, token, scores = mixture.is_latent, mixture.top_token, mixture.scores
-            # The step that ends a latent run has the end marker as its top token, and emits it as text.
+            # The step that ends a latent run has the end marker as its token, and emits it as text.
             if kind == MIXED:
                 token = torch.where(state.in_latent, token, self.sample_tokens(state, logits))
             column = is_latent.unsqueeze(-1)
             ids = torch.where(column, mixture.ids, _text_components(token, mixture.ids.shape[1]))
             embeds = torch.where(column, mixture.embedding, self.table[token])
-        logprob = latent_logprob_from_logits(logits, ids, scores, temperature=sampling.temperature or 1.0)
+        named: dict[str, Any] = {} if sampling.method == "latent_grpo" else {"method": sampling.method}
+        logprob = latent_logprob_from_logits(logits, ids, scores, temperature=sampling.temperature or 1.0, **named)
         active = ~state.done & state.in_latent if kind == LATENT else ~state.done
         index = torch.where(active, state.row * self.record.limit + state.step, len(self.record.token) - 1)
         self.record.token.index_copy_(0, index, token)
@@ -302,6 +291,27 @@ class Decoder:
             self.record.latent_length.index_add_(0, state.row, (active & is_latent).long())
         # A slot that is no longer in use may still name a row, whose length it must not overwrite.
         self.record.length.index_copy_(0, torch.where(active, state.row, self.record.rows), state.step)
+
+    def step_options(self, state: Slots) -> LatentStepOptions:
+        """Return the options of the rows' next latent step."""
+        sampling = self.sampling
+        return LatentStepOptions(
+            top_k=sampling.latent_top_k,
+            top_p=sampling.latent_top_p,
+            tau=sampling.tau,
+            noise=sampling.noise,
+            noise_scale=sampling.noise_scale,
+            noise_delta=sampling.noise_delta if sampling.noise != "none" else 0.0,  # evaluation has no noise
+            seed=self.seed,
+            step=state.step,
+            row_ids=state.stream,
+            latent_mask=state.in_latent,
+            end_token_id=sampling.end_token_id,
+            end_rule=sampling.end_rule,
+            min_latent_steps=sampling.min_latent_steps,
+            max_latent_steps=sampling.max_latent_steps,
+            method=sampling.method,
+        )
 
     def sample_tokens(self, state: Slots, logits: Tensor) -> Tensor:
         """Sample one text token per row [B] from logits [B, V]."""
