@@ -174,6 +174,15 @@ def read_format(model_path: str) -> PromptFormat:
         raise ConfigError(f"{str(path)!r} is no prompt format ({first_line(error)}); correct or remove it") from error
 
 
+def has_format(model_path: str) -> bool:
+    """Return whether a format is saved with the model of a folder or Hub name."""
+    try:
+        cached_file(model_path, FORMAT_FILE)
+    except OSError:
+        return False
+    return True
+
+
 def write_format(folder: Path, prompt_format: PromptFormat) -> None:
     """Write a format beside the weights of a model."""
     text = json.dumps(asdict(prompt_format), indent=1, ensure_ascii=False)

@@ -1,10 +1,13 @@
-"""The paper's eight benchmarks by name. Each is read from the Hub, or from a file that the user gives in its place."""
+"""The paper's eight benchmarks by name, and how the released scripts evaluate them.
+
+Each is read from the Hub, or from a file that the user gives in its place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from latent_grpo.data.rows import load_rows
 from latent_grpo.errors import DataError
@@ -16,23 +19,25 @@ class Benchmark:
 
     hub: str  # the name of the data set on the Hub, name:config
     split: str  # the split that is evaluated
+    runs: int  # of the released evaluation
     note: str = ""  # the first part of the remedy, if loading needs more than the network
 
 
 # GSM-Hard, AIME24 and GPQA have only one split on the Hub, called "train". GSM8K-Aug has the test split of GSM8K.
 BENCHMARKS = {
-    "gsm8k-aug": Benchmark("whynlp/gsm8k-aug", "test"),
-    "gsm-hard": Benchmark("reasoning-machines/gsm-hard", "train"),
-    "svamp": Benchmark("ChilleD/SVAMP", "test"),
-    "multiarith": Benchmark("ChilleD/MultiArith", "test"),
-    "math-500": Benchmark("HuggingFaceH4/MATH-500", "test"),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train"),
-    "aime25": Benchmark("math-ai/aime25", "test"),
+    "gsm8k-aug": Benchmark("whynlp/gsm8k-aug", "test", 5),
+    "gsm-hard": Benchmark("reasoning-machines/gsm-hard", "train", 5),
+    "svamp": Benchmark("ChilleD/SVAMP", "test", 5),
+    "multiarith": Benchmark("ChilleD/MultiArith", "test", 5),
+    "math-500": Benchmark("HuggingFaceH4/MATH-500", "test", 4),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", 64),
+    "aime25": Benchmark("math-ai/aime25", "test", 64),
     "gpqa-diamond": Benchmark(
-        "Idavidrein/gpqa:gpqa_diamond", "train", "accept its terms on the Hub and log in (`hf auth login`), or "
+        "Idavidrein/gpqa:gpqa_diamond", "train", 8, "accept its terms on the Hub and log in (`hf auth login`), or "
     ),
 }
 GROUPS = {"low-difficulty": tuple(BENCHMARKS)[:4], "high-difficulty": tuple(BENCHMARKS)[4:]}  # as in the paper's tables
+SEEDS_OF_A_BENCHMARK = 100_000  # between the seeds of a benchmark and of the next one in its group
 _ALIASES = {"gsm8k": "gsm8k-aug", "aime2024": "aime24", "aime2025": "aime25", "gpqa": "gpqa-diamond"}
 
 
@@ -40,6 +45,34 @@ def benchmark_name(text: str) -> str | None:
     """Return the benchmark that `text` names, in any case and with or without hyphens and underscores, or None."""
     names = {_plain(name): name for name in BENCHMARKS} | _ALIASES
     return names.get(_plain(text))
+
+
+@dataclass(frozen=True)
+class ReleasedRuns:
+    """How the released scripts evaluate a benchmark: `runs` times, with one sampled response per problem and run."""
+
+    runs: int
+    index: int = 0  # position of the benchmark in its group
+    limit: int = 128  # of a response, in steps
+    length_of: Literal["all", "finished"] = "all"  # whose lengths are averaged
+    prompt_format: str | None = None  # the name of the format, for a benchmark
+
+    def seeds(self, base: int) -> list[int]:
+        """Return the seed of every run: base + 100,000 * index + the number of the run, from 1."""
+        return [base + SEEDS_OF_A_BENCHMARK * self.index + run for run in range(1, self.runs + 1)]
+
+
+def released_runs(label: str) -> ReleasedRuns | None:
+    """Return how the released scripts evaluate the benchmark `label`, or None for other data."""
+    if label not in BENCHMARKS:
+        return None
+    runs = BENCHMARKS[label].runs
+    if label in GROUPS["low-difficulty"]:
+        index = GROUPS["low-difficulty"].index(label)
+        return ReleasedRuns(runs, index, 128, "finished", "latent-grpo-low")
+    index = GROUPS["high-difficulty"].index(label)
+    name = "latent-grpo-gpqa" if label == "gpqa-diamond" else "latent-grpo-high"
+    return ReleasedRuns(runs, index, 4096, "all", name)
 
 
 def load_benchmarks(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from latent_grpo import LatentSampling
 from latent_grpo.model import end_marker_ids
+from latent_grpo.quickstart.toy_task import make_problems
+
+ROWS = make_problems(10, seed=1)
 
 
 def even(completions, **kwargs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,47 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import PYTHONPATH
-from support.evaluations import even, sampling
+from support.evaluations import ROWS, even, sampling
 
-from latent_grpo import LatentSFTConfig, LatentSFTTrainer, evaluate, pass_at_k
+from latent_grpo import evaluate, pass_at_k
 from latent_grpo.commands.main import main
-from latent_grpo.evaluation import bootstrap_interval, tokens_before
-from latent_grpo.model import load_model
-from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
+from latent_grpo.evaluation.judge import tokens_before
+from latent_grpo.evaluation.statistics import bootstrap_interval
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.atomic_files import write_json
-from latent_grpo.watching.tables import evaluation_cells, mean_over_data
-
-ROWS = make_problems(10, seed=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    """A folder with problems and a model that has learned little more than the form of a response.
-
-    So its samples are correct now and then.
-    """
-    folder = tmp_path_factory.mktemp("evaluate")
-    args = LatentSFTConfig(
-        output_dir=str(folder / "model"),
-        max_steps=40,
-        learning_rate=3e-3,
-        answer_template="{answer}",
-        per_device_train_batch_size=16,
-    )
-    LatentSFTTrainer(make_model(tokenizer, seed=0), args, make_problems(64, seed=1), tokenizer).train()
-    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_model(str(folder / "model"))
 
 
 def always(completions, **kwargs):
@@ -210,7 +176,7 @@ from latent_grpo.parallel.process_group import process_group, rank
 from latent_grpo import evaluate
 from latent_grpo.model import load_model
 from latent_grpo.quickstart.toy_task import make_problems, make_tokenizer
-from support.evaluations import even, sampling
+from support.evaluations import ROWS, even, sampling
 
 folder = Path({folder!r})
 with process_group():
@@ -248,45 +214,6 @@ def test_two_processes_give_the_results_of_one(folder, model, tokenizer, capfd):
     assert json.loads((folder / "rank-0.json").read_text()) == whole
     assert json.loads((folder / "rank-1.json").read_text()) == whole
     assert len({record["solved"] for record in whole["samples"]}) > 1
-
-
-def test_results_as_json_and_markdown(folder, capsys):
-    data = str(folder / "data.jsonl")
-    out = folder / "results" / "v1.5"
-    arguments = ["eval", "--model", str(folder / "model"), "--data", f"svamp={data}", f"other={data}", "--limit", "6"]
-    arguments += ["--mode", "text", "--max_completion_length", "4", "--pass-at", "1,2", "--num_samples", "3"]
-    arguments += ["--out", str(out)]
-    assert main(arguments) == 0
-    assert "mean of 2" in capsys.readouterr().out
-    record = json.loads(out.with_name("v1.5.json").read_text())
-    assert set(record) == {"model", "data", "pass_at", "sampling", "environment", "mean", "results"}
-    assert list(record["results"]) == ["svamp", "other"]
-    assert record["sampling"]["latent"] is False
-    for result in record["results"].values():
-        names = {"pass_at_1", "pass@1", "pass@2", "reasoning_steps", "response_length"}
-        names |= {"end_marker_rate", "truncation_rate"}
-        assert set(result["intervals"]) == names
-        assert set(result) == {*names, "intervals", "num_samples", "problems", "samples"}
-        assert (result["problems"], result["num_samples"], len(result["samples"])) == (6, 3, 6)
-        for sample in result["samples"]:
-            counts = {"reasoning_steps", "response_length", "ended", "truncated", "solved"}
-            assert set(sample) == {"prompt", "answer", "response", "reward", "correct"} | counts
-    page = out.with_name("v1.5.md").read_text()
-    table = [line for line in page.splitlines() if line.startswith("|")]
-    assert len(table) == 5
-    assert len({line.count(" | ") for line in table}) == 1
-    assert re.search(r"\| svamp \| 6 \| 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", page)
-    assert "3 samples per problem" in page
-
-
-def test_the_mean_row_is_the_unweighted_mean():
-    def result(value: float, problems: int) -> dict:
-        return {"pass_at_1": value, "problems": problems, "num_samples": 0, "intervals": {"pass_at_1": [0.0, 1.0]}}
-
-    results = {"a": result(0.2, 10), "b": result(0.6, 1000)}
-    assert mean_over_data(results) == {"pass_at_1": pytest.approx(0.4)}
-    assert evaluation_cells(results).rows[-1] == ["mean of 2", "", "0.400"]
-    assert len(evaluation_cells({"a": results["a"]}).rows) == 1
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
