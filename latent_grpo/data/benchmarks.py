@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from latent_grpo.data.released_gpqa import load_released_gpqa
 from latent_grpo.data.rows import load_rows
 from latent_grpo.errors import DataError
 
@@ -76,7 +77,7 @@ def released_runs(label: str) -> ReleasedRuns | None:
 
 
 def load_benchmarks(
-    sources: Sequence[str], *, split: str = "test", limit: int | None = None, **columns: str | None
+    sources: Sequence[str], *, split: str = "test", limit: int | None = None, released: bool = False, **columns: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """Read benchmarks, files and Hub data sets into rows by label, in the order of `sources`.
 
@@ -85,6 +86,7 @@ def load_benchmarks(
             LABEL=SOURCE, for a file or a Hub name with a label, such as `gsm8k=test.jsonl`; or a file or a Hub name.
         split: the split of Hub data sets that are not benchmarks.
         limit: the number of rows to read from the start of each source; None reads all.
+        released: read GPQA-Diamond as the released evaluation does, which has another order and form of the options.
         columns: prompt_column, answer_column and chain_column of `load_rows`. A benchmark on the Hub does not use them.
 
     Raises:
@@ -96,11 +98,12 @@ def load_benchmarks(
             raise DataError(f"data {label!r} is given twice; label the second one, as other={source}")
         benchmark = BENCHMARKS.get(label)
         # A benchmark with a file in its place has its label, but another source.
+        read = load_released_gpqa if released and label == "gpqa-diamond" else load_rows
         if benchmark is None or source != label:
-            data[label] = load_rows(source, split=split, limit=limit, **columns)
+            data[label] = read(source, split=split, limit=limit, **columns)
             continue
         try:
-            data[label] = load_rows(benchmark.hub, split=benchmark.split, limit=limit)
+            data[label] = read(benchmark.hub, split=benchmark.split, limit=limit)
         except DataError as error:
             reason = str(error).partition("; ")[0]  # without the remedy for data sets in general
             raise DataError(f"{reason}; {benchmark.note}give a file in its place, as {label}=FILE.jsonl") from error
