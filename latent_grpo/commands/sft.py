@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latent_grpo.commands.options import SEVERAL_PROCESSES, load_dataset_rows, parse_config, require_given
+from latent_grpo.commands.options import SEVERAL_PROCESSES, parse_config, require_given
 from latent_grpo.config import LatentSFTConfig
 
 
@@ -14,11 +14,12 @@ def run(prog: str, argv: Sequence[str]) -> int:
     args = parse_config(prog, LatentSFTConfig, about, argv)
     require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
     # Below the parser, because these imports take seconds.
+    from latent_grpo.data.rows import load_training_rows
     from latent_grpo.model import load_model, load_tokenizer
     from latent_grpo.parallel.process_group import process_group, rank
     from latent_grpo.sft import LatentSFTTrainer
 
-    rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
+    rows = load_training_rows(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     with process_group():
         model = load_model(args.model_name_or_path, args.dtype, args.device)

@@ -14,11 +14,14 @@ def run(prog: str, argv: Sequence[str]) -> int:
     args = parse_config(prog, LatentGRPOConfig, about, argv)
     require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
     # Below the parser, because these imports take seconds.
+    from latent_grpo.data.rows import load_training_rows
     from latent_grpo.parallel.process_group import process_group, rank
     from latent_grpo.trainer import LatentGRPOTrainer
 
-    rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
-    evaluation = load_dataset_rows(args, args.eval_dataset, "test", args.eval_limit) if args.eval_dataset else None
+    rows = load_training_rows(args)
+    # A recipe names evaluation data that a run without evaluations need not load.
+    wanted = args.eval_dataset and args.eval_steps
+    evaluation = load_dataset_rows(args, args.eval_dataset, "test", args.eval_limit) if wanted else None
     with process_group():
         trainer = LatentGRPOTrainer(args.model_name_or_path, None, args, rows, evaluation)
         values = trainer.train()

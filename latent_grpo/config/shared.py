@@ -10,6 +10,7 @@ from latent_grpo.config.fields import (
     NON_NEGATIVE,
     ONE_OR_MORE,
     POSITIVE,
+    SHARE,
     Range,
     check_options,
     option,
@@ -46,12 +47,19 @@ class AdapterOptions:
 class DataOptions:
     """Where the training data comes from and which columns are read."""
 
-    dataset: str = option("", "Training data: JSON, JSONL or Parquet file, or Hub name (name:config).")
+    dataset: str = option(
+        "", "Training data: JSON, JSONL or Parquet file, or Hub name (name:config or owner/name:file)."
+    )
     dataset_split: str = option("train", "Split of a Hub dataset.")
     prompt_column: str | None = option(None, "Column of the question, for data in an unknown format.")
     answer_column: str | None = option(None, "Column of the answer, for data in an unknown format.")
     chain_column: str | None = option(None, "Column of the chain of thought, for data in an unknown format.")
     limit: int | None = option(None, "Use only the first rows.")
+    expected_columns: list[str] = option([], "Columns without which dataset is another set than was meant, an error.")
+    deduplicate: bool = option(False, "Keep only the first row of each prompt of dataset.")
+    repeated_prompts: float = option(
+        0.1, "Share of repeated prompts in dataset, above which a warning names them.", SHARE
+    )
 
 
 @dataclass

@@ -88,7 +88,7 @@ def reference_text(reference: Any) -> str:
 def is_correct(text: str, reference: str) -> bool:
     """Return whether the answer in the visible text of a completion is the reference, by the rules of this module."""
     text = text[-_TAIL_CHARACTERS:]
-    answer = _marked_answer(text)
+    answer = marked_answer(text)
     choice = _CHOICE.fullmatch(_plain_text(reference))
     if choice:
         return _choice_letter(text, answer) == choice[1]
@@ -97,7 +97,7 @@ def is_correct(text: str, reference: str) -> bool:
     return answer is not None and 0 < len(answer) <= _ANSWER_CHARACTERS and _same_answer(answer, reference)
 
 
-def _marked_answer(text: str) -> str | None:
+def marked_answer(text: str) -> str | None:
     """Return the last boxed answer, else what follows ``####``, else None. A cut-off box gives ""."""
     start = text.rfind("\\boxed")
     if start >= 0:

@@ -21,13 +21,14 @@ FREE_OPTIONS = frozenset(
     (
         # They say where the run writes and what it reports. They do not reach the parameters.
         *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to"),
-        *("project", "run_name", "log_table", "log_completions", "num_completions_to_print"),
+        *("project", "run_name", "log_table", "log_completions", "num_completions_to_print", "probe_steps"),
         # A run may move to another machine.
         "device",
         # They set the number of steps, which `total_steps` compares if the learning rate depends on it.
         *("max_steps", "num_train_epochs"),
         # They name the training data, whose rows `data` compares: a file may have moved.
         *("dataset", "dataset_split", "prompt_column", "answer_column", "chain_column", "limit"),
+        *("expected_columns", "deduplicate", "repeated_prompts"),
         # They give the prompt format, which is compared as a whole: the model's own may come in their place.
         *(item.name for item in fields(PromptOptions)),
         # They give the size of an update, together with the number of processes. `update_size` compares the product.

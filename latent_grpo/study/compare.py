@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
-from latent_grpo.data.rows import load_rows
+from latent_grpo.data.rows import load_rows, load_training_rows
 from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer
@@ -292,13 +292,9 @@ def problems(plan: Plan, seed: int) -> tuple[list[Any], list[Any]]:
     if plan.embedded:
         rows = make_problems(args.train_problems + args.held_out_problems, seed=seed)
         return rows[args.held_out_problems :], rows[: args.held_out_problems]
-    train = _rows(grpo, grpo.dataset, grpo.dataset_split, grpo.limit)
-    return train, _rows(grpo, str(grpo.eval_dataset), "test", grpo.eval_limit)
-
-
-def _rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    columns = {name: getattr(args, name) for name in ("prompt_column", "answer_column", "chain_column")}
-    return load_rows(source, split=split, limit=limit, **columns)
+    columns = {name: getattr(grpo, name) for name in ("prompt_column", "answer_column", "chain_column")}
+    held_out = load_rows(str(grpo.eval_dataset), split="test", limit=grpo.eval_limit, **columns)
+    return load_training_rows(grpo), held_out
 
 
 def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tuple[Any, Any]:
@@ -311,7 +307,7 @@ def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> t
     else:
         tokenizer = load_tokenizer(options.model_name_or_path)
         model = load_model(options.model_name_or_path, options.dtype, options.device)
-        rows = _rows(options, options.dataset, options.dataset_split, options.limit)
+        rows = load_training_rows(options)
     LatentSFTTrainer(model, options, rows, tokenizer).train()
     return model, tokenizer
 
