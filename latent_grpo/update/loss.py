@@ -12,7 +12,7 @@ from latent_grpo.model import lm_head
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.activation_checkpointing import recomputed
 from latent_grpo.update.replay import replay
-from latent_kernels import STD_EPSILON, PolicyStats, fused_policy_loss
+from latent_kernels import STD_EPSILON, PolicyStats, fused_policy_loss, group_advantages
 
 # How `fused_policy_loss` averages over the steps of a micro-batch, by `loss_type`. See `share_of_update`.
 AGGREGATIONS = {
@@ -34,6 +34,7 @@ def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
     return dict(
         temperature=args.temperature,
         margin_gradient=args.margin_gradient,
+        method=args.method,
         dual_clip=args.delta,
         aggregation=AGGREGATIONS[args.loss_type],
         objective="cispo" if cispo else "clip",
@@ -50,10 +51,10 @@ def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
 def update_loss(
     model: Any,
     rollout: Rollout,
-    old_logprob: Tensor,  # [R, T]
+    old_logprob: Tensor,  # [R, T], or [R, T, K] with a ratio for each component
     advantages: Tensor,  # [R, T]
     mask: Tensor,  # [R, T] bool
-    ref_logprob: Tensor | None,  # [R, T]
+    ref_logprob: Tensor | None,  # like old_logprob
     args: LatentGRPOConfig,
 ) -> tuple[Tensor, PolicyStats]:
     """Replay a rollout with gradients. Return its policy loss (0-d; Eq. 22-23) and statistics of the masked steps."""
@@ -95,11 +96,49 @@ def batch_std(rewards: Tensor, counted: Tensor) -> Tensor:
     return torch.where(count > 1, variance.sqrt() + STD_EPSILON, 1.0)
 
 
-def response_mask(rollout: Rollout, loss_on: str) -> Tensor:
-    """Return the steps that carry the policy loss [R, T] bool: "all" steps, only "latent" or only "text" steps."""
+def response_mask(rollout: Rollout, loss_on: str, max_latent_steps: int | None = None) -> Tensor:
+    """Return the steps that carry the policy loss [R, T] bool: "all" steps, only "latent" or only "text" steps.
+
+    The end marker behind a run of `max_latent_steps` was forced. The policy took no action there, so it has no loss.
+    """
     if loss_on == "latent":
         return rollout.mask & rollout.is_latent
-    return rollout.mask & ~rollout.is_latent if loss_on == "text" else rollout.mask
+    chosen = rollout.mask
+    if max_latent_steps is not None and max_latent_steps < chosen.shape[1]:
+        chosen = chosen.clone()
+        chosen[:, max_latent_steps] &= rollout.latent_steps != max_latent_steps
+    return chosen & ~rollout.is_latent if loss_on == "text" else chosen
+
+
+def step_logprob(logprob: Tensor) -> Tensor:
+    """Return log-probs of steps [R, T] from those of steps, or from those of their components [R, T, K]."""
+    return logprob.sum(-1) if logprob.ndim == 3 else logprob
+
+
+def policy_advantages(
+    args: LatentGRPOConfig, rollout: Rollout, rewards: Tensor, group: Tensor, old_logprob: Tensor
+) -> Tensor:
+    """Return the advantage of every response step [R, T] from rewards [R], groups [R], old log-probs [R, T]."""
+    result = group_advantages(
+        rewards,
+        group,
+        invalid_mask=~rollout.finished,
+        invalid=args.invalid,
+        normalize_std=args.scale_rewards == "group",
+        mean_logprob=mean_logprob(old_logprob, rollout.mask),
+        # Several correct responses would pull the mixture of one latent step apart. Text steps have no mixture.
+        first_token=args.first_token if args.latent else "all",
+        winner_from=args.winner_from,
+    )
+    advantages = step_advantages(result.advantages, result.first_step, old_logprob.shape[1])
+    if args.scale_rewards == "batch":
+        counted = rollout.finished if args.invalid == "exclude" else torch.ones_like(rollout.finished)
+        advantages = advantages / batch_std(rewards, counted)
+    if args.importance_sampling_cap is not None:
+        # Truncated importance sampling: the sampler's log-probs are not exactly those of the trainer.
+        weights = (old_logprob - rollout.logprob).exp().clamp_max(args.importance_sampling_cap)
+        advantages = advantages * torch.where(rollout.mask, weights, 1.0)
+    return advantages
 
 
 def step_advantages(advantages: Tensor, first_step: Tensor, steps: int) -> Tensor:

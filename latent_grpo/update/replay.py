@@ -48,14 +48,28 @@ def replay(model: Any, rollout: Rollout) -> Tensor:
     return torch.cat([first_hidden, body(model, embeds, mask, response_positions, cache)], 1)
 
 
-def replay_logprob(model: Any, rollout: Rollout, temperature: float) -> Tensor:
+def replay_logprob(
+    model: Any, rollout: Rollout, temperature: float, method: str = "latent_grpo", components: bool = False
+) -> Tensor:
     """Return the log-probs [R, T] float32 of the steps of a rollout under `model`; 0 on masked steps.
 
-    temperature: the sampling temperature, which divides the logits of text steps only. Differentiable in the model.
+    Differentiable in the model.
+
+    Args:
+        temperature: the sampling temperature, which divides the logits of text steps only.
+        method: what the log-prob of a latent step is, see `latent_logprob_from_logits`.
+        components: with the method "multiplex", return the log-prob of every component [R, T, K] instead of their sum.
     """
     hidden = replay(model, rollout)
     active = rollout.mask
     logprob = latent_logprob(
-        hidden[active], lm_head(model), rollout.ids[active], rollout.scores[active], temperature=temperature
+        hidden[active],
+        lm_head(model),
+        rollout.ids[active],
+        rollout.scores[active],
+        temperature=temperature,
+        method=method,
+        components=components,
     )
-    return torch.zeros_like(rollout.logprob).masked_scatter(active, logprob.float())
+    out = torch.zeros(rollout.ids.shape if components else active.shape, device=logprob.device)
+    return out.masked_scatter(active.unsqueeze(-1) if components else active, logprob.float())
