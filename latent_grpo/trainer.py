@@ -41,11 +41,10 @@ from latent_grpo.saving.model_files import save_model
 from latent_grpo.seeds import derive_seed, rank_seed
 from latent_grpo.update.lora import add_adapters, without_adapters
 from latent_grpo.update.loss import (
-    batch_std,
-    mean_logprob,
+    policy_advantages,
     response_mask,
     share_of_update,
-    step_advantages,
+    step_logprob,
     update_loss,
 )
 from latent_grpo.update.micro_batches import micro_batches
@@ -53,7 +52,7 @@ from latent_grpo.update.optimizer import Updater
 from latent_grpo.update.replay import replay_logprob
 from latent_grpo.watching.metrics import Metrics, progress_bar
 from latent_grpo.watching.response_log import print_completions, write_completions
-from latent_kernels import PolicyStats, group_advantages
+from latent_kernels import PolicyStats
 
 RewardFuncs = str | RewardFunc | Sequence[str | RewardFunc]
 
@@ -65,8 +64,8 @@ class Batch:
     rollout: Rollout
     group: Tensor  # [R] int64, the group of each response
     rewards: Tensor  # [R] float32
-    old_logprob: Tensor  # [R, T] float32, under the policy before the update
-    ref_logprob: Tensor | None  # [R, T] float32, under the reference model; None without a KL penalty
+    old_logprob: Tensor  # [R, T] or, of components, [R, T, K] float32, under the policy before the update
+    ref_logprob: Tensor | None  # the same under the reference model; None without a KL penalty
     advantages: Tensor  # [R, T] float32
     samples: Samples | None = None  # the texts, for the logs
 
@@ -228,46 +227,27 @@ class LatentGRPOTrainer:
         old = rollout.logprob
         if args.old_logprobs == "recompute":
             old = self.logprobs(self.full_model, rollout)
-            gap["logprob_gap"] = float(((old - rollout.logprob).abs() * rollout.mask).sum() / rollout.mask.sum())
+            distance = (step_logprob(old) - rollout.logprob).abs()
+            gap["logprob_gap"] = float((distance * rollout.mask).sum() / rollout.mask.sum())
             self.check_gap(gap["logprob_gap"])
         group = torch.arange(len(rewards), device=self.device) // args.num_generations
-        advantages = self._advantages(rollout, rewards, group, old)
+        advantages = policy_advantages(args, rollout, rewards, group, step_logprob(old))
         with without_adapters(self.reference):
             reference = None if self.reference is None else self.logprobs(self.reference, rollout)
         return Batch(rollout, group, rewards, old, reference, advantages), gap
 
-    def _advantages(self, rollout: Rollout, rewards: Tensor, group: Tensor, old_logprob: Tensor) -> Tensor:
-        """Return the advantage of every response step [R, T] from rewards [R], groups [R], old log-probs [R, T]."""
-        args = self.args
-        result = group_advantages(
-            rewards,
-            group,
-            invalid_mask=~rollout.finished,
-            invalid=args.invalid,
-            normalize_std=args.scale_rewards == "group",
-            mean_logprob=mean_logprob(old_logprob, rollout.mask),
-            # Several correct responses would pull the mixture of one latent step apart. Text steps have no mixture.
-            first_token=args.first_token if args.latent else "all",
-        )
-        advantages = step_advantages(result.advantages, result.first_step, old_logprob.shape[1])
-        if args.scale_rewards == "batch":
-            counted = rollout.finished if args.invalid == "exclude" else torch.ones_like(rollout.finished)
-            advantages = advantages / batch_std(rewards, counted)
-        if args.importance_sampling_cap is not None:
-            # Truncated importance sampling: the sampler's log-probs are not exactly those of the trainer.
-            weights = (old_logprob - rollout.logprob).exp().clamp_max(args.importance_sampling_cap)
-            advantages = advantages * torch.where(rollout.mask, weights, 1.0)
-        return advantages
-
     def logprobs(self, model: Any, rollout: Rollout) -> Tensor:
         """Return the log-probs [R, T] float32 of a rollout under a full model, in micro-batches.
 
+        With a ratio for each component they are [R, T, K].
+
         Collective: each rank computes its share of the rows, and every rank gets all of them.
         """
-        out = torch.zeros_like(rollout.logprob)
+        args, each = self.args, self.args.importance_sampling_level == "component"
+        out = torch.zeros(rollout.ids.shape if each else rollout.mask.shape, device=rollout.logprob.device)
         rows = share_of_rank(rollout, torch.arange(len(out), device=out.device), rank(), world_size())
         for micro_batch in self.micro_batches(rollout, rows):
-            logprob = replay_logprob(model, rollout.select(micro_batch), self.args.temperature)
+            logprob = replay_logprob(model, rollout.select(micro_batch), args.temperature, args.method, each)
             out[micro_batch, : logprob.shape[1]] = logprob
         return all_reduce_sum(out)  # the rows of other ranks are 0 here
 
@@ -309,8 +289,9 @@ class LatentGRPOTrainer:
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + value
         copy_to_full(self.full_model, self.model)
-        # The entropy is computed only if it has a coefficient.
-        unused = {"abs_log_ratio"} if args.entropy_coef else {"abs_log_ratio", "entropy"}
+        # The entropy is computed only if it has a coefficient. Multiplex Thinking has no margins.
+        absent = {"entropy": not args.entropy_coef, "margin_crossed": args.method == "multiplex"}
+        unused = {"abs_log_ratio", *(name for name, missing in absent.items() if missing)}
         return {
             **{name: value / updates for name, value in sums.items() if name not in unused},
             **gap,
@@ -325,7 +306,7 @@ class LatentGRPOTrainer:
         Collective: each rank replays its share of the rows, in micro-batches. The statistics are those of all ranks.
         """
         args = self.args
-        loss_mask = response_mask(batch.rollout, args.loss_on)
+        loss_mask = response_mask(batch.rollout, args.loss_on, args.max_latent_steps)
         total = loss_mask[rows].sum()
         sums = torch.zeros(1 + len(PolicyStats._fields), dtype=torch.float64)
         own = self.micro_batches(batch.rollout, share_of_rank(batch.rollout, rows, rank(), world_size()))

@@ -14,6 +14,7 @@ from latent_grpo.errors import ConfigError
 from latent_grpo.study.config import CompareConfig
 
 CONFIGURATIONS = (LatentGRPOConfig, LatentSFTConfig, CompareConfig)
+COMPONENT = dict(importance_sampling_level="component", method="multiplex", latent_top_p=1.0)
 WITH_RANGE = {
     f"{config.__name__}.{item.name}": (config, item.name, item.metadata["range"])
     for config in CONFIGURATIONS
@@ -73,6 +74,10 @@ def test_an_option_that_cannot_be_used_is_one_line_with_name_value_and_remedy(op
     [
         (dict(importance_sampling_cap=2.0, old_logprobs="rollout"), "importance_sampling_cap is 2.0", "old_logprobs"),
         (dict(loss_type="cispo", epsilon_high=0.5), "epsilon_high is 0.5", "cispo"),
+        (dict(importance_sampling_level="component"), "importance_sampling_level is 'component'", "multiplex"),
+        (dict(COMPONENT, latent=False), "importance_sampling_level is 'component'", "latent steps"),
+        (dict(COMPONENT, loss_type="gspo"), "importance_sampling_level is 'component'", "loss_type gspo"),
+        (dict(COMPONENT, old_logprobs="rollout"), "importance_sampling_level is 'component'", "old_logprobs recompute"),
         (dict(soft_punish_cache=200), "soft_punish_cache is 200", "max_completion_length"),
     ],
     ids=str,

@@ -14,6 +14,7 @@ from latent_grpo.update.replay import replay, replay_logprob
 from latent_kernels import fused_policy_loss
 
 ALL_ROWS = torch.arange(16)
+COMPONENT = dict(method="multiplex", latent_top_p=1.0, importance_sampling_level="component")
 FOUR_MICRO_BATCHES = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
 
 
@@ -83,6 +84,8 @@ def test_every_loss_type_is_the_textbook_formula(tokenizer, warm, tmp_path, loss
         (dict(importance_sampling_level="sequence"), dict(ratio="sequence", aggregation="token-mean")),
         (dict(loss_type="cispo"), dict(objective="cispo", clip_low=1.0, clip_high=4.0)),
         (dict(loss_type="cispo", epsilon_high=2.5), dict(objective="cispo", clip_low=1.0, clip_high=1.5)),
+        (dict(method="soft_grpo", noise="two_sided"), dict(method="soft_grpo", ratio="token")),
+        (dict(COMPONENT, beta=0.1), dict(method="multiplex", ratio="component", kl_coef=0.1)),
         (dict(beta=0.1, kl_estimator="k2"), dict(kl_coef=0.1, kl_estimator="k2")),
         (dict(entropy_coef=0.01), dict(entropy_coef=0.01)),
         (dict(margin_gradient="released", temperature=0.9), dict(margin_gradient="released", temperature=0.9)),
