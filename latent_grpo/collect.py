@@ -24,7 +24,7 @@ from latent_grpo.rewards.scoring import reward_names, score
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.samples import Samples, concatenate_samples
 from latent_grpo.rollout.slot_cache import rows_within
-from latent_grpo.rollout.trajectory import Rollout, concatenate, mixture_entropy, visible_text
+from latent_grpo.rollout.trajectory import Rollout, concatenate, latent_share, mixture_entropy, visible_text
 from latent_grpo.seeds import derive_seed
 
 
@@ -214,12 +214,17 @@ class Collector:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return means over the responses: steps, latent steps, their share, entropy of a latent step in nats, cut off."""
+    """Return means over the responses: steps, latent steps, entropy of a latent step in nats, cut off.
+
+    `latent_share` is the share of latent steps among all steps, `latent_share_per_question` the mean of the shares of
+    each prompt's responses, in which a prompt with long responses weighs no more than another.
+    """
     lengths, latent = rollout.lengths.float(), rollout.latent_steps.float()
     return {
         "response_length": float(lengths.mean()),
         "latent_length": float(latent.mean()),
         "latent_share": float(latent.sum() / lengths.sum()),
+        "latent_share_per_question": float(latent_share(rollout).mean()),
         "mixture_entropy": float(mixture_entropy(rollout).sum() / latent.sum().clamp_min(1)),
         "truncated": float((~rollout.finished).float().mean()),
     }

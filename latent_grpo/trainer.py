@@ -49,6 +49,7 @@ from latent_grpo.update.loss import (
 )
 from latent_grpo.update.micro_batches import micro_batches
 from latent_grpo.update.optimizer import Updater
+from latent_grpo.update.probe import start_probe
 from latent_grpo.update.replay import replay_logprob
 from latent_grpo.watching.metrics import Metrics, progress_bar
 from latent_grpo.watching.response_log import print_completions, write_completions
@@ -190,7 +191,9 @@ class LatentGRPOTrainer:
         with graceful_interrupt() as interrupt, progress_bar("Latent-GRPO", self.total_steps, self.step) as bar:
             while self.step < self.total_steps:
                 batch, values = self.collect()
+                probe = start_probe(self.full_model, batch.rollout, args, self.step + 1)
                 values |= self.update(batch)
+                values |= probe()
                 self.step += 1
                 if args.eval_steps and self.step % args.eval_steps == 0:
                     values |= self.evaluate()

@@ -181,7 +181,6 @@ def run_evaluation(args: argparse.Namespace) -> int:
     scales, limit = args.noise_scale, args.max_completion_length or LatentSampling().max_new_tokens
     one = argparse.Namespace(**{**vars(args), "noise_scale": scales[0], LIMIT_FLAG: limit})
     model, tokenizer, sampling, own_format = load_for_sampling(one)
-    sampling.noise = args.noise
     keep_format = prompt_options(args) != PromptOptions() or has_format(args.model)
     settings = {label: setting_for(args, label, own_format, keep_format=keep_format) for label in data}
     parts = []

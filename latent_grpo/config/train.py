@@ -134,6 +134,12 @@ class WatchingOptions:
         False, "Write the responses of every logged step to output_dir/completions, as Parquet."
     )
     num_completions_to_print: int = option(0, "Responses printed at every logged step.", NON_NEGATIVE)
+    probe_steps: int = option(
+        256,
+        "Latent steps that are replayed before and after the update of a logged step, for margins_not_positive, "
+        "upper_atom and nucleus_overlap. 0 leaves these metrics out.",
+        NON_NEGATIVE,
+    )
 
 
 @dataclass

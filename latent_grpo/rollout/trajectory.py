@@ -106,6 +106,14 @@ def visible_text(tokenizer: Any, rollout: Rollout, end_marker: str) -> list[str]
     return texts
 
 
+def latent_share(rollout: Rollout) -> Tensor:
+    """Return the share of latent steps among all steps of the responses to each prompt [P] float32."""
+    latent, steps = (torch.zeros(len(rollout.prompt_ids), device=rollout.mask.device) for _ in range(2))
+    latent.index_add_(0, rollout.prompt_index, rollout.latent_steps.float())
+    steps.index_add_(0, rollout.prompt_index, rollout.lengths.float())
+    return latent / steps.clamp_min(1)
+
+
 def mixture_entropy(rollout: Rollout) -> Tensor:
     """Return the entropy of each step's mixture weights [R, T] in nats; 0 for text steps."""
     weights = (rollout.scores / rollout.tau).softmax(-1)

@@ -2,7 +2,8 @@
 
 `output_dir/completions/completions_00012.parquet` holds the responses that step 12 trained on, one row per response.
 Columns: step, prompt, answer (the true one), completion (the visible text), reward, `reward/NAME` of every reward
-function, advantage (at the last step of the response), advantage_first_step, finished, response_length, latent_steps.
+function, advantage (at the last step of the response), advantage_first_step, finished, response_length, latent_share
+(of latent steps among all steps of the responses to the prompt), latent_steps.
 `latent_steps` holds, for each latent step, the TOP heaviest tokens with their weights in the mixture.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from latent_grpo.errors import ConfigError
 from latent_grpo.rollout.samples import Samples
-from latent_grpo.rollout.trajectory import Rollout
+from latent_grpo.rollout.trajectory import Rollout, latent_share
 from latent_grpo.saving.atomic_files import replaced_whole
 from latent_grpo.watching.metrics import CONSOLE
 from latent_grpo.watching.responses import Response, mixtures, print_response, prompt_text
@@ -44,6 +45,7 @@ def write_completions(
         "advantage_first_step": advantages[:, 0].tolist(),
         "finished": rollout.finished.tolist(),
         "response_length": rollout.lengths.tolist(),
+        "latent_share": latent_share(rollout)[rollout.prompt_index].tolist(),
         "latent_steps": latent_steps_array(tokenizer, rollout),
     }
     path = file_of(output_dir, step)
@@ -57,6 +59,7 @@ def print_completions(
 ) -> None:
     """Print the first `count` responses of one step on the terminal. rewards [R], advantages [R, T]."""
     last_advantages = last_step(rollout, advantages).tolist()
+    shares = latent_share(rollout)[rollout.prompt_index].tolist()
     for row in range(min(count, len(samples.prompts))):
         response = Response(
             text=samples.completions[row],
@@ -67,6 +70,7 @@ def print_completions(
             step=step,
             reward=float(rewards[row]),
             advantage=last_advantages[row],
+            latent_share=shares[row] or None,
         )
         print_response(CONSOLE, response, top=TOP)
 
@@ -133,6 +137,8 @@ def read_responses(run: Path, step: int, count: int) -> list[Response]:
         Response(
             text=row["completion"],
             latent_steps=[[(part["token"], part["weight"]) for part in mixture] for mixture in row["latent_steps"]],
+            # A log of an earlier version has no shares. For text they say nothing.
+            latent_share=row.get("latent_share") or None,
             **{name: row[name] for name in ("finished", "prompt", "answer", "step", "reward", "advantage")},
         )
         for row in read_completions(run, step)[:count]

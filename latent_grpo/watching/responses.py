@@ -26,6 +26,7 @@ class Response:
     step: int | None = None  # the training step that sampled it
     reward: float | None = None
     advantage: float | None = None  # at the last step of the response
+    latent_share: float | None = None  # of latent steps among all steps of the responses to its prompt
 
 
 def mixtures(tokenizer: Any, rollout: Rollout, row: int) -> list[Mixture]:
@@ -73,6 +74,8 @@ def answer_line(response: Response) -> str:
         facts.append(f"reward {response.reward:.2f}")
     if response.advantage is not None:
         facts.append(f"advantage {response.advantage:+.2f}")
+    if response.latent_share is not None:
+        facts.append(f"latent share of the question {response.latent_share:.2f}")
     if response.answer is not None:
         facts.append(f"true answer {response.answer}")
     cut = "" if response.finished else "  (cut off by the limit)"

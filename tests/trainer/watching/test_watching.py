@@ -209,6 +209,9 @@ def test_the_log_of_responses_holds_what_was_trained_on(watched):
             length = int(rollout.mask[i].sum())
             assert row["response_length"] == length
             assert row["finished"] == bool(rollout.finished[i])
+            siblings = rollout.prompt_index == rollout.prompt_index[i]
+            steps = int(rollout.mask[siblings].sum())
+            assert row["latent_share"] == pytest.approx(int(rollout.is_latent[siblings].sum()) / steps)
             assert row["advantage"] == pytest.approx(float(batch.advantages[i, length - 1]))
             assert row["advantage_first_step"] == pytest.approx(float(batch.advantages[i, 0]))
             where = rollout.is_latent[i].nonzero().squeeze(-1).tolist()
@@ -219,6 +222,9 @@ def test_the_log_of_responses_holds_what_was_trained_on(watched):
                 order = weights.argsort(descending=True)
                 assert [e["token"] for e in entries] == [tokenizer.decode([int(rollout.ids[i, t, k])]) for k in order]
                 assert [e["weight"] for e in entries] == pytest.approx(weights[order].tolist())
+        (line,) = [line for line in read_metrics(out / "metrics.jsonl") if line["step"] == step]
+        of_questions = {row["prompt"]: row["latent_share"] for row in rows}
+        assert line["latent_share_per_question"] == pytest.approx(sum(of_questions.values()) / len(of_questions))
     assert latent_seen > 0
     assert len({row["advantage"] for row in read_completions(out, 1)}) > 2
 
@@ -335,6 +341,7 @@ def test_inspect_shows_curves_alarms_and_latent_steps(watched, tmp_path, capsys,
     assert shown.count("step 2: ") == 8
     for row in read_completions(out, 2):
         assert row["prompt"] in shown
+        assert f"latent share of the question {row['latent_share']:.2f}" in shown
         for number, entries in enumerate(row["latent_steps"], 1):
             mixture = " + ".join(f"{e['weight']:.2f} {e['token']!r}" for e in entries[:4])
             assert f"latent {number}: {mixture}" in shown
