@@ -18,7 +18,8 @@ from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError
 # import PyTorch, and `--help` and typing mistakes should answer at once.
 COMMANDS = {
     "quickstart": ("quickstart", "Run the whole job on a toy task: minutes on a CPU."),
-    "sft": ("sft", "Warm a model up with Latent-SFT."),
+    "encode": ("encode", "Make soft labels for sft: the first stage of Latent-SFT."),
+    "sft": ("sft", "Warm a model up: with uniform targets, or with soft labels (Latent-SFT)."),
     "train": ("train", "Train with Latent-GRPO, or with text GRPO (--latent False)."),
     "eval": ("evaluate", "Measure Pass@1, pass@k and reasoning steps on benchmarks, files or Hub data."),
     "generate": ("generate", "Answer one prompt and show every latent step as its mixture."),

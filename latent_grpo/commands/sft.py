@@ -10,7 +10,7 @@ from latent_grpo.config import LatentSFTConfig
 
 def run(prog: str, argv: Sequence[str]) -> int:
     """Train the warm start and save it."""
-    about = f"Latent-SFT: the warm start that creates the latent manifold. {SEVERAL_PROCESSES}"
+    about = f"The warm start, in which a model learns to reason in latent steps. {SEVERAL_PROCESSES}"
     args = parse_config(prog, LatentSFTConfig, about, argv)
     require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
     # Below the parser, because these imports take seconds.

@@ -9,7 +9,7 @@ need, and `--help` and docs/options.md show the options in the same groups. Afte
 from latent_grpo.config.fields import Range, check_options, groups_of, option
 from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.sampling import LatentSampling, SamplingOptions
-from latent_grpo.config.sft import LatentSFTConfig
+from latent_grpo.config.sft import PHASES, EncodeConfig, LatentSFTConfig, WarmStartOptions
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, OptimizerOptions, RunOptions
 from latent_grpo.config.train import (
     AdvantageOptions,
@@ -21,9 +21,11 @@ from latent_grpo.config.train import (
 )
 
 __all__ = [
+    "PHASES",
     "AdapterOptions",
     "AdvantageOptions",
     "DataOptions",
+    "EncodeConfig",
     "LatentGRPOConfig",
     "LatentSFTConfig",
     "LatentSampling",
@@ -36,6 +38,7 @@ __all__ = [
     "RunOptions",
     "SamplingOptions",
     "UpdateOptions",
+    "WarmStartOptions",
     "WatchingOptions",
     "check_options",
     "groups_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,6 +81,7 @@ class OptimizerOptions:
     learning_rate: float = option(1e-6, "Peak learning rate of AdamW.", POSITIVE)
     lr_scheduler_type: str = option("constant_with_warmup", "Name of a transformers scheduler.")
     warmup_steps: int = option(0, "Optimizer steps of linear warm-up.", NON_NEGATIVE)
+    warmup_ratio: float = option(0.0, "Share of all optimizer steps that is warm-up, in place of warmup_steps.", SHARE)
     weight_decay: float = option(0.0, "AdamW weight decay.", NON_NEGATIVE)
     adam_beta1: float = option(0.9, "AdamW beta1.", BELOW_ONE)
     adam_beta2: float = option(0.999, "AdamW beta2.", BELOW_ONE)
@@ -115,9 +117,15 @@ class RunOptions(OptimizerOptions):
         """Return the responses (for `sft`, the examples) per optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
 
+    def warmup_of(self, total_steps: int) -> int:
+        """Return the optimizer steps of warm-up in a run of `total_steps`."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+
     def check_run(self) -> None:
         """Raise ConfigError for the first option that cannot be used."""
         check_options(self)
+        one_warmup = not (self.warmup_steps and self.warmup_ratio)
+        require(one_warmup, "warmup_ratio", self.warmup_ratio, f"warmup_steps is {self.warmup_steps}; give only one")
         require(self.max_steps != 0, "max_steps", self.max_steps, "give 1 or more, or -1 to go by epochs")
         for sink in self.report_to:
             require(sink in SINKS, "report_to", sink, f"choose from {', '.join(SINKS)}")

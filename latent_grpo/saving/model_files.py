@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from transformers.utils import logging as transformers_logging
 
@@ -17,13 +17,26 @@ from latent_grpo.saving.atomic_files import flush
 from latent_grpo.update.lora import has_adapters, merged_model, read_adapters, write_adapters
 
 
+@runtime_checkable
+class OwnFiles(Protocol):
+    """A module that is no single Hugging Face model, and writes and reads the files of a checkpoint itself."""
+
+    def write_files(self, folder: Path) -> None:
+        """Write what training changes into `folder`."""
+
+    def read_files(self, folder: Path) -> None:
+        """Read what `write_files` wrote. Collective: every rank must call it."""
+
+
 def write_model(folder: Path, model: Any, tokenizer: Any, prompt_format: PromptFormat) -> None:
     """Write a model into a folder that `from_pretrained` reads, with its tokenizer and the format of its prompts.
 
     Of a model with adapters, only these are written.
     """
     transformers_logging.disable_progress_bar()  # it would break into the progress bar of the run
-    if has_adapters(model):
+    if isinstance(model, OwnFiles):
+        model.write_files(folder)
+    elif has_adapters(model):
         write_adapters(folder, model)
     else:
         model.save_pretrained(folder)
@@ -36,6 +49,9 @@ def read_model(folder: Path, model: Any) -> None:
 
     With several processes, every rank must call it, because setting a sharded parameter is a collective.
     """
+    if isinstance(model, OwnFiles):
+        model.read_files(folder)
+        return
     if has_adapters(model):
         read_adapters(folder, model)
         return

@@ -22,6 +22,8 @@ FREE_OPTIONS = frozenset(
         # They say where the run writes and what it reports. They do not reach the parameters.
         *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to"),
         *("project", "run_name", "log_table", "log_completions", "num_completions_to_print", "probe_steps"),
+        # They say which phases `encode` runs, and when it measures.
+        *("phases", "read_back_steps"),
         # A run may move to another machine.
         "device",
         # They set the number of steps, which `total_steps` compares if the learning rate depends on it.
@@ -85,7 +87,8 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
         )
     schedule = given["lr_scheduler_type"]
     # A constant learning rate does not depend on the number of steps, so such a run can be made longer.
-    if saved["total_steps"] != own["total_steps"] and not schedule.startswith("constant"):
+    constant = schedule.startswith("constant") and not given["warmup_ratio"]
+    if saved["total_steps"] != own["total_steps"] and not constant:
         yield f"has a {schedule} schedule over {saved['total_steps']} steps, this run has one over {own['total_steps']}"
     if saved["data"] != own["data"]:
         yield "was written with other training data"

@@ -9,19 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latent_grpo.config import LatentSFTConfig
+from latent_grpo.config import LatentSFTConfig, WarmStartOptions
 from latent_grpo.errors import DataError
 from latent_grpo.model import end_marker_ids
 from latent_grpo.prompts import PromptFormat, check_ids, fits_table, resolve_format
+from latent_grpo.sft.soft_labels import SoftLabels
 
 
 @dataclass
 class Example:
-    """One training text: the prompt's tokens, and the components of every response element (one id: a text token)."""
+    """One training text: the prompt's tokens, and the components of every response element (one id: a text token).
+
+    With soft labels, `response` has only the text, and the latent elements before it are `labels`.
+    """
 
     prompt: list[int]
     response: list[list[int]]
     number: int = 0  # of the row in the data set; names the noise streams
+    latents: int = 0  # latent elements of the response
+    labels: tuple[Tensor, Tensor] | None = None  # probabilities and ids [latents, K]
+
+    @property
+    def elements(self) -> int:
+        """Number of response elements, latent and text together."""
+        return len(self.response) + (self.latents if self.labels is not None else 0)
+
+    @property
+    def length(self) -> int:
+        """Number of elements of prompt and response."""
+        return len(self.prompt) + self.elements
 
 
 @dataclass
@@ -32,53 +48,86 @@ class SFTBatch:
     weights: Tensor  # [B, L, C] float32, 0 in unused places; the weights of an element sum to 1
     mask: Tensor  # [B, L] int64, 0 on padding
     response: Tensor  # [B, L] bool, elements with a loss
+    latent: Tensor  # [B, L] bool, latent elements
     numbers: Tensor  # [B] int64, numbers of the examples
+
+
+def text_after(tokenizer: Any, row: Any, args: WarmStartOptions, marker: list[int]) -> list[int]:
+    """Return the ids behind the latent steps: end marker, visible answer, end of the sequence.
+
+    The visible answer is the row's "answer_text", or `answer_template` with its "answer".
+    """
+    visible = row.get("answer_text") or args.answer_template.format(answer=row["answer"])
+    answer = tokenizer(visible, add_special_tokens=False)["input_ids"]
+    return [*marker, *answer, tokenizer.eos_token_id]
+
+
+def chain_ids(tokenizer: Any, row: Any, number: int) -> list[int]:
+    """Return the ids of a row's chain of thought. DataError if there is none; number: the row's, for the message."""
+    if not row.get("chain"):
+        raise DataError(
+            f"row {number} has no chain of thought; the warm start needs one, name its column with --chain_column"
+        )
+    ids: list[int] = tokenizer(row["chain"], add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def build_example(
     tokenizer: Any, row: Any, args: LatentSFTConfig, prompt_format: PromptFormat, marker: list[int], number: int
 ) -> Example:
-    """Return the tokens of a row with "prompt", "chain" and "answer". marker: ids of the end marker.
-
-    The visible answer is the row's "answer_text", or `answer_template` with its "answer".
-    """
-    chain = tokenizer(row["chain"], add_special_tokens=False)["input_ids"]
+    """Return the tokens of a row with "prompt", "chain" and "answer". marker: ids of the end marker."""
+    chain = chain_ids(tokenizer, row, number)
     width = args.compression if args.latent else 1
-    latents = [chain[i : i + width] for i in range(0, len(chain), width)]
-    visible = row.get("answer_text") or args.answer_template.format(answer=row["answer"])
-    answer = tokenizer(visible, add_special_tokens=False)["input_ids"]
-    text = [[token] for token in [*marker, *answer, tokenizer.eos_token_id]]
-    return Example(prompt_format.ids(tokenizer, [row["prompt"]])[0], latents + text, number)
+    steps = [chain[i : i + width] for i in range(0, len(chain), width)]
+    text = [[token] for token in text_after(tokenizer, row, args, marker)]
+    prompt = prompt_format.ids(tokenizer, [row["prompt"]])[0]
+    return Example(prompt, steps + text, number, latents=len(steps) if args.latent else 0)
 
 
 def build_examples(
-    tokenizer: Any, rows: Sequence[Any], args: LatentSFTConfig, prompt_format: PromptFormat | None = None
+    tokenizer: Any,
+    rows: Sequence[Any],
+    args: LatentSFTConfig,
+    prompt_format: PromptFormat | None = None,
+    labels: SoftLabels | None = None,
 ) -> list[Example]:
     """Return an example of every row that fits the length limits.
 
     prompt_format: the default is the one that the options and the model of `model_name_or_path` give.
+    labels: the soft labels of the rows, which replace the targets that the chain gives.
 
     Raises:
-        DataError: a row has no chain, or no row fits.
+        DataError: a row has no chain and no labels, or no row fits.
     """
     prompt_format = prompt_format or resolve_format(args, args.model_name_or_path)
     marker = end_marker_ids(tokenizer, prompt_format.end_marker)
     examples = []
     for number, row in enumerate(rows, 1):
-        if not row.get("chain"):
-            raise DataError(
-                f"row {number} has no chain of thought; Latent-SFT needs one, name its column with --chain_column"
-            )
-        example = build_example(tokenizer, row, args, prompt_format, marker, number)
-        fits_prompt = args.max_prompt_length is None or len(example.prompt) <= args.max_prompt_length
-        if fits_prompt and len(example.response) <= args.max_completion_length:
+        if labels is None:
+            example = build_example(tokenizer, row, args, prompt_format, marker, number)
+        else:
+            text = [[token] for token in text_after(tokenizer, row, args, marker)]
+            label, prompt = labels.row(number - 1), prompt_format.ids(tokenizer, [row["prompt"]])[0]
+            example = Example(prompt, text, number, len(label[0]), label)
+        if fits(args, len(example.prompt), example.elements):
             examples.append(example)
+    return require_rows(examples)
+
+
+def fits(args: WarmStartOptions, prompt: int, response: int) -> bool:
+    """Return whether a prompt and a response of these numbers of elements are within the limits of length."""
+    fits_prompt = args.max_prompt_length is None or prompt <= args.max_prompt_length
+    return fits_prompt and response <= args.max_completion_length
+
+
+def require_rows(examples: list[Any]) -> list[Any]:
+    """Return the examples. DataError if there are none."""
     if not examples:
         raise DataError("no row fits max_prompt_length and max_completion_length; raise them")
     return examples
 
 
-def check_examples(tokenizer: Any, examples: Sequence[Example], table_rows: int) -> None:
+def check_examples(tokenizer: Any, examples: Sequence[Any], table_rows: int) -> None:
     """Raise ModelError for the first id of an example that has no row in an embedding table of `table_rows` rows."""
     if fits_table(tokenizer, table_rows):
         return
@@ -91,20 +140,27 @@ def check_examples(tokenizer: Any, examples: Sequence[Example], table_rows: int)
 def collate(examples: Sequence[Example], device: torch.device) -> SFTBatch:
     """Pad examples to one batch on `device`."""
     prompt_width = max(len(e.prompt) for e in examples)
-    response_width = max(len(e.response) for e in examples)
+    length = prompt_width + max(e.elements for e in examples)
     components = max(len(element) for e in examples for element in e.response)
-    empty = [0] * components
-    ids, weights = [], []
-    for example in examples:
-        elements = [[i] for i in example.prompt] + example.response
-        left = [empty] * (prompt_width - len(example.prompt))
-        right = [empty] * (response_width - len(example.response))
-        padding = [[0] * (components - len(e)) for e in elements]
-        ids.append([*left, *(e + p for e, p in zip(elements, padding, strict=True)), *right])
-        shares = [[1.0 / len(e)] * len(e) + [0.0] * len(p) for e, p in zip(elements, padding, strict=True)]
-        weights.append([*left, *shares, *right])
-    weight = torch.tensor(weights, dtype=torch.float32)
-    mask = weight.sum(-1) > 0
-    response = mask & (torch.arange(prompt_width + response_width) >= prompt_width)
+    components = max([components, *(e.labels[0].shape[-1] for e in examples if e.labels is not None)])
+    ids = torch.zeros(len(examples), length, components, dtype=torch.long)
+    weights = torch.zeros(ids.shape)
+    latent = torch.zeros(ids.shape[:2], dtype=torch.bool)
+    for row, example in enumerate(examples):
+        start, place = prompt_width - len(example.prompt), prompt_width
+        latent[row, place : place + example.latents] = True
+        if example.labels is not None:
+            steps = slice(place, place + example.latents)
+            place = steps.stop
+            weights[row, steps], ids[row, steps] = example.labels
+        ids[row, start:prompt_width, 0] = torch.tensor(example.prompt)
+        weights[row, start:prompt_width, 0] = 1.0
+        text = slice(place, place + len(example.response))
+        unused = [[0] * (components - len(element)) for element in example.response]
+        padded = list(zip(example.response, unused, strict=True))
+        ids[row, text] = torch.tensor([element + rest for element, rest in padded])
+        weights[row, text] = torch.tensor([[1.0 / len(e)] * len(e) + [0.0] * len(rest) for e, rest in padded])
+    mask = weights.sum(-1) > 0
+    response = mask & (torch.arange(length) >= prompt_width)
     numbers = torch.tensor([example.number for example in examples])
-    return SFTBatch(*(x.to(device) for x in (torch.tensor(ids), weight, mask.long(), response, numbers)))
+    return SFTBatch(*(x.to(device) for x in (ids, weights, mask.long(), response, latent, numbers)))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latent_grpo.seeds import derive_seed
 from latent_grpo.sft.examples import SFTBatch
 from latent_kernels import GUMBEL_HIGH, GUMBEL_LOW, philox_uniform
 
 MOST_COMPONENTS = 2**12  # limit of `compression`; gives every component of an element its own noise stream
+ATTEMPTS = 100  # draws of a row's noise, until the end marker is on top of none of its latent steps
 
 
 def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float = 0.0, seed: int = 0, step: int = 0) -> Tensor:
@@ -27,17 +31,42 @@ def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float = 0.0, se
     return (weights.unsqueeze(-1) * F.embedding(batch.ids, table).float()).sum(2).to(table.dtype)
 
 
+def perturbed_labels(batch: SFTBatch, scale: float, seed: int, step: int, end_id: int) -> tuple[SFTBatch, int]:
+    """Return a batch whose latent weights are perturbed, as targets and as inputs, and the number of failed rows.
+
+    The weights p of a latent element become softmax(log(p + 1e-10) + clamp(scale * g, -1.5, 3)), with Gumbel noise g
+    of (seed, step, attempt). A row is drawn again while `end_id` has the largest weight in any of its latent elements:
+    a latent run would end there. A row that fails ATTEMPTS times keeps its last draw.
+    """
+    weights = batch.weights.clone()
+    pending = torch.arange(len(weights), device=weights.device)
+    for attempt in range(ATTEMPTS):
+        rows = SFTBatch(*(tensor[pending] for tensor in vars(batch).values()))
+        noise = (gumbel(rows, derive_seed(seed, step, attempt, ATTEMPTS), 0) * scale).clamp(GUMBEL_LOW, GUMBEL_HIGH)
+        drawn = ((rows.weights + 1e-10).log() + noise).softmax(-1)
+        weights[pending] = torch.where(rows.latent.unsqueeze(-1), drawn, rows.weights)
+        heaviest = rows.ids.gather(-1, drawn.argmax(-1, keepdim=True)).squeeze(-1)
+        pending = pending[((heaviest == end_id) & rows.latent).any(-1)]
+        if not len(pending):
+            break
+    return replace(batch, weights=weights), len(pending)
+
+
 def gumbel_noise(batch: SFTBatch, seed: int, step: int) -> Tensor:
-    """Return clamped Gumbel noise [B, L, C] float32, in [-1.5, 3], as for the latent steps of a rollout.
+    """Return clamped Gumbel noise [B, L, C] float32, in [-1.5, 3], as for the latent steps of a rollout."""
+    return gumbel(batch, seed, step).clamp(GUMBEL_LOW, GUMBEL_HIGH)
+
+
+def gumbel(batch: SFTBatch, seed: int, step: int) -> Tensor:
+    """Return Gumbel noise [B, L, C] float32.
 
     It is a function of (seed, step, number of the example, position in the response, component), so it does not depend
     on the other examples of the batch.
     """
     _, elements, components = batch.ids.shape
-    # All responses of a batch start at one position; the longest one reaches the end.
-    start = elements - int(batch.response.sum(-1).max())
+    start = batch.response.int().argmax(-1, keepdim=True)
     position = (torch.arange(elements, device=batch.ids.device) - start).clamp_min(0)
     within_example = position.unsqueeze(-1) * MOST_COMPONENTS + torch.arange(components, device=position.device)
     streams = batch.numbers.view(-1, 1, 1) * 2**32 + within_example
     draws = philox_uniform(streams.flatten(), seed=seed, step=step).view(streams.shape)
-    return (-torch.log(-torch.log(draws))).clamp(GUMBEL_LOW, GUMBEL_HIGH).float()
+    return (-torch.log(-torch.log(draws))).float()

@@ -26,8 +26,10 @@ ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name of the file
 ADAPTER = "default"  # PEFT's name of the only adapter
 
 
-def add_adapters(model: Any, args: AdapterOptions) -> None:
+def add_adapters(model: Any, args: AdapterOptions, dropout: float = 0.0) -> None:
     """Freeze the model and add trainable float32 adapters to `args.lora_target_modules`.
+
+    dropout: share of an adapter's inputs that is dropped in training.
 
     Raises:
         ConfigError: PEFT is not installed, the model has adapters already, a target does not exist, or the LM head or
@@ -43,7 +45,7 @@ def add_adapters(model: Any, args: AdapterOptions) -> None:
     # PEFT gives one word, such as "all-linear", a meaning of its own only if it is a string.
     chosen = targets[0] if targets is not None and len(targets) == 1 else targets
     try:
-        config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=chosen)
+        config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=dropout, target_modules=chosen)
         # Loaders of a checkpoint find the base model by this name.
         config.base_model_name_or_path = getattr(model, "name_or_path", None)
         inject_adapter_in_model(config, model, ADAPTER)

@@ -30,17 +30,20 @@ class Updater:
     updates are made in the copies, since an update is often smaller than the precision of the parameter.
 
     Args:
-        model: the model to train. Its parameters' `requires_grad` is set here, unless the model has adapters.
+        model: the model to train. Its parameters' `requires_grad` is set here, unless the model has adapters or
+            `freeze_embeddings` is None.
         args: the options of optimizer and schedule.
         total_steps: number of optimizer steps that the schedule covers.
-        freeze_embeddings: keep the embedding table, and an LM head that is tied to it.
+        freeze_embeddings: keep the embedding table, and an LM head that is tied to it. None: train the parameters whose
+            `requires_grad` is set already.
 
     Raises:
         ConfigError: nothing is trainable, the schedule is unknown, or the optimizer's library is not installed.
     """
 
-    def __init__(self, model: Any, args: RunOptions, total_steps: int, freeze_embeddings: bool) -> None:
-        if not has_adapters(model):  # of a model with adapters, only the adapters are trained
+    def __init__(self, model: Any, args: RunOptions, total_steps: int, freeze_embeddings: bool | None) -> None:
+        # Of a model with adapters, only the adapters are trained.
+        if freeze_embeddings is not None and not has_adapters(model):
             model.requires_grad_(True)
             if freeze_embeddings:
                 embedding_table(model).requires_grad_(False)
@@ -51,7 +54,8 @@ class Updater:
         self.masters = [master(p) if args.master_weights else p for p in self.parameters]
         self.optimizer = make_optimizer(self.masters, args)
         try:
-            self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, total_steps)
+            warmup = args.warmup_of(total_steps)
+            self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, total_steps)
         except ValueError as error:
             raise ConfigError(f"lr_scheduler_type is {args.lr_scheduler_type!r}: {error}") from error
         self.max_grad_norm = args.max_grad_norm or math.inf  # 0 stands for no clipping; the norm is logged all the same

@@ -27,6 +27,7 @@ CONSOLE = Console(stderr=True, highlight=False)
 TABLE = (
     ("step", "step", "6d"),
     ("loss", "loss", "9.4f"),
+    ("ce", "ce", "8.4f"),
     ("reward", "reward", "7.3f"),
     ("reward_std", "std", "6.3f"),
     ("groups_kept", "kept", "5.2f"),
@@ -40,8 +41,12 @@ TABLE = (
     ("learning_rate", "rate", "9.1e"),
     ("tokens_per_second", "tok/s", "7.0f"),
     ("eval_pass_at_1", "Pass@1", "7.3f"),
+    ("read_back", "read back", "10.3f"),
+    ("read_answers", "answers", "8.3f"),
 )
 LINES_PER_HEADING = 20
+READ = ("read_back", "read_answers")
+EVALUATIONS = {"train": ("eval_pass_at_1",), "encoder": READ, "decoder": READ, "union": READ}  # by phase
 
 
 class Metrics:
@@ -136,10 +141,10 @@ def last_step(history: list[dict[str, Any]]) -> int:
 def heading(values: dict[str, Any]) -> str:
     """Return the headings of the table's columns that `values` has.
 
-    The column of the evaluation is always there in training, because only few lines have its figure. It is the last
-    column, so that the other lines can leave it out.
+    The columns of evaluations are always there, because only few lines have their figures. They are the last columns,
+    so that the other lines can leave them out.
     """
-    names = {*values, "eval_pass_at_1"} if values["phase"] == "train" else {*values}
+    names = {*values, *EVALUATIONS.get(values["phase"], ())}
     return "".join(f"{label:>{width(form)}}" for name, label, form in TABLE if name in names)
 
 

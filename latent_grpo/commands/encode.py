@@ -1,0 +1,30 @@
+"""`latent-grpo encode`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from latent_grpo.commands.options import SEVERAL_PROCESSES, load_dataset_rows, parse_config, require_given
+from latent_grpo.config import EncodeConfig
+
+
+def run(prog: str, argv: Sequence[str]) -> int:
+    """Train encoder and decoder, and write the soft labels of the data."""
+    about = f"The first stage of Latent-SFT: soft labels for sft, made from chains of thought. {SEVERAL_PROCESSES}"
+    args = parse_config(prog, EncodeConfig, about, argv)
+    require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
+    # Below the parser, because these imports take seconds.
+    from latent_grpo.model import load_tokenizer
+    from latent_grpo.parallel.process_group import process_group, rank
+    from latent_grpo.sft.encode import encode
+
+    rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    with process_group():
+        results = encode(args, rows, tokenizer)
+        if rank() == 0:
+            for phase, values in results.items():
+                shares = f"read back {values['read_back']:.3f}, answers {values['read_answers']:.3f}"
+                print(f"{phase}: loss {values['loss']:.4f}, {shares}")
+            print(f"saved {args.output_dir}")
+    return 0

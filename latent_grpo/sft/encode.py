@@ -1,0 +1,206 @@
+"""The first stage of Latent-SFT: three training phases, and the soft labels of a data set (arXiv 2510.15522).
+
+The encoder is trained with a frozen decoder, then the decoder with the frozen encoder, then both. Each phase starts
+from what the phases before it have left, and trains new adapters if it has any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import set_seed
+
+from latent_grpo.config import PHASES, EncodeConfig
+from latent_grpo.errors import ConfigError, require
+from latent_grpo.model import check_vocabulary, embedding_table, load_model
+from latent_grpo.parallel.fsdp import call_inside, copy_to_full
+from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank, world_size
+from latent_grpo.prompts import PromptFormat, resolve_format
+from latent_grpo.saving.atomic_files import replaced_whole, write_json
+from latent_grpo.saving.checkpoint import checkpoints_in
+from latent_grpo.saving.model_files import save_model
+from latent_grpo.sft.chain_model import ChainModel
+from latent_grpo.sft.examples import check_examples
+from latent_grpo.sft.loop import Term, UpdateLoop
+from latent_grpo.sft.pieces import ChainExample, chain_batch, chain_example, chain_examples
+from latent_grpo.sft.soft_labels import SoftLabels, hashed_prompts, join_rows, write_soft_labels
+from latent_grpo.watching.metrics import progress_bar
+
+TRAINED = {"encoder": ("encoder",), "decoder": ("decoder",), "union": ("encoder", "decoder"), "labels": ()}
+# The phase that leaves the encoder and the decoder with which a phase starts. None: the base model.
+SOURCES: dict[str, tuple[str | None, str | None]] = {
+    "encoder": (None, None),
+    "decoder": ("encoder", None),
+    "union": ("encoder", "decoder"),
+    "labels": ("union", "union"),
+}
+LABEL_FILE, FINISHED_FILE, COMPRESS_FILE = "soft_labels.safetensors", "finished.json", "compress_token.safetensors"
+
+
+def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str, dict[str, float]]:
+    """Run `args.phases` and return the metrics of the last step of each training phase.
+
+    A phase writes to a folder of its name in `args.output_dir`: checkpoints, metrics, and the finished parts as model
+    folders `encoder` and `decoder`. Labels go to `soft_labels.safetensors`. To resume, skip the finished phases.
+    Collective: every rank must call it.
+
+    Raises:
+        ConfigError, ModelError, DataError: an option, model or data set cannot be used; one line with the remedy.
+    """
+    choice = str(args.resume_from_checkpoint or "")
+    require(choice.lower() in ("", "true"), "resume_from_checkpoint", choice, "give true: phases resume their newest")
+    prompt_format = resolve_format(args, args.model_name_or_path)
+    results = {}
+    for phase in PHASES:
+        folder = Path(args.output_dir) / phase
+        if phase not in args.phases or (choice and (folder / FINISHED_FILE).exists()):
+            continue
+        own = replace(args, output_dir=str(folder), resume_from_checkpoint=None)
+        model = load_parts(args, phase)
+        if phase == "labels":
+            labels = label_rows(model, own, rows, tokenizer, prompt_format)
+            write_labels(Path(args.output_dir) / LABEL_FILE, labels)
+        else:
+            trainer = Phase(phase, model, own, rows, tokenizer, prompt_format)
+            results[phase] = trainer.train(bool(choice and checkpoints_in(folder)))
+    return results
+
+
+def load_parts(args: EncodeConfig, phase: str) -> ChainModel:
+    """Return the module of a phase: the encoder and the decoder with which it starts.
+
+    Raises:
+        ConfigError: a phase that it needs has not finished.
+    """
+    folders = []
+    for part, source in zip(("encoder", "decoder"), SOURCES[phase], strict=True):
+        run = Path(args.output_dir) / str(source)
+        if source and not (run / FINISHED_FILE).exists():
+            raise ConfigError(f"phases is {args.phases!r}: {phase} needs {str(run)!r} finished; add {source}")
+        folders.append(str(run / part) if source else args.model_name_or_path)
+    encoder, decoder = (load_model(folder, args.dtype, args.device) for folder in folders)
+    size = len(embedding_table(decoder))
+    require(args.label_size <= size, "label_size", args.label_size, f"the vocabulary has {size} tokens")
+    compress = Path(folders[0]) / COMPRESS_FILE
+    token = load_file(compress)["compress_token"].to(encoder.device) if SOURCES[phase][0] else None
+    set_seed(args.seed)  # new adapters start from random values
+    return ChainModel(encoder, decoder, token, TRAINED[phase], args)
+
+
+class Phase(UpdateLoop):
+    """One training phase of the first stage.
+
+    The loss is the cross-entropy of the chain tokens behind a latent step and of the text, averaged over the tokens of
+    an update. The metrics have, on held-out rows, the share of chain tokens that the decoder predicts (`read_back`) and
+    the share of rows whose text it predicts (`read_answers`), each token from the true ones before it.
+
+    Raises:
+        ConfigError, DataError: an option or the data set cannot be used; one line with the remedy.
+    """
+
+    args: EncodeConfig
+
+    def __init__(
+        self,
+        phase: str,
+        model: ChainModel,
+        args: EncodeConfig,
+        rows: Sequence[Any],
+        tokenizer: Any,
+        prompt_format: PromptFormat,
+    ) -> None:
+        self.phase = self.label = phase
+        check_vocabulary(model.decoder, tokenizer, prompt_format, latent=True)
+        examples, count = chain_examples(tokenizer, rows, args, prompt_format), args.read_back_rows
+        check_examples(tokenizer, examples, len(embedding_table(model.decoder)))
+        fitting = f"{len(examples)} rows fit the limits of length; give fewer, so that some are trained on"
+        require(count < len(examples), "read_back_rows", count, fitting)
+        held_out = {number * len(examples) // count for number in range(count)}
+        self.held_out = [examples[number] for number in sorted(held_out)]
+        kept = [example for number, example in enumerate(examples) if number not in held_out]
+        super().__init__(model, args, kept, tokenizer, prompt_format, rows, None)
+
+    def train(self, resume: bool) -> dict[str, float]:
+        """Train to the last step, write the trained parts, and return the metrics of the last step."""
+        values = self.run(resume)
+        copy_to_full(self.full_model, self.model)
+        for part in TRAINED[self.phase]:
+            full = getattr(self.full_model, part, None)
+            save_model(self.output_dir / part, full, self.tokenizer, self.prompt_format)
+        on_rank_zero(lambda: self.finish(values))
+        return values
+
+    def finish(self, values: dict[str, float]) -> None:
+        """Write the compress token, and the file that says that the phase has finished."""
+        if "encoder" in TRAINED[self.phase]:
+            token = self.full_model.compress_token.detach().cpu()
+            with replaced_whole(self.output_dir / "encoder" / COMPRESS_FILE) as partial:
+                save_file({"compress_token": token}, partial)
+        write_json(self.output_dir / FINISHED_FILE, {"step": self.step, **values})
+
+    def terms(self, chosen: Sequence[ChainExample]) -> list[Term]:
+        """Return the only term, the mean over the tokens with a loss."""
+        return [Term("loss", 1.0, sum(example.targets for example in chosen))]
+
+    def term_sums(self, examples: Sequence[ChainExample]) -> list[Tensor]:
+        """Return the sum of the term over a micro-batch."""
+        return [self.model.loss(chain_batch(examples, self.model.device))]
+
+    def measures(self) -> dict[str, float]:
+        """Return what the decoder reads of the held-out rows, after the first step and every `read_back_steps`."""
+        if self.step % self.args.read_back_steps and self.step not in (1, self.total_steps):
+            return {}
+        tokens = right = answers = 0
+        self.model.eval()
+        for examples in micro_batches(self.held_out, self.args.per_device_train_batch_size):
+            batch = chain_batch(examples, self.model.device)
+            found = call_inside(self.model, self.model.right, batch)
+            tokens += int(batch.piece.sum())
+            right += int((found & batch.piece).sum())
+            answers += int((found | batch.piece | ~batch.target).all(-1).sum())
+        self.model.train()
+        return {"read_back": right / max(1, tokens), "read_answers": answers / len(self.held_out)}
+
+
+def write_labels(path: Path, labels: SoftLabels) -> None:
+    """Write labels on rank 0. Collective: every rank must call it."""
+    on_rank_zero(lambda: write_soft_labels(path, labels))
+
+
+def micro_batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Return `items` cut into parts of `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@torch.no_grad()
+def label_rows(
+    model: ChainModel, args: EncodeConfig, rows: Sequence[Any], tokenizer: Any, prompt_format: PromptFormat
+) -> SoftLabels:
+    """Return the soft labels of all rows, whatever their length. Each rank computes its share.
+
+    Raises:
+        DataError: a row has no chain of thought.
+    """
+    model.eval()
+    own: list[tuple[int, Tensor, Tensor]] = []
+    parts = micro_batches(range(rank(), len(rows), world_size()), args.per_device_train_batch_size)
+    with progress_bar("labels ", len(parts)) as bar:
+        for numbers in parts:
+            examples = [chain_example(tokenizer, rows[n], n + 1, args, prompt_format) for n in numbers]
+            batch = chain_batch(examples, model.device)
+            labels, steps = model.soft_labels(batch), batch.cut.sum(-1).tolist()
+            own += zip(numbers, *(tensor.cpu().split(steps) for tensor in labels), strict=True)
+            bar.advance()
+    every = sorted(all_gather(own), key=lambda row: row[0])
+    return replace(
+        join_rows([(probs, ids) for _, probs, ids in every], args.output_dir),
+        compression=args.compression,
+        vocabulary=len(embedding_table(model.decoder)),
+        prompts=hashed_prompts(tokenizer, rows, prompt_format),
+    )
