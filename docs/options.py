@@ -14,11 +14,11 @@ from latent_grpo.commands.evaluate import eval_parser
 from latent_grpo.commands.generate import generate_parser
 from latent_grpo.commands.inspect import inspect_parser
 from latent_grpo.commands.quickstart import quickstart_parser
-from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig, Range
+from latent_grpo.config import EncodeConfig, LatentGRPOConfig, LatentSampling, LatentSFTConfig, Range
 from latent_grpo.study.config import CompareConfig
 
 COMMAND = "python docs/options.py docs/options.md"
-CONFIGS = (LatentGRPOConfig, LatentSFTConfig, LatentSampling, CompareConfig)
+CONFIGS = (LatentGRPOConfig, LatentSFTConfig, EncodeConfig, LatentSampling, CompareConfig)
 PARSERS = {
     "quickstart": quickstart_parser,
     "eval": eval_parser,
@@ -31,9 +31,10 @@ INTRODUCTION = f"""# Options
 Written by `{COMMAND}` from `latent_grpo/config` and `latent_grpo/commands`;
 do not edit.
 
-`latent-grpo train`, `sft` and `compare` take each option as a flag (`--learning_rate 1e-5`) and as a key of the YAML
+`latent-grpo train`, `sft`, `encode` and `compare` take each option as a flag (`--learning_rate 1e-5`) and as a key of the YAML
 file of `--config`; flags win. In Python the options are the fields of `LatentGRPOConfig` (train), `LatentSFTConfig`
-(sft), `CompareConfig` (compare) and `LatentSampling` (`generate_latent`). These configurations share the groups below.
+(sft), `EncodeConfig` (encode), `CompareConfig` (compare) and `LatentSampling` (`generate_latent`). These configurations
+share the groups below.
 Names are TRL's where TRL has one. The other commands have [only flags](#flags-of-the-other-commands).
 """
 

@@ -17,6 +17,7 @@ PHASES = ("encoder", "decoder", "union", "labels")  # of `encode`, in the order 
 class WarmStartOptions(RunOptions):
     """How a chain of thought becomes latent steps."""
 
+    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", POSITIVE)
     compression: int = option(2, "Consecutive chain tokens per latent step.", Range(1, 4096))
     answer_template: str = option("\\boxed{{{answer}}}", "Text of the visible answer, a Python format of {answer}.")
     lora_dropout: float = option(0.0, "Share of the inputs of LoRA adapters that training drops.", BELOW_ONE)
@@ -33,7 +34,6 @@ class LatentSFTConfig(WarmStartOptions, DataOptions, PromptOptions, AdapterOptio
     """The warm start: chain-of-thought tokens become latent targets (arXiv 2510.15522)."""
 
     latent: bool = option(True, "False keeps the chain as text: the warm start of the text baseline.")
-    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", POSITIVE)
     targets: Literal["uniform", "soft_labels"] = option(
         "uniform",
         "Target of a latent step: the uniform distribution over its chain tokens, a short cut that needs no other "
@@ -62,8 +62,6 @@ class LatentSFTConfig(WarmStartOptions, DataOptions, PromptOptions, AdapterOptio
 class EncodeConfig(WarmStartOptions, DataOptions, PromptOptions, AdapterOptions, ModelOptions):
     """The first stage of Latent-SFT: an encoder turns chains of thought into soft labels (arXiv 2510.15522)."""
 
-    output_dir: str = option("runs/encode", "Folder of the phases' runs and of soft_labels.safetensors.")
-    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.", POSITIVE)
     phases: list[str] = option(
         list(PHASES), "Phases to run: train the encoder, the decoder and both, and write the labels."
     )

@@ -9,11 +9,11 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig, Range
+from latent_grpo.config import EncodeConfig, LatentGRPOConfig, LatentSampling, LatentSFTConfig, Range
 from latent_grpo.errors import ConfigError
 from latent_grpo.study.config import CompareConfig
 
-CONFIGURATIONS = (LatentGRPOConfig, LatentSFTConfig, CompareConfig)
+CONFIGURATIONS = (LatentGRPOConfig, LatentSFTConfig, EncodeConfig, CompareConfig)
 COMPONENT = dict(importance_sampling_level="component", method="multiplex", latent_top_p=1.0)
 WITH_RANGE = {
     f"{config.__name__}.{item.name}": (config, item.name, item.metadata["range"])
@@ -100,7 +100,7 @@ def test_none_whole_numbers_and_bounds_are_taken_where_they_have_a_meaning(optio
     assert {name: getattr(config, name) for name in options} == options
 
 
-@pytest.mark.parametrize("config", [LatentGRPOConfig, LatentSFTConfig, CompareConfig])
+@pytest.mark.parametrize("config", CONFIGURATIONS)
 def test_none_is_refused_where_it_has_no_meaning(config):
     kinds = get_type_hints(config)
     for item in fields(config):
