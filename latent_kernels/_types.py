@@ -42,8 +42,9 @@ class LatentStepOptions:
         latent_mask: [B] bool, True for rows still in their latent run (default: all rows).
         end_token_id: the end marker. A row that ends is hard: its is_latent is False and its top_token the end marker.
         noise_delta: the least one-sided noise: one-sided noise is in [noise_delta, 4.5 + noise_delta].
-        end_rule: "raw": a row ends, without noise, where its highest raw logit is the end marker. "noisy": also where
-            the first id of its mixture is (the released sampler); such a row keeps its noisy mixture.
+        end_rule: "raw": a row ends, without noise, where its highest raw logit is the end marker. "noisy" (the released
+            samplers): also where the first id of its mixture is, and only there with another `method` than
+            "latent_grpo". A row that its mixture ends keeps this mixture.
         min_latent_steps: while `step` is below it, the end marker ends no run.
         max_latent_steps: a run ends where `step` has reached it, whatever the logits are. None is no limit.
         method: "latent_grpo" adds noise to the nucleus and keeps the K best. "soft_grpo" takes the K most probable

@@ -32,7 +32,7 @@ class SamplingOptions:
     end_rule: Literal["raw", "noisy"] = option(
         "raw",
         "What ends a latent run. raw: the end marker has the highest logit. noisy: or it is the first token of the "
-        "sampled mixture.",
+        "sampled mixture (with soft_grpo and multiplex only this).",
     )
     min_latent_steps: int = option(0, "Latent steps before the end marker can end a latent run.", NON_NEGATIVE)
     max_latent_steps: int | None = option(

@@ -5,8 +5,6 @@ Both start from the noise-free step, which hard rows keep, and replace the mixtu
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +13,7 @@ from latent_kernels._eager.latent_step import latent_step_from_logits_eager, mix
 from latent_kernels._types import LatentStep, LatentStepOptions
 from latent_kernels.reference.latent_step import (
     Mixture,
+    clean_options,
     multiplex_draws,
     soft_grpo_mixture,
     weighed,
@@ -53,15 +52,15 @@ def _pick(masses: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 def latent_step_with_method_eager(logits: Tensor, embedding: Tensor, options: LatentStepOptions) -> LatentStep:
     """Compute the step of any method on checked arguments and float32 or float64 logits [B, V]."""
-    if options.method == "latent_grpo":
+    if options.method == "latent_grpo" or (options.method == "multiplex" and options.noise == "none"):
         return latent_step_from_logits_eager(logits, embedding, options)
-    clean = latent_step_from_logits_eager(logits, embedding, replace(options, noise="none", end_rule="raw"))
+    clean = latent_step_from_logits_eager(logits, embedding, clean_options(options))
+    if not len(logits):
+        return clean
     if options.method == "soft_grpo":
         chosen = soft_grpo_mixture(logits, clean.ids, options)
-    elif options.noise != "none" and len(logits):
-        chosen = multiplex_mixture_grouped(logits, options)
     else:
-        return clean
+        chosen = multiplex_mixture_grouped(logits, options)
     latent = clean.is_latent.unsqueeze(-1)
     step = clean._replace(
         ids=torch.where(latent, chosen.ids, clean.ids),

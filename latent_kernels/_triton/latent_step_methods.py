@@ -8,12 +8,11 @@ ids, scores, weights and mixture of latent rows in place, and apply the noisy en
     both       weights = softmax(scores / tau),  mixture = sum_k weights_k table[ids_k]
 
 A draw of multiplex picks a group of 128 ids from the sidecar, whose masses are summed in float64, then an id in the
-group. So no kernel sorts or reads the vocabulary. There is no backward pass, and the results repeat bit for bit.
+group. So it neither sorts nor reads the vocabulary. soft_grpo reads it once, to count the tokens that tie with the
+K-th. There is no backward pass, and the results repeat bit for bit.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import triton
@@ -40,6 +39,7 @@ from latent_kernels.reference import latent_step as steps
 
 SOFT_GRPO_FLOOR = tl.constexpr(steps.SOFT_GRPO_FLOOR)
 SOFT_GRPO_WARPS, MULTIPLEX_WARPS = 4, 8
+TILE = tl.constexpr(2048)  # logits compared together, 16 per thread
 COUNTERS = ["noisy_end_id", "least", "seed", "step", "step_stride"]  # no value of them compiles a variant
 
 
@@ -73,6 +73,14 @@ def soft_grpo_kernel(
         probs = probs / tl.sum(probs, 0)
         higher = logits[None, :] > logits[:, None]
         before = tl.sum(tl.where(higher, tl.broadcast_to(probs[None, :], [BLOCK_K, BLOCK_K]), 0.0), 1)
+        worst = tl.min(tl.where(k < K, logits, float("inf")), 0)
+        tied = -tl.sum(((k < K) & (logits == worst)).to(tl.int32), 0)
+        for start in range(0, V, TILE):
+            v = start + tl.arange(0, TILE)
+            inside = tl.load(logits_ptr + row * logits_stride + v, mask=v < V, other=float("nan")).to(tl.float32)
+            tied += tl.sum((inside == worst).to(tl.int32), 0)
+        # The mass of the nucleus counts all tokens that tie with the K-th, as in the reference.
+        before = before / (1.0 + tied * tl.min(tl.where(k < K, probs, 1.0), 0))
         limit = row_option(top_p, row, TOP_P_PER_ROW)
         limit = tl.where(limit < 1.0, limit, float("inf"))  # top_p = 1 keeps all tokens, whatever rounding does
         probs = tl.where((before < limit) | (before == 0.0), probs, 0.0)
@@ -167,12 +175,12 @@ def constants(vocab: int, options: LatentStepOptions) -> dict[str, int | bool]:
 
 def latent_step_with_method(sidecar: Sidecar, embedding: Tensor, options: LatentStepOptions) -> LatentStep:
     """Compute the step of any method from the logits of a sidecar. Arguments are checked; V is `len(embedding)`."""
-    if options.method == "latent_grpo":
+    if options.method == "latent_grpo" or (options.method == "multiplex" and options.noise == "none"):
         return latent_step_from_sidecar(sidecar, embedding, options)
     table = embedding if embedding.stride(1) == 1 else embedding.contiguous()
-    result = latent_step_from_sidecar(sidecar, table, replace(options, noise="none", end_rule="raw"))
+    result = latent_step_from_sidecar(sidecar, table, steps.clean_options(options))
     rows, (vocab, width) = len(result.ids), table.shape
-    if not rows or (options.method == "multiplex" and options.noise == "none"):
+    if not rows:
         return result
     unused = sidecar.logits  # a placeholder pointer for options that were not given; the kernel does not read it
     draws = unused if options.exponential is None else options.exponential

@@ -6,6 +6,7 @@ Equation numbers are those of arXiv 2604.27998.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from latent_kernels._noise import exponential_draws, gumbel_noise, uniform_draws
 from latent_kernels._types import LatentStep, LatentStepOptions
 
 UNUSED_ID = -100  # marks the unused components of a text step
+NEVER = 2**31 - 1  # more latent steps than any run has
 SOFT_GRPO_FLOOR = 1e-6  # added to a probability before its logarithm, as SofT-GRPO does
 
 
@@ -100,13 +102,16 @@ def soft_grpo_mixture(logits: Tensor, ids: Tensor, options: LatentStepOptions) -
     """Return the mixture of SofT-GRPO (arXiv 2511.06411), given logits [B, V] and the ids [B, K] of the highest.
 
     p = softmax of the K logits; q = p where the mass of the more probable ids is below top_p, else 0, normalised; score
-    = log(q + 1e-6) + noise. Ids outside the nucleus stay in the mixture. Equal logits are inside together, as in the
-    threshold search of the released code.
+    = log(q + 1e-6) + noise. Ids outside the nucleus stay in the mixture. The released code searches for thresholds of
+    top-k and top-p. So equal logits are inside the nucleus together, and its mass counts all that tie with the K-th.
     """
     best = logits.gather(-1, ids)
     probs = best.softmax(-1)
+    worst = best[:, -1:]
+    tied = (logits == worst).sum(-1, keepdim=True) - (best == worst).sum(-1, keepdim=True)  # beyond the K
     # before[b, k] = the sum of probs[b, j] over the j whose logits are higher
     before = (probs.unsqueeze(1) * (best.unsqueeze(1) > best.unsqueeze(2))).sum(-1)
+    before = before / (1.0 + tied * probs[:, -1:])
     limit = per_row(options.top_p, before)
     inside = (before < limit) | (limit >= 1.0) | (before == 0.0)
     probs = torch.where(inside, probs, 0.0)
@@ -157,6 +162,13 @@ def in_latent_run(top_token: Tensor, options: LatentStepOptions) -> Tensor:
     return latent
 
 
+def clean_options(options: LatentStepOptions) -> LatentStepOptions:
+    """Return the options of the noise-free step from which SofT-GRPO and Multiplex Thinking start."""
+    # By their noisy end rule only the first id of the mixture ends a run, so the highest logit must not.
+    least = NEVER if options.end_rule == "noisy" else options.min_latent_steps
+    return replace(options, noise="none", end_rule="raw", min_latent_steps=least)
+
+
 def with_ended_rows(step: LatentStep, options: LatentStepOptions) -> LatentStep:
     """Return the step after the noisy end rule, with the end marker as the token of the rows that end."""
     if options.end_rule == "raw" and options.max_latent_steps is None:
@@ -178,7 +190,7 @@ def latent_step_from_logits_ref(logits: Tensor, embedding: Tensor, **named: Any)
     logits = logits.to(compute_dtype(logits))
     log_probs = logits - logits.logsumexp(-1, keepdim=True)
     top_token = logits.argmax(-1)
-    is_latent = in_latent_run(top_token, options)
+    is_latent = in_latent_run(top_token, options if options.method == "latent_grpo" else clean_options(options))
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     ids = order[:, : options.top_k]
     scores = log_probs.gather(-1, ids)
