@@ -15,8 +15,8 @@ from latent_grpo.study.config import CompareConfig
 def run(prog: str, argv: Sequence[str]) -> int:
     """Compare methods and ablations over several seeds."""
     about = (
-        "Latent-SFT, Latent-GRPO, SofT-GRPO, text SFT, text GRPO and the paper's ablations over several seeds, by "
-        "default on the quickstart's toy task. Given again, it does only the runs that have no result yet."
+        "Warm starts, Latent-GRPO, SofT-GRPO, Multiplex Thinking, text GRPO and the paper's ablations over several "
+        "seeds, by default on the quickstart's toy task. Given again, it does only the runs that have no result yet."
     )
     args = parse_config(prog, CompareConfig, about, argv)
     given = {"sft_config": LatentSFTConfig, "grpo_config": LatentGRPOConfig}
@@ -36,7 +36,9 @@ def run(prog: str, argv: Sequence[str]) -> int:
     if summary:
         caption = "mean ± standard deviation over seeds; difference: of Pass@1 to Latent-GRPO, seed by seed"
         console.print(cells(summary, ablations=False, short=True).rich("Methods", caption))
-        console.print(cells(summary, ablations=True, short=True).rich("Ablations of Latent-GRPO", caption))
+        ablations = cells(summary, ablations=True, short=True)
+        if ablations.rows:
+            console.print(ablations.rich("Ablations of Latent-GRPO", caption))
         print(f"comparison.md, comparison.json and comparison.png are in {args.output_dir}/")
     for failed, reason in failures.items():
         print(f"failed: {failed}: {reason}", file=sys.stderr)

@@ -63,8 +63,11 @@ LATENT, TEXT, FULL = "latent-sft", "text-sft", "latent-grpo"
 ARMS = {
     LATENT: Arm("Latent-SFT", LATENT),
     FULL: Arm("Latent-GRPO", LATENT),
-    "soft-grpo": Arm("SofT-GRPO", LATENT, recipe="soft-grpo"),
+    "two-sided-plain": Arm("two-sided noise, plain GRPO", LATENT, recipe="two-sided-noise"),
     TEXT: Arm("text SFT", TEXT),
+    # Neither has a latent warm start: they begin with a model that reasons in text.
+    "soft-grpo": Arm("SofT-GRPO", TEXT, recipe="soft-grpo"),
+    "multiplex": Arm("Multiplex Thinking", TEXT, recipe="multiplex"),
     "text-grpo": Arm("text GRPO", TEXT, recipe="text-grpo"),
     "two-sided-noise": Arm("two-sided noise", LATENT, {"noise": "two_sided"}),
     "no-first-token-selection": Arm("no first-token selection", LATENT, {"first_token": "all"}),

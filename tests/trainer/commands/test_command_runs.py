@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from latent_grpo.commands.main import main
 
 
-@pytest.mark.parametrize("preset", ["soft-grpo", "text-grpo"])
+@pytest.mark.parametrize("preset", ["two-sided-noise", "soft-grpo", "multiplex", "text-grpo"])
 def test_a_preset_trains(preset, train_command, tmp_path):
     assert main(train_command(tmp_path / "run", "--config", preset, "--max_steps", "1")) == 0
     (row,) = metrics_of(tmp_path / "run")
-    assert (row["latent_share"] > 0) == (preset == "soft-grpo")
+    assert (row["latent_share"] > 0) == (preset != "text-grpo")
 
 
 def test_a_finished_run_is_not_overwritten(train_command, tmp_path, capsys):

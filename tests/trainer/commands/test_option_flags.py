@@ -146,7 +146,37 @@ def test_sampling_flags_reach_the_sampler(flag, input_folder):
     assert getattr(sampling, flag) == value
 
 
-@pytest.mark.parametrize("recipe", ["low-difficulty", "high-difficulty", "gsm8k-smollm2", "soft-grpo", "text-grpo"])
+PLAIN = dict(first_token="all", invalid="keep")
+AS_RELEASED = dict(PLAIN, margin_gradient="none", end_rule="noisy", temperature=1.0, group_filter=False)
+PRESETS = {
+    "two-sided-noise": dict(PLAIN, latent=True, noise="two_sided", margin_gradient="none"),
+    "soft-grpo": dict(
+        AS_RELEASED,
+        method="soft_grpo",
+        latent_top_k=5,
+        latent_top_p=0.95,
+        tau=0.1,
+        noise="two_sided",
+        top_p=0.95,
+        top_k=5,
+        beta=0.001,
+    ),
+    "multiplex": dict(
+        AS_RELEASED,
+        method="multiplex",
+        latent_top_k=3,
+        latent_top_p=1.0,
+        tau=float("inf"),
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        importance_sampling_level="component",
+    ),
+    "text-grpo": dict(PLAIN, latent=False, loss_type="grpo", delta=None),
+}
+
+
+@pytest.mark.parametrize("recipe", ["low-difficulty", "high-difficulty", "gsm8k-smollm2", *PRESETS])
 def test_recipes_are_valid_configurations(recipe):
     config = LatentGRPOConfig(**read_yaml(recipe, LatentGRPOConfig))
     assert config.generation_batch_size % config.num_generations == 0
@@ -157,12 +187,6 @@ def test_a_number_in_exponent_form_in_a_config_file_is_a_number(tmp_path):
     path.write_text("learning_rate: 1e-6\n")
     config = parse("--config", str(path), "--seed", "3")
     assert (config.learning_rate, config.seed) == (1e-6, 3)
-
-
-PRESETS = {
-    "soft-grpo": dict(latent=True, noise="two_sided", first_token="all", invalid="keep", margin_gradient="none"),
-    "text-grpo": dict(latent=False, loss_type="grpo", first_token="all", invalid="keep", delta=None),
-}
 
 
 @pytest.mark.parametrize(("preset", "algorithm"), PRESETS.items(), ids=PRESETS.keys())

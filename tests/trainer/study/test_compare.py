@@ -17,6 +17,7 @@ from statistics import mean, stdev
 
 import pytest
 from support import REPOSITORY
+from support.options import metrics_of
 
 from latent_grpo.commands.main import main
 from latent_grpo.errors import ConfigError
@@ -85,7 +86,11 @@ def test_the_full_method_is_the_papers_and_ablations_change_one_thing(tmp_path):
         assert changes(name) == expected
     plain = {"first_token": "all", "invalid": "keep"}
     assert changes("text-grpo") == {**plain, "latent": False, "loss_type": "grpo", "delta": None}
-    assert changes("soft-grpo") == {**plain, "noise": "two_sided", "margin_gradient": "none"}
+    assert changes("two-sided-plain") == {**plain, "noise": "two_sided", "margin_gradient": "none"}
+    for name, method in (("soft-grpo", "soft_grpo"), ("multiplex", "multiplex")):
+        assert ARMS[name].start == TEXT  # no latent warm start
+        assert changes(name).items() >= {**plain, "method": method, "end_rule": "noisy"}.items()
+        assert plan.grpo_options(Run(1, name)).latent
     assert plan.sft_options(Run(1, LATENT)).latent
     assert not plan.sft_options(Run(1, TEXT)).latent
 
@@ -118,6 +123,15 @@ def results(folder: Path) -> dict[str, dict]:
         f"{path.parent.parent.name}/{path.parent.name}": json.loads(path.read_text())
         for path in folder.glob("seed-*/*/result.json")
     }
+
+
+def test_rivals_begin_with_the_text_warm_start_and_reason_in_latent_steps(tmp_path, capsys, in_process):
+    out = tmp_path / "runs"
+    assert main(["compare", "--output_dir", str(out), *SMALL, "--seeds", "0", "--arms", "soft-grpo", "multiplex"]) == 0
+    assert set(results(out)) == {"seed-0/text-sft", "seed-0/soft-grpo", "seed-0/multiplex"}
+    for arm in ("soft-grpo", "multiplex"):
+        assert metrics_of(out / "seed-0" / arm)[0]["latent_share"] > 0
+    assert "Ablations" not in capsys.readouterr().out  # an empty table
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
