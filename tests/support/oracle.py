@@ -60,6 +60,12 @@ def exponential_draws(vocab: int, row_ids: Sequence[int], seed: int, step: int) 
     return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, vocab))
 
 
+def uniform_draws(count: int, row_id: int, seed: int, step: int) -> np.ndarray:
+    """Return the uniform draws of the stream (seed, step, row) for ids 0, 1, ..., count - 1, in float64."""
+    counter = (np.arange(count, dtype=np.uint64), row_id & WORD, (row_id >> 32) & WORD, step & WORD)
+    return (philox(counter, (seed & WORD, (seed >> 32) & WORD))[0].astype(np.float64) + 0.5) / 2.0**32
+
+
 def gumbel(exponential: np.ndarray, kind: str) -> np.ndarray:
     """Return the clamped Gumbel noise of Exp(1) draws in float64 (Eq. 12-13); one-sided noise starts at zero."""
     if kind == "none":
@@ -118,6 +124,39 @@ def noisy_row(
     return candidates[best], scores[best]
 
 
+def soft_grpo_step(
+    row: np.ndarray, order: np.ndarray, noise: np.ndarray, top_p: float, top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and scores [K] of one row of SofT-GRPO: noise on log(q + 1e-6) of the K most probable tokens.
+
+    Top-k and top-p are thresholds, as in the released code: equal logits are kept or dropped together.
+    """
+    with np.errstate(invalid="ignore"):
+        probs = np.where(row >= row[order[top_k - 1]], np.exp(row - row.max()), 0.0)
+    probs = probs / probs.sum()
+    for token in order[:top_k]:
+        if top_p < 1.0 and row[token] < row.max() and probs[row > row[token]].sum() >= top_p:
+            probs = np.where(row <= row[token], 0.0, probs)
+            break
+    ids = order[:top_k]
+    scores = np.log(probs[ids] / probs[ids].sum() + 1e-6) + noise[ids]
+    best = highest(scores, ids, top_k)
+    return ids[best], scores[best]
+
+
+def multiplex_step(log_probs: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and scores [K] of one row of Multiplex Thinking: where each draw lies among the cumulative masses."""
+    mass, ids = np.exp(log_probs), []
+    for draw in draws:
+        remainder = draw * mass.sum()
+        for token in np.flatnonzero(mass):
+            remainder -= mass[token]
+            if remainder < 0:
+                break
+        ids.append(int(token))
+    return np.array(ids), log_probs[ids]
+
+
 def latent_step(
     logits: Tensor,  # [B, V]
     table: Tensor,  # [V, D']
@@ -133,6 +172,8 @@ def latent_step(
     exponential: Tensor | None = None,
     latent_mask: Tensor | None = None,
     end_token_id: int | None = None,
+    noise_delta: float = 0.0,
+    method: str = "latent_grpo",
 ) -> Step:
     """Return the latent step of logits by the plain rule: a full sort and noise on the whole vocabulary (Eq. 12-14).
 
@@ -141,9 +182,9 @@ def latent_step(
     """
     rows, vocab = logits.shape
     dtype = np.float64 if logits.dtype == torch.float64 else np.float32
-    if exponential is None:
-        stream = range(rows) if row_ids is None else row_ids.tolist()
-        exponential = exponential_draws(vocab, stream, int(seed), int(step))
+    stream = range(rows) if row_ids is None else row_ids.tolist()
+    injected = exponential is not None
+    draws = exponential if injected else exponential_draws(vocab, stream, int(seed), int(step))
     options = zip(*(per_row(value, rows) for value in (top_p, tau, noise_scale)), strict=True)
     shape = (rows, top_k)
     ids, scores, weights = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
@@ -155,10 +196,19 @@ def latent_step(
         order = highest(values, np.arange(vocab), vocab)
         top_token[row] = int(order[0])
         is_latent[row] = (latent_mask is None or bool(latent_mask[row])) and int(order[0]) != end_token_id
-        if noise == "none" or not is_latent[row]:
+        added = gumbel(draws[row].numpy(), noise) + (noise_delta if noise == "one_sided" else 0.0)
+        added = (added * float(dtype(scale))).astype(dtype)
+        if not is_latent[row] or (noise == "none" and method != "soft_grpo"):
             ids[row], scores[row], temperature = order[:top_k], log_probs[order[:top_k]], 1.0
+        elif method == "soft_grpo":
+            ids[row], scores[row] = soft_grpo_step(values, order, added, limit, top_k)
+            temperature = 1.0 if noise == "none" else temperature
+        elif method == "multiplex":
+            uniform = np.exp(-draws[row, :top_k].double().numpy())
+            if not injected:
+                uniform = uniform_draws(top_k, int(stream[row]), int(seed), int(step))
+            ids[row], scores[row] = multiplex_step(values - float(log_z), uniform)
         else:
-            added = (gumbel(exponential[row].numpy(), noise) * float(dtype(scale))).astype(dtype)
             ids[row], scores[row] = noisy_row(log_probs, order, added, limit, top_k)
         weights[row] = softmax(scores[row] / temperature)
     kept, shares = torch.from_numpy(ids), torch.from_numpy(weights)
