@@ -200,4 +200,4 @@ def check_vocabulary(
         marker = prompt_format.end_marker
         check_ids(tokenizer, end_marker_ids(tokenizer, marker), table_rows, f"the end marker {marker!r}")
     for rows in data:
-        check_prompts(tokenizer, (row["prompt"] for row in rows or ()), prompt_format, table_rows)
+        check_prompts(tokenizer, rows or (), prompt_format, table_rows)

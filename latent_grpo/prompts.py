@@ -8,7 +8,8 @@ was trained with, because it answers worse in any other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -158,13 +159,12 @@ def read_format(model_path: str) -> PromptFormat:
     Raises:
         ConfigError: the file is damaged.
     """
-    try:
-        path = cached_file(model_path, FORMAT_FILE)
-    except OSError:  # the model was not trained by this package, or cannot be reached: loading it will say so
+    path = _format_file(model_path)
+    if path is None:
         return PromptFormat()
     known = [item.name for item in fields(PromptFormat)]
     try:
-        values = json.loads(Path(str(path)).read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8"))
         # A later version may write more parts; without them its prompts would be others.
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -176,11 +176,14 @@ def read_format(model_path: str) -> PromptFormat:
 
 def has_format(model_path: str) -> bool:
     """Return whether a format is saved with the model of a folder or Hub name."""
+    return _format_file(model_path) is not None
+
+
+def _format_file(model_path: str) -> Path | None:
     try:
-        cached_file(model_path, FORMAT_FILE)
-    except OSError:
-        return False
-    return True
+        return Path(str(cached_file(model_path, FORMAT_FILE)))
+    except OSError:  # the model was not trained by this package, or cannot be reached: loading it will say so
+        return None
 
 
 def write_format(folder: Path, prompt_format: PromptFormat) -> None:
@@ -219,6 +222,30 @@ def encode_prompts(
     return ids.to(device), mask.to(device)
 
 
+def without_long_prompts(
+    tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat, max_length: int
+) -> list[Any]:
+    """Return the rows whose prompt has at most `max_length` tokens, and warn of how many have more.
+
+    Raises:
+        DataError: no prompt is short enough.
+    """
+    kept = [row for row, ids in _with_ids(tokenizer, rows, prompt_format) if len(ids) <= max_length]
+    if not kept:
+        raise DataError(f"no prompt has {max_length} tokens or fewer; raise max_prompt_length")
+    if len(kept) < len(rows):
+        left_out = f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out"
+        warnings.warn(f"{left_out}: their prompts have more than {max_length} tokens", stacklevel=2)
+    return kept
+
+
+def _with_ids(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat) -> Iterator[tuple[Any, list[int]]]:
+    """Yield each row with the ids of its prompt. A tokenizer works faster on many prompts at a time."""
+    for start in range(0, len(rows), BATCH):
+        several = [rows[i] for i in range(start, min(start + BATCH, len(rows)))]
+        yield from zip(several, prompt_format.ids(tokenizer, [row["prompt"] for row in several]), strict=True)
+
+
 def fits_table(tokenizer: Any, table_rows: int) -> bool:
     """Return whether every entry of the tokenizer has a row in an embedding table of `table_rows` rows."""
     return bool(max(tokenizer.get_vocab().values()) < table_rows)
@@ -238,14 +265,12 @@ def check_ids(tokenizer: Any, ids: Iterable[int], table_rows: int, place: str) -
             )
 
 
-def check_prompts(tokenizer: Any, prompts: Iterable[Prompt], prompt_format: PromptFormat, table_rows: int) -> None:
-    """Raise ModelError for the first prompt of a data set with an id that has no row in the embedding table.
+def check_prompts(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat, table_rows: int) -> None:
+    """Raise ModelError for the first row whose "prompt" has an id without a row in the embedding table.
 
     A tokenizer that has no such id costs nothing. Otherwise every prompt is tokenised once.
     """
     if fits_table(tokenizer, table_rows):
         return
-    rows = list(prompts)
-    for start in range(0, len(rows), BATCH):
-        for number, ids in enumerate(prompt_format.ids(tokenizer, rows[start : start + BATCH]), start + 1):
-            check_ids(tokenizer, ids, table_rows, f"row {number}, the prompt {str(rows[number - 1])[:60]!r}")
+    for number, (row, ids) in enumerate(_with_ids(tokenizer, rows, prompt_format), 1):
+        check_ids(tokenizer, ids, table_rows, f"row {number}, the prompt {str(row['prompt'])[:60]!r}")

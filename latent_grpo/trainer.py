@@ -30,7 +30,7 @@ from latent_grpo.model import check_vocabulary, end_marker_ids, eos_ids, lm_head
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, rows_of_groups, share_of_rank
-from latent_grpo.prompts import resolve_format
+from latent_grpo.prompts import resolve_format, without_long_prompts
 from latent_grpo.rewards.functions import RewardFunc
 from latent_grpo.rewards.scoring import resolve_reward
 from latent_grpo.rollout.samples import Samples
@@ -119,6 +119,9 @@ class LatentGRPOTrainer:
         self.rows, self.eval_rows = train_dataset, eval_dataset
         self.prompt_format = resolve_format(args, model if isinstance(model, str) else args.model_name_or_path)
         check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, train_dataset, eval_dataset)
+        if args.long_prompts == "drop":
+            limit = args.max_prompt_length or 0
+            self.rows = without_long_prompts(self.tokenizer, train_dataset, self.prompt_format, limit)
         self.sampling = self._sampling_options()
         self.collector = Collector(
             args, self.sampling, self.rows, self.tokenizer, self.reward_funcs, self.prompt_format

@@ -31,7 +31,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
     from latent_grpo.watching.responses import Response, mixtures, print_response
 
     model, tokenizer, sampling, prompt_format = load_for_sampling(args)
-    check_prompts(tokenizer, [args.prompt], prompt_format, len(embedding_table(model)))
+    check_prompts(tokenizer, [{"prompt": args.prompt}], prompt_format, len(embedding_table(model)))
     if not args.sample:
         sampling = replace(sampling, noise="none", temperature=0.0)
     ids, mask = encode_prompts(tokenizer, [args.prompt], model.device, prompt_format=prompt_format)

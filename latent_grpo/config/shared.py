@@ -100,7 +100,9 @@ class RunOptions(OptimizerOptions):
     seed: int = option(0, "Seed of data order, sampling and noise.", Range(0, 2**32, open_high=True))
     max_steps: int = option(-1, "Steps. -1 goes by num_train_epochs.")
     num_train_epochs: float = option(1.0, "Passes over the data where max_steps is -1.", POSITIVE)
-    max_prompt_length: int | None = option(None, "Longest prompt in tokens. A longer prompt is an error.")
+    max_prompt_length: int | None = option(
+        None, "Longest prompt in tokens. sft drops rows with a longer one; train goes by long_prompts."
+    )
     max_completion_length: int = option(128, "Limit of a response, latent and text steps together.", ONE_OR_MORE)
     logging_steps: int = option(1, "Steps between lines of metrics.", ONE_OR_MORE)
     save_steps: int = option(500, "Steps between checkpoints. 0 saves only at the end.", NON_NEGATIVE)

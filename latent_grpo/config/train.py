@@ -29,10 +29,13 @@ class RewardOptions:
 
 @dataclass
 class RolloutOptions:
-    """How many responses are sampled, and which groups are kept."""
+    """How many responses are sampled, to which prompts, and which groups are kept."""
 
     num_generations: int = option(8, "Responses per prompt, G.", Range(2))
     generation_batch_size: int = option(64, "Responses per rollout: prompts times G.", ONE_OR_MORE)
+    long_prompts: Literal["error", "drop"] = option(
+        "error", "What becomes of a prompt over max_prompt_length. drop leaves it out of the training data."
+    )
     rollout_memory: float | None = option(
         None,
         "GiB of key-value cache that a rollout may take. Further responses wait for a free slot. Default: no bound.",
@@ -166,6 +169,8 @@ class LatentGRPOConfig(
         require(self.temperature > 0, "temperature", self.temperature, "training needs sampled text; give more than 0")
         if self.importance_sampling_level == "component":
             self.check_component_ratios()
+        bounded = self.long_prompts == "error" or self.max_prompt_length is not None
+        require(bounded, "long_prompts", self.long_prompts, "it needs max_prompt_length")
         whole_groups = self.generation_batch_size % self.num_generations == 0
         remedy = f"give a multiple of num_generations {self.num_generations}"
         require(whole_groups, "generation_batch_size", self.generation_batch_size, remedy)
