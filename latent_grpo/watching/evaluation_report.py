@@ -15,6 +15,7 @@ from latent_grpo.saving.atomic_files import write_json, write_whole
 from latent_grpo.watching.figures import INK, drawn_figure
 from latent_grpo.watching.tables import Cells, figure, with_interval
 
+WIDE = 6  # figures with intervals that fit a console of 80 columns
 Results = dict[str, dict[str, Any]]  # by data set
 # Column headings of the means of an evaluation. A pass@k is its own heading.
 HEADINGS = {
@@ -47,40 +48,45 @@ def _names(results: Results) -> list[str]:
 
 
 def evaluation_cells(by_scale: dict[float, Results], *, short: bool = False) -> Cells:
-    """Return the figures with intervals: per data set a row for each noise scale and, for several sets, their mean.
+    """Return the figures with intervals: a row per data set and noise scale, then the means over several data sets.
 
-    short: for a console, leave out the rate of end markers. With one scale there is no column of scales.
+    short: for a console, leave out the rate of end markers. Of more than WIDE figures it leaves out the intervals too,
+    and all but the accuracies and the response length. With one noise scale there is no column of scales.
     """
-    names = _names(next(iter(by_scale.values())))
-    if short:
-        names = [name for name in names if name != "end_marker_rate"]
+    first = next(iter(by_scale.values()))
+    names = [name for name in _names(first) if not short or name != "end_marker_rate"]
+    wide = short and len(names) > WIDE
+    if wide:
+        names = [name for name in names if name.startswith("pass") or name == "response_length"]
     several = len(by_scale) > 1
-    scales = ["scale" if short else "noise scale"] if several else []
-    labels = list(next(iter(by_scale.values())))
     rows = []
-    for label in labels:
-        for scale, results in by_scale.items():
-            result = results[label]
-            cells = [
-                with_interval(name, result[name], result["intervals"][name]) if name in result else "" for name in names
-            ]
+    for label in first:
+        for scale, result in ((scale, results[label]) for scale, results in by_scale.items()):
+            cells = ["" if name not in result else _cell(name, result, interval=not wide) for name in names]
             # A label that is a path is shown without its folder.
             shown = Path(label).name if Path(label).suffix else label
             rows.append([shown, *([f"{scale:g}"] if several else []), str(result["problems"]), *cells])
-    for scale, results in by_scale.items() if len(labels) > 1 else ():
+    for scale, results in by_scale.items() if len(first) > 1 else ():
         means = mean_over_data(results)
         figures = [figure(name, means[name]) if name in means else "" for name in names]
-        rows.append([f"mean of {len(labels)}", *([f"{scale:g}"] if several else []), "", *figures])
-    return Cells(["data", *scales, "n" if short else "problems", *(HEADINGS.get(name, name) for name in names)], rows)
+        rows.append([f"mean of {len(first)}", *([f"{scale:g}"] if several else []), "", *figures])
+    scales = ["scale" if short else "noise scale"] if several else []
+    # The space lets a heading break into two lines.
+    headings = [HEADINGS.get(name, name.replace("@", " @") if wide else name) for name in names]
+    return Cells(["data", *scales, "n" if short else "problems", *headings], rows)
 
 
-def explanation(record: dict[str, Any]) -> str:
-    """Return what the figures of a record are: the protocol, the samples, the meaning of lengths and of intervals."""
-    sampling, settings = record["sampling"], list(record["settings"].values())
+def _cell(name: str, result: dict[str, Any], *, interval: bool) -> str:
+    return with_interval(name, result[name], result["intervals"][name]) if interval else figure(name, result[name])
+
+
+def accuracies_explained(record: dict[str, Any]) -> str:
+    """Return the protocol of a record: how the responses were sampled that the accuracies are of."""
+    sampling = record["sampling"]
     tries = max(result["num_samples"] for results in results_by_scale(record).values() for result in results.values())
     noise = ""
     if sampling["latent"]:
-        scale = "the row's scale" if "sweep" in record else f"scale {record['noise_scale']:g}"
+        scale = "the given scale" if "sweep" in record else f"scale {record['noise_scale']:g}"
         without = sampling["noise"] == "none"
         noise = (
             "latent steps without noise, " if without else f"latent steps with {sampling['noise']} noise of {scale}, "
@@ -88,22 +94,26 @@ def explanation(record: dict[str, Any]) -> str:
     candidates = f"top_p {sampling['top_p']:g}" + (f", top_k {sampling['top_k']}" if sampling["top_k"] else "")
     sampled = f"{noise}text at temperature {sampling['temperature']:g}, {candidates}"
     if record["protocol"] == "released":
-        parts = [
+        return (
             f"Protocol of the released scripts: each run samples one response per problem ({sampled}). pass@1 is the "
-            "accuracy averaged over the runs, pass@k the unbiased estimate from them. Rates and lengths are averaged "
-            "within a run, then over the runs."
-        ]
-    else:
-        parts = ["Pass@1, rates and lengths: one noise-free, greedy response per problem."]
-        parts += [f"pass@k: {tries} samples per problem ({sampled}), unbiased estimator."] if tries else []
-    parts.append(
-        "Reasoning steps are the steps before the end marker. The response length counts all steps, latent steps and "
-        "visible text: it is what the paper's tables call reasoning tokens."
+            "accuracy averaged over the runs, pass@k the unbiased estimate from them."
+        )
+    drawn = f" pass@k: {tries} samples per problem ({sampled}), unbiased estimator." if tries else ""
+    return f"Pass@1: one noise-free, greedy response per problem.{drawn}"
+
+
+def explanation(record: dict[str, Any]) -> str:
+    """Return what the figures of a record are: the protocol, the meaning of rates and lengths, the intervals."""
+    released = record["protocol"] == "released"
+    of = "are averaged within a run, then over the runs" if released else "are those of the greedy responses"
+    kinds = {setting["length_of"] for setting in record["settings"].values()}
+    finished = " where the settings say so" if len(kinds) > 1 else ""
+    left_out = f" Responses that reach the limit are left out of the lengths{finished}." if "finished" in kinds else ""
+    return (
+        f"{accuracies_explained(record)} Rates and lengths {of}. Reasoning steps are the steps before the end marker. "
+        "The response length counts all steps, latent steps and visible text: it is what the paper's tables call "
+        f"reasoning tokens.{left_out} In brackets: 95% bootstrap intervals over problems."
     )
-    if any(setting["length_of"] == "finished" for setting in settings):
-        which = "" if all(setting["length_of"] == "finished" for setting in settings) else " where the settings say so"
-        parts.append(f"Responses that reach the limit are left out of the lengths{which}.")
-    return " ".join([*parts, "In brackets: 95% bootstrap intervals over problems."])
 
 
 def settings_cells(record: dict[str, Any]) -> Cells:
@@ -133,8 +143,11 @@ def evaluation_document(record: dict[str, Any], picture: str | None = None) -> s
 
 def print_report(console: Console, record: dict[str, Any]) -> None:
     """Print the table and what its figures are."""
-    caption = explanation(record).replace("In brackets", "Second lines")
-    console.print(evaluation_cells(results_by_scale(record), short=True).rich("Evaluation", caption))
+    cells = evaluation_cells(results_by_scale(record), short=True)
+    has_intervals = any("[" in cell for row in cells.rows for cell in row[1:])
+    intervals = "Second lines: 95% bootstrap intervals" if has_intervals else "--out writes 95% bootstrap intervals"
+    caption = explanation(record).replace("In brackets: 95% bootstrap intervals", intervals)
+    console.print(cells.rich("Evaluation", caption))
 
 
 def write_report(out: Path, record: dict[str, Any]) -> list[Path]:
@@ -158,7 +171,7 @@ def draw_pass_curves(record: dict[str, Any], picture: Path) -> None:
     labels = list(next(iter(by_scale.values())))
     columns = min(4, len(labels))
     lines = -(-len(labels) // columns)
-    caption = f"{record['model']}. {explanation(record).replace('In brackets', 'Bands')}"
+    caption = f"{record['model']}. {accuracies_explained(record)} Bands: 95% bootstrap intervals over problems."
     size = (max(6.0, 3.6 * columns), 3.4 * lines + 0.8)
     with drawn_figure(picture, lines, columns, size, caption=caption) as axes:
         for axis in axes.flat[len(labels) :]:
@@ -170,7 +183,8 @@ def draw_pass_curves(record: dict[str, Any], picture: Path) -> None:
             if greedy is not None:
                 axis.axhline(greedy, color=INK, linestyle="--", linewidth=1, label="Pass@1, noise-free")
             axis.set(title=label, xlabel="k", ylabel="pass@k")
-        axes.flat[0].legend()
+        handles = axes.flat[0].get_legend_handles_labels()
+        axes.flat[0].figure.legend(*handles, loc="outside upper center", ncols=min(len(handles[0]), columns + 1))
 
 
 def _draw_curve(axis: Any, result: dict[str, Any], name: str) -> None:

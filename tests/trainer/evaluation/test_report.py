@@ -79,3 +79,16 @@ def test_the_mean_row_is_the_unweighted_mean():
     assert cells.headings == ["data", "problems", "Pass@1", "pass@4", "pass@64"]
     assert cells.rows[1][-1] == ""
     assert cells.rows[-1] == ["mean of 2", "", "0.400", "0.500", ""]
+
+
+def test_many_figures_leave_their_intervals_to_the_page():
+    names = [f"pass@{k}" for k in (1, 4, 8, 16, 32, 64)]
+    figures = {**dict.fromkeys(names, 0.5), "reasoning_steps": 3.0, "response_length": 7.0}
+    result = {**figures, "problems": 9, "num_samples": 64, "intervals": {name: [0.0, 1.0] for name in figures}}
+    short = evaluation_cells({1.0: {"a": result}}, short=True)
+    assert short.headings == ["data", "n", *(name.replace("@", " @") for name in names), "response length"]
+    assert short.rows == [["a", "9", *["0.500"] * 6, "7.00"]]
+    assert evaluation_cells({1.0: {"a": result}}).rows[0][2:] == ["0.500 [0.000, 1.000]"] * 6 + [
+        "3.00 [0.00, 1.00]",
+        "7.00 [0.00, 1.00]",
+    ]
