@@ -7,8 +7,7 @@ arithmetic is in float32. p is the softmax of the row.
     latent row  f = mean_k(-d_k - exp(-d_k)),             dlogits = 1/K sum_k c_k (onehot(id_k) - p)
                 d_k = score_k - log p(id_k),              c_k = 1 - exp(-d_k)
 
-With the method "multiplex", a latent row is the sum of log p(id_k), and c_k = 1. With "soft_grpo" it depends on the K
-picked logits alone, see `soft_terms`.
+The method "multiplex" sums log p(id_k), so c_k = 1. "soft_grpo" depends on the K picked logits alone, see `soft_terms`.
 
 Outputs: log-prob [n] (or [n, K], of components), log Z and entropy [n] float32; crossed margins [n] int32; dlogits
 [n, V], the gradient of the log-prob (or of `upstream * logprob + bonus * entropy`), which may overwrite the logits.
@@ -164,7 +163,8 @@ def store_dlogits(
             value -= bonus * tl.exp(log_p) * (log_p + entropy)
         tl.store(dlogits_ptr + at, as_stored(value, dlogits_ptr.dtype.element_ty), mask=at < V)
     # An id that occurs twice stores the same value twice: the sum of what all its occurrences contribute.
-    shared = tl.sum(tl.where(ids[:, None] == ids[None, :], coefficients[None, :], 0.0), 1)
+    narrow = ids.to(tl.int32)  # half the registers of a K x K comparison
+    shared = tl.sum(tl.where(narrow[:, None] == narrow[None, :], coefficients[None, :], 0.0), 1)
     value = factor * (shared - total * tl.exp(log_probs))
     if ENTROPY:
         log_p = tl.where(log_probs < -MARGIN_MAX, -MARGIN_MAX, log_probs)
@@ -238,7 +238,7 @@ def latent_logprob_kernel(
         coefficients = tl.where(used, tl.where(hard, 1.0, component_coefficients), 0.0)
         factor = inverse_temperature
         if HAS_UPSTREAM and COMPONENTS:
-            coefficients *= tl.load(upstream_ptr + row * K + k, mask=used, other=0.0)
+            coefficients = tl.load(upstream_ptr + row * K + k, mask=used, other=0.0)  # of log-probs that add up
         elif HAS_UPSTREAM:
             factor = inverse_temperature * tl.load(upstream_ptr + row)
         total = tl.sum(coefficients, 0)
