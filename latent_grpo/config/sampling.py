@@ -26,9 +26,7 @@ class SamplingOptions:
     )
     noise: Literal["one_sided", "two_sided", "none"] = option("one_sided", "Noise of latent steps while sampling.")
     noise_scale: float = option(1.0, "Factor on the noise.", NON_NEGATIVE)
-    noise_delta: float = option(
-        0.0, "Least one-sided noise, before noise_scale.", Range(0, float("inf"), open_high=True)
-    )
+    noise_delta: float = option(0.0, "Least one-sided noise, before noise_scale.", NON_NEGATIVE)
     end_rule: Literal["raw", "noisy"] = option(
         "raw",
         "What ends a latent run. raw: the end marker has the highest logit. noisy: or it is the first token of the "

@@ -270,8 +270,8 @@ class Decoder:
             column = is_latent.unsqueeze(-1)
             ids = torch.where(column, mixture.ids, _text_components(token, mixture.ids.shape[1]))
             embeds = torch.where(column, mixture.embedding, self.table[token])
-        named: dict[str, Any] = {} if sampling.method == "latent_grpo" else {"method": sampling.method}
-        logprob = latent_logprob_from_logits(logits, ids, scores, temperature=sampling.temperature or 1.0, **named)
+        temperature = sampling.temperature or 1.0
+        logprob = latent_logprob_from_logits(logits, ids, scores, temperature=temperature, method=sampling.method)
         active = ~state.done & state.in_latent if kind == LATENT else ~state.done
         index = torch.where(active, state.row * self.record.limit + state.step, len(self.record.token) - 1)
         self.record.token.index_copy_(0, index, token)

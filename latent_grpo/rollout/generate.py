@@ -36,8 +36,9 @@ def generate_latent(
 ) -> Rollout:
     """Sample G = `num_generations` responses to each of P prompts, with `model` in evaluation mode.
 
-    A latent response is a run of latent steps (Eq. 1, 12-14) that ends at the step whose highest logit is the end
-    marker, then text up to EOS or the limit. With `sampling.latent=False` every step is a text step.
+    A latent response is a run of latent steps (Eq. 1, 12-14), the end marker, then text up to EOS or the limit. The run
+    ends at the step whose highest logit is the end marker (`sampling.end_rule` and the bounds of its length decide).
+    With `sampling.latent=False` every step is a text step.
 
     Args:
         model: a causal LM that `check_compatible` accepts. Its training mode is restored afterwards.

@@ -20,11 +20,23 @@ from latent_kernels import latent_step_from_logits
 
 @pytest.mark.parametrize(
     "options",
-    [dict(latent_top_p=0.3), dict(tau=0.4), dict(noise_scale=0.25), dict(noise="two_sided"), dict(latent_top_k=3)],
+    [
+        dict(latent_top_p=0.3),
+        dict(tau=0.4),
+        dict(noise_scale=0.25),
+        dict(noise="two_sided"),
+        dict(latent_top_k=3),
+        dict(noise_delta=0.2),
+        dict(end_rule="noisy"),
+        dict(min_latent_steps=2),
+        dict(max_latent_steps=3),
+        dict(method="soft_grpo"),
+    ],
     ids=str,
 )
 def test_options_of_the_latent_step_reach_every_step_of_a_rollout(options, make_trainer, monkeypatch):
-    trainer = make_trainer("train", **options)
+    needed = {"noise": "two_sided"} if options == {"method": "soft_grpo"} else {}
+    trainer = make_trainer("train", **needed, **options)
     calls = record_calls(monkeypatch, decoder, "latent_step_with_logits")
     trainer.collect()
     ((name, expected),) = options.items()
@@ -56,6 +68,9 @@ def sampling_of(tokenizer, **options) -> LatentSampling:
         dict(noise="two_sided"),
         dict(noise="none"),
         dict(latent_top_k=4),
+        dict(noise_delta=0.3),
+        dict(method="soft_grpo", noise="two_sided", tau=0.1),
+        dict(method="multiplex", latent_top_p=1.0, tau=float("inf")),
     ],
     ids=str,
 )
@@ -67,7 +82,7 @@ def test_the_first_latent_step_of_a_rollout_is_that_of_the_operator(options, tok
         hidden = body(model, embedding_table(model)[ids], mask, positions(mask))[:, -1].repeat_interleave(2, 0)
 
     def operator(sampling):
-        names = ("tau", "noise", "noise_scale", "seed", "end_token_id")
+        names = ("tau", "noise", "noise_scale", "noise_delta", "seed", "end_token_id", "method")
         return latent_step_from_logits(
             hidden @ lm_head(model).T,
             embedding_table(model),
