@@ -21,6 +21,7 @@ from latent_grpo.update.replay import replay
 from latent_kernels import GUMBEL_HIGH, GUMBEL_LOW
 
 RESPONSES = 16  # that the sampled steps are from
+SIBLINGS = 4  # of them to one prompt: they share its replay, which costs more than theirs where latent runs are short
 STEPS_AT_ONCE = 64  # whose log-probs over the whole vocabulary are held at a time
 # Log-probs of a step that is sampled and replayed differ by about this much, in nats.
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -76,7 +77,11 @@ def sample_steps(rollout: Rollout, count: int, step: int) -> tuple[Rollout, Tens
     generator = torch.Generator().manual_seed(step)  # on the CPU, so that every rank and every device draws the same
     latent = rollout.is_latent.cpu()
     rows = latent.any(-1).nonzero().squeeze(-1)
-    rows = rows[torch.randperm(len(rows), generator=generator)[:RESPONSES]].sort().values
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    prompts = torch.randperm(len(rollout.prompt_ids), generator=generator)[rollout.prompt_index.cpu()[rows]]
+    prompts, order = prompts.sort(stable=True)
+    place = torch.arange(len(rows)) - torch.searchsorted(prompts, prompts)  # among the responses to its prompt
+    rows = rows[order[place < SIBLINGS][:RESPONSES]].sort().values
     places = latent[rows].nonzero()
     places = places[torch.randperm(len(places), generator=generator)[:count]]
     # A latent run comes first in its response, so what follows the last chosen step need not be replayed.

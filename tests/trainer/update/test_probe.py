@@ -111,6 +111,7 @@ def test_the_sample_is_bounded_and_depends_on_the_step():
         assert torch.equal(sample.token, again.token)
         assert torch.equal(chosen, same)
         assert len(sample.mask) == len(chosen) == RESPONSES
+        assert len(sample.prompt_ids) == 4  # up to four responses to a prompt
         assert int(chosen.sum()) == 20
         assert bool(sample.is_latent[chosen].all())
         assert sample.mask.shape[1] <= 6  # text steps are not replayed
