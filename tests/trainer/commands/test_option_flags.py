@@ -126,6 +126,9 @@ def test_a_flag_gives_its_option_the_value_of_its_type(words, name, expected):
         ("--reward_weights null", ["--reward_weights", "float", "'null'"]),
         ("--latent maybe", ["--latent", "true or false", "'maybe'"]),
         ("--noise loud", ["--noise", "'loud'", "one_sided"]),
+        ("--method multiplex", ["latent_top_p is 0.95", "method multiplex", "give 1"]),
+        ("--noise two_sided --noise_delta 0.1", ["noise_delta is 0.1", "noise one_sided"]),
+        ("--max_latent_steps 128", ["max_latent_steps is 128", "at most 128 steps"]),
         ("--report_to tensorbord", ["report_to is 'tensorbord'", "tensorboard, wandb, trackio"]),
     ],
 )
@@ -135,11 +138,16 @@ def test_a_value_out_of_range_or_of_a_wrong_type_is_one_line_that_names_it(words
     assert all(part in line for part in parts), line
 
 
+OTHER_VALUES = dict(
+    latent_top_k=3, top_k=7, min_latent_steps=2, max_latent_steps=9, end_rule="noisy", method="soft_grpo"
+)
+
+
 @pytest.mark.parametrize(
-    "flag", ["latent_top_k", "latent_top_p", "tau", "noise_scale", "temperature", "top_p", "top_k"]
+    "flag", ["latent_top_p", "tau", "noise_scale", "noise_delta", "temperature", "top_p", *OTHER_VALUES]
 )
 def test_sampling_flags_reach_the_sampler(flag, input_folder):
-    value = {"latent_top_k": 3, "top_k": 7}.get(flag, 0.25)
+    value = OTHER_VALUES.get(flag, 0.25)
     parser = generate_parser("generate")
     args = parser.parse_args(["--model", str(input_folder / "model"), "--prompt", "x", f"--{flag}", str(value)])
     _, _, sampling, _ = load_for_sampling(args)
