@@ -36,7 +36,11 @@ ELSEWHERE = {
     ("export",): "tests/tools/test_docs_commands.py",  # every test of this file has its threads set
 }
 MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "tiny", "HuggingFaceTB/SmolLM2-135M": "tiny"}
-DATA = {"svamp": "svamp=gsm8k_test.jsonl", "high-difficulty": "math-500=mine_test.jsonl"}
+DATA = {
+    "svamp": "svamp=gsm8k_test.jsonl",
+    "low-difficulty": "multiarith=gsm8k_test.jsonl",
+    "high-difficulty": "math-500=mine_test.jsonl",
+}
 TRAIN = (
     "--max_steps 1 --save_steps 1 --max_completion_length 8 --max_generation_batches 1 --no_group_filter "
     "--latent_top_k 4 --generation_batch_size 64"
