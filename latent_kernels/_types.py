@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+METHODS = ("latent_grpo", "soft_grpo", "multiplex")  # rules of a latent step and its log-prob
+
 
 class NoiseSpec(NamedTuple):
     """The noise of B rows: a stream given by (seed, step, row_ids), or injected Exp(1) draws [B, V]."""

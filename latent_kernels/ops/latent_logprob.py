@@ -31,10 +31,10 @@ from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
 from latent_kernels._linear import add_outer_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
+from latent_kernels._types import METHODS
 from latent_kernels._validate import check_choice, check_components, check_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
 
-METHODS = ("latent_grpo", "soft_grpo", "multiplex")
 MARGIN_GRADIENTS = ("aligned", "released", "none")
 
 LogprobRowsFn = Callable[..., RowScores]  # `logprob_rows_` of one of the implementations

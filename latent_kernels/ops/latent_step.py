@@ -12,14 +12,13 @@ from latent_kernels._dispatch import MAX_TOP_K, on_input_device, resolve
 from latent_kernels._eager.latent_step_methods import latent_step_with_method_eager
 from latent_kernels._linear import project
 from latent_kernels._noise import draw_seed
-from latent_kernels._types import LatentStep, LatentStepOptions
+from latent_kernels._types import METHODS, LatentStep, LatentStepOptions
 from latent_kernels._validate import check_choice, check_noise, check_range, check_row_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
 
 if TYPE_CHECKING:
     from latent_kernels._triton.lm_head import Sidecar
 
-METHODS = ("latent_grpo", "soft_grpo", "multiplex")
 END_RULES = ("raw", "noisy")
 
 
