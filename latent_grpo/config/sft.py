@@ -19,7 +19,10 @@ class WarmStartOptions(RunOptions):
 
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", POSITIVE)
     compression: int = option(2, "Consecutive chain tokens per latent step.", Range(1, 4096))
-    answer_template: str = option("\\boxed{{{answer}}}", "Text of the visible answer, a Python format of {answer}.")
+    answer_template: str = option(
+        "\\boxed{{{answer}}}",
+        "Text of the visible answer, a Python format of {answer}. A row with an answer text of its own keeps that.",
+    )
     lora_dropout: float = option(0.0, "Share of the inputs of LoRA adapters that training drops.", BELOW_ONE)
     freeze_embeddings: bool = option(False, "Keep the embedding table (and a tied head) as it is.")
 
