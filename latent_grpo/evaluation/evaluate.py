@@ -20,6 +20,7 @@ from latent_grpo.prompts import PromptFormat
 from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.watching.metrics import progress_bar
 
+WAITING = 16  # responses of runs per place in the batch: so many that finished ones are replaced, few enough to hold
 LENGTHS = ("reasoning_steps", "response_length")
 # Results that are means over responses, and the entry of a response that each is the mean of.
 MEANS = {
@@ -93,6 +94,8 @@ def evaluate(
 def _records(judge: Judge, rows: Sequence[Any], label: str, show_progress: bool) -> list[dict[str, Any]]:
     """Return the records of all problems, in their order. Collective: each rank judges its share."""
     local, size = range(rank(), len(rows), world_size()), judge.max_rows
+    if judge.run_seeds:  # few problems with many responses each, or many with few
+        size = max(1, WAITING * size // len(judge.run_seeds))
     batches = [local[i : i + size] for i in range(0, len(local), size)]
     records: list[dict[str, Any]] = []
     with progress_bar(label, len(batches), shown=show_progress) as bar:
