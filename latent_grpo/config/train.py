@@ -166,6 +166,9 @@ class LatentGRPOConfig(
         self.check_latent_steps(self.max_completion_length)
         latent_without_noise = self.latent and self.noise == "none"
         require(not latent_without_noise, "noise", self.noise, "latent training needs noise to explore")
+        clamped = self.latent and self.method == "soft_grpo" and self.noise == "one_sided"
+        remedy = "the margins of soft_grpo are clamped to the range of two-sided noise; give two_sided"
+        require(not clamped, "noise", self.noise, remedy)
         require(self.temperature > 0, "temperature", self.temperature, "training needs sampled text; give more than 0")
         if self.importance_sampling_level == "component":
             self.check_component_ratios()

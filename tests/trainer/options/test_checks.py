@@ -74,6 +74,7 @@ def test_an_option_that_cannot_be_used_is_one_line_with_name_value_and_remedy(op
     [
         (dict(importance_sampling_cap=2.0, old_logprobs="rollout"), "importance_sampling_cap is 2.0", "old_logprobs"),
         (dict(loss_type="cispo", epsilon_high=0.5), "epsilon_high is 0.5", "cispo"),
+        (dict(method="soft_grpo"), "noise is 'one_sided'", "give two_sided"),
         (dict(importance_sampling_level="component"), "importance_sampling_level is 'component'", "multiplex"),
         (dict(COMPONENT, latent=False), "importance_sampling_level is 'component'", "latent steps"),
         (dict(COMPONENT, loss_type="gspo"), "importance_sampling_level is 'component'", "loss_type gspo"),
