@@ -122,7 +122,7 @@ def test_help_and_typing_mistakes_do_not_import_torch():
 def test_every_public_name_is_importable_in_any_order():
     code = "import latent_grpo.trainer, latent_grpo.evaluation\nfrom latent_grpo import *\nprint(evaluate.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "latent_grpo.evaluation"
+    assert done.stdout.strip() == "latent_grpo.evaluation.results"
     assert set(latent_grpo.__all__) <= set(dir(latent_grpo))
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         _ = latent_grpo.Trainer

@@ -11,7 +11,7 @@ from support.evaluations import ROWS, even, sampling
 from latent_grpo import evaluate, pass_at_k
 from latent_grpo.commands.main import main
 from latent_grpo.data.benchmarks import BENCHMARKS, released_runs
-from latent_grpo.evaluation.evaluate import summarise
+from latent_grpo.evaluation.results import summarise
 
 # Nine runs on five problems: which are correct, how long the responses are, and what the released functions make of
 # it. The seeds are those of `make_run_seed` for the third benchmark of a list.
