@@ -157,6 +157,13 @@ def test_sampling_flags_reach_the_sampler(flag, input_folder):
 PLAIN = dict(first_token="all", invalid="keep")
 AS_RELEASED = dict(PLAIN, margin_gradient="none", end_rule="noisy", temperature=1.0, group_filter=False)
 PRESETS = {
+    "as-written": dict(
+        invalid="exclude",
+        first_token="best_of_correct",
+        winner_from="valid",
+        margin_gradient="aligned",
+        end_rule="raw",
+    ),
     "two-sided-noise": dict(PLAIN, latent=True, noise="two_sided", margin_gradient="none"),
     "soft-grpo": dict(
         AS_RELEASED,
@@ -182,6 +189,17 @@ PRESETS = {
     ),
     "text-grpo": dict(PLAIN, latent=False, loss_type="grpo", delta=None),
 }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "invalid", "prompt_format"),
+    [("low-difficulty", "zero", "latent-grpo-low"), ("high-difficulty", "exclude", "latent-grpo-high")],
+)
+def test_the_paper_recipes_run_the_rules_of_the_released_code(recipe, invalid, prompt_format):
+    config = LatentGRPOConfig(**read_yaml(recipe, LatentGRPOConfig))
+    rules = (config.invalid, config.first_token, config.winner_from, config.margin_gradient, config.end_rule)
+    assert rules == (invalid, "best_of_group", "all", "released", "noisy")
+    assert (config.prompt_format, config.long_prompts, config.weight_decay) == (prompt_format, "drop", 0.01)
 
 
 @pytest.mark.parametrize("recipe", ["low-difficulty", "high-difficulty", "gsm8k-smollm2", *PRESETS])
