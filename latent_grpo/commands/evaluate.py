@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,6 +19,11 @@ from latent_grpo.commands.options import (
 )
 from latent_grpo.config import LatentSampling, PromptOptions
 from latent_grpo.errors import ConfigError, require
+
+if TYPE_CHECKING:  # they import torch
+    from latent_grpo.data.benchmarks import ReleasedRuns
+    from latent_grpo.evaluation.protocol import Setting
+    from latent_grpo.prompts import PromptFormat
 
 COLUMNS = ("prompt_column", "answer_column", "chain_column")
 SOURCES = (
@@ -133,8 +138,8 @@ def check(args: argparse.Namespace) -> None:
         require(sampled, "noise_scale", args.noise_scale, "several need samples; give --pass-at 1,8 or --num_samples")
 
 
-def setting_for(args: argparse.Namespace, label: str, own_format: Any, *, keep_format: bool) -> Any:
-    """Return the `Setting` of a data set. own_format, keep_format: as `released_setting` takes them.
+def released_plan(args: argparse.Namespace, label: str) -> ReleasedRuns | None:
+    """Return the runs on a data set in the protocol released, None in the protocol greedy.
 
     Raises:
         ConfigError: data that is no benchmark needs --runs, or a k of --pass-at exceeds the runs.
@@ -142,21 +147,32 @@ def setting_for(args: argparse.Namespace, label: str, own_format: Any, *, keep_f
     from dataclasses import replace
 
     from latent_grpo.data.benchmarks import ReleasedRuns, released_runs
+
+    if args.protocol == GREEDY:
+        return None
+    plan = released_runs(label)
+    known = plan is not None or args.runs is not None
+    require(known, "runs", args.runs, f"{label} is no benchmark of the released scripts; give a number")
+    plan = plan or ReleasedRuns(args.runs)
+    plan = plan if args.runs is None else replace(plan, runs=args.runs)
+    most = max(args.pass_at or [1])
+    require(most <= plan.runs, "pass-at", most, f"{label} has {plan.runs} runs; give at most that")
+    return plan
+
+
+def setting_for(
+    args: argparse.Namespace, plan: ReleasedRuns | None, own_format: PromptFormat, *, keep_format: bool
+) -> Setting:
+    """Return how a data set is evaluated. own_format, keep_format: as `released_setting` takes them."""
     from latent_grpo.evaluation.protocol import Setting, released_setting
 
     limit = args.max_completion_length
-    if args.protocol == GREEDY:
-        limit = LatentSampling().max_new_tokens if limit is None else limit
-        chosen = dict(num_samples=args.num_samples, length_of=args.length_of or "all")
-        return Setting(limit, args.pass_at, own_format, **chosen)
-    released = released_runs(label) or ReleasedRuns(args.runs)
-    released = released if args.runs is None else replace(released, runs=args.runs)
-    known = released.runs is not None
-    require(known, "runs", args.runs, f"{label} is no benchmark of the released scripts; give a number")
-    most = max(args.pass_at or [1])
-    require(most <= released.runs, "pass-at", most, f"{label} has {released.runs} runs; give at most that")
-    chosen = dict(pass_at=args.pass_at, limit=limit, length_of=args.length_of)
-    return released_setting(released, args.seed, own_format, keep_format=keep_format, **chosen)
+    if plan is not None:
+        chosen = dict(pass_at=args.pass_at, limit=limit, length_of=args.length_of)
+        return released_setting(plan, args.seed, own_format, keep_format=keep_format, **chosen)
+    limit = LatentSampling().max_new_tokens if limit is None else limit
+    chosen = dict(num_samples=args.num_samples, length_of=args.length_of or "all")
+    return Setting(limit, args.pass_at, own_format, **chosen)
 
 
 def run_evaluation(args: argparse.Namespace) -> int:
@@ -178,11 +194,12 @@ def run_evaluation(args: argparse.Namespace) -> int:
     columns = {name: getattr(args, name) for name in COLUMNS}
     as_released = args.protocol == RELEASED or args.prompt_format == "latent-grpo-gpqa"
     data = load_benchmarks(args.data, split=args.split, limit=args.limit, released=as_released, **columns)
+    plans = {label: released_plan(args, label) for label in data}
     scales, limit = args.noise_scale, args.max_completion_length or LatentSampling().max_new_tokens
     one = argparse.Namespace(**{**vars(args), "noise_scale": scales[0], LIMIT_FLAG: limit})
     model, tokenizer, sampling, own_format = load_for_sampling(one)
     keep_format = prompt_options(args) != PromptOptions() or has_format(args.model)
-    settings = {label: setting_for(args, label, own_format, keep_format=keep_format) for label in data}
+    settings = {label: setting_for(args, plan, own_format, keep_format=keep_format) for label, plan in plans.items()}
     parts = []
     for scale in scales:
         results = {}
