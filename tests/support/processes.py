@@ -69,6 +69,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "few groups, sequence ratios": train_job(
         "tied", loss_type="gspo", generation_batch_size=8, per_device_train_batch_size=2
     ),
+    "drawn tokens, a ratio for each": train_job(
+        "untied", method="multiplex", latent_top_p=1.0, importance_sampling_level="component", beta=0.04
+    ),
     "text, token sums, entropy": train_job("tied", latent=False, loss_type="dr_grpo", entropy_coef=0.01),
     "adapters": train_job("tied", use_peft=True, lora_r=3, beta=0.04, save_steps=2),
     "responses of one step": train_job(
