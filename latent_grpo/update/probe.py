@@ -23,6 +23,7 @@ from latent_kernels import GUMBEL_HIGH, GUMBEL_LOW
 RESPONSES = 16  # that the sampled steps are from
 SIBLINGS = 4  # of them to one prompt: they share its replay, which costs more than theirs where latent runs are short
 STEPS_AT_ONCE = 64  # whose log-probs over the whole vocabulary are held at a time
+SOFT_EPSILON = 1e-6  # SofT-GRPO adds it to a probability before the logarithm
 # Log-probs of a step that is sampled and replayed differ by about this much, in nats.
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 ROUNDING_16_BITS = 0.1
@@ -35,7 +36,8 @@ def start_probe(model: Any, rollout: Rollout, args: LatentGRPOConfig, step: int)
     Call it after the update. Its metrics are shares of the components of these steps:
 
     - `margins_not_positive`: the margin score - log-prob is at most 0 under the policy now. There the gradient of a
-      latent step no longer has the sign of the advantage (Eq. 15).
+      latent step no longer has the sign of the advantage (Eq. 15). The margins of "soft_grpo" are to its own target,
+      log(q + 1e-6) with q the softmax over the K components alone.
     - `upper_atom`: the noise was at the upper end of its clamp (Eq. 12). Only of the method "latent_grpo".
     - `nucleus_overlap`: the id would still be a candidate: the probability mass of the ids before it is below
       `latent_top_p` under the policy now, or it is among the first K.
@@ -62,7 +64,8 @@ def start_probe(model: Any, rollout: Rollout, args: LatentGRPOConfig, step: int)
             candidates = in_nucleus(logprob, args.latent_top_p, args.latent_top_k)
             parts.append((logprob.gather(-1, ids), scores, candidates.gather(-1, ids)))
         now, scores, kept = map(torch.cat, zip(*parts, strict=True))
-        shares = {"margins_not_positive": scores <= now, "nucleus_overlap": kept}
+        target = (now.softmax(-1) + SOFT_EPSILON).log() if args.method == "soft_grpo" else now
+        shares = {"margins_not_positive": scores <= target, "nucleus_overlap": kept}
         if args.method == "latent_grpo":
             most = GUMBEL_HIGH if args.noise == "two_sided" else GUMBEL_HIGH - GUMBEL_LOW + args.noise_delta
             rounding = ROUNDING.get(model.dtype, ROUNDING_16_BITS)
