@@ -2,10 +2,10 @@
 
     python -m bench.before_after --model M --train FILE --test gsm8k=FILE svamp=FILE --out DIR --minutes 10
 
-Runs Latent-SFT, an evaluation, Latent-GRPO and the same evaluation again. Each is the command that a user types, within
-its share of the time. Training that has not ended by then is stopped as by Ctrl-C, and the next command takes the
-checkpoint that it leaves. DIR/before-after.json and .md hold Pass@1 and lengths before and after, the number
-of steps that the time allowed, and the commands. DIR/log.txt holds all output.
+Runs a warm start, an evaluation, Latent-GRPO and the same evaluation again. Each is the command that a user types,
+within its share of the time. Training that has not ended by then is stopped as by Ctrl-C, and the next command takes
+the checkpoint that it leaves. DIR/before-after.json and .md hold Pass@1 and lengths before and after, the number of
+steps that the time allowed, and the commands. DIR/log.txt holds all output.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ def page(record: dict[str, Any]) -> str:
     """Return the record as Markdown."""
     stamp, steps = record["environment"], record["steps"]
     lines = [
-        f"# {record['model']}: Latent-SFT, then Latent-GRPO, in {record['minutes']:g} minutes",
+        f"# {record['model']}: warm start (uniform targets), then Latent-GRPO, in {record['minutes']:g} minutes",
         "",
-        f"{steps['sft']} steps of Latent-SFT, {steps['grpo']} of Latent-GRPO; "
+        f"{steps['sft']} steps of the warm start, {steps['grpo']} of Latent-GRPO; "
         + ", ".join(f"{name} {value}" for name, value in stamp.items())
         + ".",
         "",

@@ -10,7 +10,7 @@ from latent_grpo.commands.options import Parser
 
 def quickstart_parser(prog: str) -> Parser:
     """Return the parser of `quickstart`."""
-    about = "Latent-SFT, Latent-GRPO and evaluation of a tiny model on made-up word problems: minutes on a CPU."
+    about = "A warm start, Latent-GRPO and evaluation of a tiny model on made-up word problems: minutes on a CPU."
     parser = Parser(prog=prog, description=about)
     parser.add_argument(
         "--out",

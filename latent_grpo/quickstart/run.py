@@ -1,8 +1,8 @@
 """`latent-grpo quickstart`: the whole pipeline on the toy task, without a download.
 
-It makes word problems and a model of 0.66 million parameters, trains with Latent-SFT on careless worked examples, then
-with Latent-GRPO for true answers, and evaluates on held-out problems. The warm start knows its sums and weights its
-mixtures wrongly. Reinforcement sharpens what a model half knows; it does not teach sums.
+It makes word problems and a model of 0.66 million parameters, warms it up with uniform targets on careless worked
+examples, trains it with Latent-GRPO for true answers, and evaluates on held-out problems. The warm start knows its sums
+and weights its mixtures wrongly. Reinforcement sharpens what a model half knows; it does not teach sums.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def quickstart(out: Path, *, seed: int = 0, loss_on: str = "all") -> dict[str, A
     write_files(out, summary, trainer.device)
     for number, (problem, *pair) in enumerate(zip(held_out, responses_before, responses_after, strict=False), 1):
         console.print(f"\n[bold]Problem {number}[/]: {problem['prompt']}  [green]({problem['answer']})[/]")
-        for label, response in zip(("Latent-SFT", "Latent-GRPO"), pair, strict=True):
+        for label, response in zip(("warm start", "Latent-GRPO"), pair, strict=True):
             console.print(f"  {label}")
             print_response(console, response, indent=4)
     console.print(summary_table(summary))
@@ -153,7 +153,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     before, after = summary["latent_sft"], summary["latent_grpo"]
     table = Table(title=f"{after['problems']} held-out problems, noise-free")
     table.add_column("")
-    table.add_column("Latent-SFT", justify="right")
+    table.add_column("warm start", justify="right")
     table.add_column("Latent-GRPO", justify="right")
     labels = {
         "pass_at_1": "Pass@1",

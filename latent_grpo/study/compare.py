@@ -61,7 +61,7 @@ class Arm:
 
 LATENT, TEXT, FULL = "latent-sft", "text-sft", "latent-grpo"
 ARMS = {
-    LATENT: Arm("Latent-SFT", LATENT),
+    LATENT: Arm("warm start (uniform targets)", LATENT),
     FULL: Arm("Latent-GRPO", LATENT),
     "two-sided-plain": Arm("two-sided noise, plain GRPO", LATENT, recipe="two-sided-noise"),
     TEXT: Arm("text SFT", TEXT),
@@ -301,7 +301,7 @@ def problems(plan: Plan, seed: int) -> tuple[list[Any], list[Any]]:
 
 
 def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tuple[Any, Any]:
-    """Train a model with Latent-SFT, or with text SFT on the same chains. Return model and tokenizer."""
+    """Train a warm start with uniform targets, or text SFT on the same chains. Return model and tokenizer."""
     options = plan.sft_options(run)
     if plan.embedded:
         tokenizer = make_tokenizer()

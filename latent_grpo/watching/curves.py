@@ -10,7 +10,7 @@ from latent_grpo.watching.metrics import read_metrics
 
 # Title, phase, the label of each metric, unit of the vertical axis.
 PANELS = (
-    ("Latent-SFT loss", "sft", {"loss": "loss"}, "KL and cross-entropy per element (nats)"),
+    ("Warm start", "sft", {"loss": "loss"}, "KL and cross-entropy per element (nats)"),
     (
         "Accuracy",
         "train",
@@ -42,7 +42,7 @@ def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:
             for key, label in series.items():
                 points = [(row["step"], row[key]) for row in rows if row["phase"] == phase and key in row]
                 plot_series(axis, points, label)
-            axis.set(title=name, xlabel=f"{'Latent-SFT' if phase == 'sft' else 'Latent-GRPO'} step", ylabel=unit)
+            axis.set(title=name, xlabel=f"{'warm start' if phase == 'sft' else 'Latent-GRPO'} step", ylabel=unit)
             axis.legend()
 
 

@@ -97,7 +97,7 @@ def test_a_row_does_not_depend_on_its_batch_and_the_hidden_state_gives_the_same_
 
 
 def test_draws_of_multiplex_are_independent_and_follow_the_distribution():
-    rows, vocab = 10_000, 300
+    rows, vocab = 20_000, 300
     logits = (1.5 * torch.randn(vocab)).expand(rows, -1)
     step = latent_step_from_logits(logits, torch.zeros(vocab, 1), **options_of("multiplex", top_k=3, seed=1))
     best = logits[0].topk(9).indices

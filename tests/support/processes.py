@@ -47,7 +47,7 @@ def train_job(model: str | dict[str, Any], **options: Any) -> dict[str, Any]:
 
 
 def sft_job(**options: Any) -> dict[str, Any]:
-    """Return a job of Latent-SFT from a new tiny model."""
+    """Return a warm-start job from a new tiny model."""
     return {"kind": "sft", "model": {}, "options": {**SFT, **options}}
 
 

@@ -28,7 +28,7 @@ def data(shared):
 
 @pytest.fixture(scope="module")
 def warm(data, tmp_path_factory):
-    """The folder of SmolLM2 after two steps of Latent-SFT."""
+    """The folder of SmolLM2 after two steps of a warm start."""
     out = tmp_path_factory.mktemp("real") / "sft"
     arguments = ["sft", "--model_name_or_path", MODEL, "--dataset", str(data / "gsm8k_train.jsonl"), "--limit", "8"]
     options = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--output_dir", str(out)]

@@ -1,4 +1,4 @@
-"""Latent-SFT: its targets, its noise, its loss, and what it learns."""
+"""A warm start with uniform targets: its targets, its noise, its loss, and what it learns."""
 
 from __future__ import annotations
 

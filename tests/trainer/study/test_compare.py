@@ -158,7 +158,8 @@ def test_a_comparison_is_written_kept_and_finished(tmp_path, capsys, request, wo
     curves = next(run for run in document["runs"] if run["arm"] == FULL)["curves"]
     assert curves["reward"]["steps"] == [1, 2]
     text = (out / "comparison.md").read_text()
-    for word in ("Latent-SFT", "Latent-GRPO", "text GRPO", "two-sided noise", "12 held-out problems", "seeds 0, 1"):
+    arms = ("warm start (uniform targets)", "Latent-GRPO", "text GRPO", "two-sided noise")
+    for word in (*arms, "12 held-out problems", "seeds 0, 1"):
         assert word in text
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "Latent-GRPO" in capsys.readouterr().out
@@ -335,7 +336,7 @@ def test_means_deviations_and_differences_seed_by_seed(records):
     assert summary["loss-on-text"]["pass_at_1"]["std"] is None
     assert summary["loss-on-text"]["difference"]["values"] == [pytest.approx(-0.3)]
     methods, ablations = cells(summary, ablations=False), cells(summary, ablations=True)
-    assert [row[0] for row in methods.rows] == ["Latent-SFT", "Latent-GRPO", "text SFT", "text GRPO"]
+    assert [row[0] for row in methods.rows] == ["warm start (uniform targets)", "Latent-GRPO", "text SFT", "text GRPO"]
     assert methods.rows[1][2:5] == ["0.700 ± 0.141", "0.350 ± 0.071", "2.50 ± 0.71"]
     assert [row[0] for row in ablations.rows] == ["Latent-GRPO", "no margin gradient", "loss on text steps only"]
     assert [row[-1] for row in ablations.rows] == ["", "-0.150 ± 0.071", "-0.300"]
@@ -358,7 +359,7 @@ def test_the_figure_shows_every_arm_and_says_what_was_measured_where(records, tm
 
     monkeypatch.setattr(compare_report, "drawn_figure", look)
     compare_report.draw(plan, records, tmp_path / "x.png")
-    assert drawn["labels 0"] == ["Latent-SFT", "Latent-GRPO", "text SFT", "text GRPO"]
+    assert drawn["labels 0"] == ["warm start (uniform targets)", "Latent-GRPO", "text SFT", "text GRPO"]
     assert list(drawn[1]["Latent-GRPO"].get_xdata()) == [0, 5, 10]
     assert list(drawn[1]["Latent-GRPO"].get_ydata()) == pytest.approx([(0.2 + 0.3) / 6, 0.35, 0.7])
     assert set(drawn[2]) == set(drawn[3]) == {"Latent-GRPO", "no margin gradient", "loss on text steps only"}
