@@ -36,15 +36,15 @@ PROTOCOL = (
     "greedy: Pass@1 and lengths of one noise-free, greedy response, pass@k of samples under noise. released: as the "
     "released scripts, 5 runs on each low-difficulty benchmark, 4 on math-500, 64 on aime24 and aime25, 8 on "
     "gpqa-diamond, each with one sampled response per problem, and means over the runs. Run r of benchmark b has the "
-    "seed SEED + 100000 b + r. Where they are not given, released takes noise none, top_k 0 and seed 12345, and the "
+    "seed SEED + 100000 b + r. Where not given, it takes noise none, end_rule noisy, top_k 0 and seed 12345, and the "
     f"benchmark sets {LIMIT_FLAG} (128 or 4096), length_of and, if the model has none, the prompt format. "
     "[default: greedy]"
 )
 VARIED = ("max_new_tokens", "noise_scale")  # sampling options that data sets or the parts of a sweep have of their own
 # What flags are where they are not given, by protocol.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    GREEDY: {"noise": "one_sided", "top_k": LatentSampling().top_k, "seed": LatentSampling().seed},
-    RELEASED: {"noise": "none", "top_k": 0, "seed": 12345},
+    GREEDY: {name: getattr(LatentSampling(), name) for name in ("noise", "end_rule", "top_k", "seed")},
+    RELEASED: {"noise": "none", "end_rule": "noisy", "top_k": 0, "seed": 12345},
 }
 
 
@@ -63,7 +63,7 @@ def eval_parser(prog: str) -> Parser:
     data.add_argument("--limit", type=int, help="Use only the first rows of each data set.")
     add_flags_named(data, COLUMNS)
     protocol_flags(parser.add_argument_group("How it is evaluated"))
-    parser.set_defaults(**dict.fromkeys(("top_k", "seed", LIMIT_FLAG)))  # None: not given
+    parser.set_defaults(**dict.fromkeys(("end_rule", "top_k", "seed", LIMIT_FLAG)))  # None: not given
     return parser
 
 

@@ -163,8 +163,9 @@ def test_the_released_protocol_on_the_command_line(folder, tmp_path, capsys):
     assert main(arguments(folder, "--runs", "4", "--max_completion_length", "6", "--out", str(out))) == 0
     assert "Protocol of the released scripts" in " ".join(capsys.readouterr().out.split())
     record = json.loads(out.with_suffix(".json").read_text())
-    assert (record["protocol"], record["sampling"]["noise"], record["sampling"]["top_k"]) == ("released", "none", 0)
-    assert (record["sampling"]["temperature"], record["sampling"]["top_p"]) == (0.6, 0.95)
+    assert record["protocol"] == "released"
+    expected = dict(noise="none", end_rule="noisy", temperature=0.6, top_p=0.95, top_k=0, seed=12345)
+    assert {name: record["sampling"][name] for name in expected} == expected
     settings = record["settings"]
     assert settings["svamp"]["run_seeds"] == [212346, 212347, 212348, 212349]
     assert settings["aime24"]["run_seeds"] == [112346, 112347, 112348, 112349]
