@@ -47,6 +47,7 @@ TRAIN = (
 )
 SHORT = {
     "quickstart": "",
+    "encode": "--max_steps 2 --max_completion_length 16 --read_back_rows 4",
     "sft": "--max_steps 2 --max_completion_length 16",
     "train": TRAIN,
     "eval": "--max_completion_length 8",
@@ -57,6 +58,7 @@ SHORT = {
     "--num_samples 2 --seeds 0 --workers 1 --arms latent-grpo text-grpo",
     "bench": "--shapes tiny --repeats 1 --no-memory",
     "bench.rollout": "--rows 4 --prompt 8 --new 8 --repeats 1",
+    "bench.warm_start": "--seeds 0 --problems 400 --held_out 8 --text_steps 2 --encode_steps 2 --sft_steps 2",
 }
 # Processes on the page, and in the test. A page resumes a run of 8 processes with 4 and doubles the accumulation, which
 # keeps the size of an update. The test must halve its number of processes too.
