@@ -61,8 +61,8 @@ def start_probe(model: Any, rollout: Rollout, args: LatentGRPOConfig, step: int)
     def measure() -> dict[str, float]:
         parts = []
         for logprob, ids, scores in _logprobs(model, sample, chosen, args):
-            candidates = in_nucleus(logprob, args.latent_top_p, args.latent_top_k)
-            parts.append((logprob.gather(-1, ids), scores, candidates.gather(-1, ids)))
+            kept = in_nucleus(logprob, ids, args.latent_top_p, args.latent_top_k)
+            parts.append((logprob.gather(-1, ids), scores, kept))
         now, scores, kept = map(torch.cat, zip(*parts, strict=True))
         target = (now.softmax(-1) + SOFT_EPSILON).log() if args.method == "soft_grpo" else now
         shares = {"margins_not_positive": scores <= target, "nucleus_overlap": kept}
@@ -110,14 +110,16 @@ def _logprobs(
             yield head_logits(hidden, lm_head(model)).log_softmax(-1), ids, scores
 
 
-def in_nucleus(logprob: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Return which tokens are candidates of a latent step [n, V] bool, from log-probs [n, V].
+def in_nucleus(logprob: Tensor, ids: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Return which of `ids` [n, K] are candidates of a latent step [n, K] bool, from log-probs [n, V].
 
-    They are those with less than `top_p` of the mass strictly before them, and the first `top_k`. Ties go to the lower
-    id.
+    A candidate has less than `top_p` of the mass strictly before it, or is among the first `top_k`. Ties go to the
+    lower id.
     """
-    ordered, order = logprob.sort(dim=-1, descending=True, stable=True)
-    mass = ordered.exp()
-    candidates = mass.cumsum(-1) - mass < top_p
-    candidates[:, :top_k] = True
-    return torch.zeros_like(candidates).scatter(-1, order, candidates)
+    mass, vocab = logprob.exp(), torch.arange(logprob.shape[-1], device=logprob.device)
+    kept = []
+    for token in ids.split(1, dim=-1):  # K passes over the vocabulary, which cost less than to sort it
+        own = logprob.gather(-1, token)
+        before = (logprob > own) | ((logprob == own) & (vocab < token))
+        kept.append(((mass * before).sum(-1) < top_p) | (before.sum(-1) < top_k))
+    return torch.stack(kept, -1)

@@ -146,7 +146,8 @@ def test_there_is_no_probe_where_it_has_no_meaning():
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=8), st.floats(0.05, 1.0), st.integers(1, 3))
 def test_the_nucleus_is_its_definition(levels, top_p, top_k):
     logprob = torch.tensor([levels], dtype=torch.float64).log_softmax(-1)
-    for token, kept in enumerate(in_nucleus(logprob, top_p, top_k)[0].tolist()):
+    every = torch.arange(len(levels)).unsqueeze(0)
+    for token, kept in enumerate(in_nucleus(logprob, every, top_p, top_k)[0].tolist()):
         position, mass = rank_and_mass(logprob[0].tolist(), token)
         if abs(mass - top_p) > 1e-9:
             assert kept == (position < top_k or mass < top_p)
