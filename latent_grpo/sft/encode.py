@@ -126,9 +126,12 @@ class Phase(UpdateLoop):
         kept = [example for number, example in enumerate(examples) if number not in held_out]
         super().__init__(model, args, kept, tokenizer, prompt_format, rows, None)
 
-    def train(self, resume: bool) -> dict[str, float]:
-        """Train to the last step, write the trained parts, and return the metrics of the last step."""
-        values = self.run(resume)
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
+        """Train to the last step, write the trained parts, and return the metrics of the last step.
+
+        resume_from_checkpoint: a checkpoint folder of this run, or True for its newest one.
+        """
+        values = self.run(resume_from_checkpoint)
         copy_to_full(self.full_model, self.model)
         for part in TRAINED[self.phase]:
             full = getattr(self.full_model, part, None)

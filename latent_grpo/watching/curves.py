@@ -8,6 +8,8 @@ from typing import Any
 from latent_grpo.watching.figures import drawn_figure
 from latent_grpo.watching.metrics import read_metrics
 
+ENCODE_PHASES = ("encoder", "decoder", "union")
+READ = {"read_back": "chain tokens", "read_answers": "texts"}
 # Title, phase, the label of each metric, unit of the vertical axis.
 PANELS = (
     ("Warm start", "sft", {"loss": "loss"}, "KL and cross-entropy per element (nats)"),
@@ -26,7 +28,16 @@ PANELS = (
     ("Latent mixtures", "train", {"mixture_entropy": "entropy"}, "nats per latent step"),
     ("Updates", "train", {"clip_fraction": "clipped", "margin_crossed": "margins crossed"}, "share"),
     ("Gradient norm", "train", {"grad_norm": "before clipping"}, "norm"),
+    *(
+        panel
+        for phase in ENCODE_PHASES
+        for panel in (
+            (f"Loss, {phase}", phase, {"loss": "loss"}, "cross-entropy per token (nats)"),
+            (f"Read from latent steps, {phase}", phase, READ, "share of held-out rows"),
+        )
+    ),
 )
+STEPS_OF = {"sft": "warm start", "train": "Latent-GRPO"}  # other phases have plain names
 
 
 def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:
@@ -42,7 +53,7 @@ def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:
             for key, label in series.items():
                 points = [(row["step"], row[key]) for row in rows if row["phase"] == phase and key in row]
                 plot_series(axis, points, label)
-            axis.set(title=name, xlabel=f"{'warm start' if phase == 'sft' else 'Latent-GRPO'} step", ylabel=unit)
+            axis.set(title=name, xlabel=f"{STEPS_OF.get(phase, phase)} step", ylabel=unit)
             axis.legend()
 
 

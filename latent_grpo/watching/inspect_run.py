@@ -22,6 +22,9 @@ FIGURES_WIDTH = 44  # characters of the four columns of figures between a metric
 # What a person looks at first. `every_metric` shows the others too.
 MAIN_METRICS = (
     "loss",
+    "ce",
+    "read_back",
+    "read_answers",
     "reward",
     "reward_std",
     "groups_kept",

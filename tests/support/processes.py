@@ -51,6 +51,24 @@ def sft_job(**options: Any) -> dict[str, Any]:
     return {"kind": "sft", "model": {}, "options": {**SFT, **options}}
 
 
+ENCODE = dict(
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    answer_template="{answer}",
+    learning_rate=1e-4,
+    label_size=4,
+    read_back_rows=5,
+    read_back_steps=2,
+    max_steps=4,
+    save_steps=2,
+)
+
+
+def encode_job(**options: Any) -> dict[str, Any]:
+    """Return a job of encode's phase `union`, of two new tiny models."""
+    return {"kind": "encode", "model": {}, "options": {**ENCODE, **options}}
+
+
 LONG_WARM_START = dict(learning_rate=3e-3, max_steps=30, per_device_train_batch_size=16, gumbel_scale=0.0)
 WARM = {  # models whose responses end, at different lengths
     name: {**sft_job(**LONG_WARM_START), "model": {"tied": name == "tied"}} for name in ("tied", "untied")
@@ -79,11 +97,14 @@ JOBS: dict[str, dict[str, Any]] = {
     ),
     "warm start": sft_job(save_steps=2),
     "warm start, recomputed layers": sft_job(gradient_checkpointing=True),
+    "soft labels": sft_job(targets="soft_labels", gumbel_scale=1.0),
+    "encoder and decoder": encode_job(),
+    "encoder and decoder, adapters": encode_job(use_peft=True, lora_r=3, save_steps=0, gradient_checkpointing=True),
 }
 COARSE = {  # two numbers of processes round its gradients in different places
     "bfloat16": train_job("tied", dtype="bfloat16", save_steps=2)
 }
-RESUMED = ("penalty, two passes", "adapters", "warm start")
+RESUMED = ("penalty, two passes", "adapters", "warm start", "encoder and decoder")
 # Statistics are means over a micro-batch, averaged with its share of the steps. So they depend on the micro-batches.
 STATISTICS = {"clip_fraction", "dual_clip_fraction", "approx_kl", "kl", "entropy", "margin_crossed"}
 

@@ -1,8 +1,8 @@
 """Training jobs for tests of several processes: `python -m support.ranks FILE`, by itself or under torchrun.
 
-FILE is a JSON list of jobs: {"kind": "train" or "sft", "model": a folder or {options of the tiny model}, "options":
-{...}, "resume": a checkpoint folder or null}. Every rank runs every job. In the `output_dir` of a job, rank 0 adds
-`parameters.safetensors`, the full parameters of the trained model, and `held.json`, how many of them a rank held.
+FILE is a JSON list of jobs: {"kind": "train", "sft" or "encode", "model": a folder or {options of the tiny model},
+"options": {...}, "resume": a checkpoint folder or null}. Every rank runs every job. In the `output_dir` of a job, rank 0
+adds `parameters.safetensors`, the full parameters of the trained model, and `held.json`, how many of them a rank held.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ import torch
 from safetensors.torch import save_file
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
+from latent_grpo.config import EncodeConfig
 from latent_grpo.model import load_model
 from latent_grpo.parallel.fsdp import full_tensor
-from latent_grpo.parallel.process_group import all_reduce_max, process_group, rank, world_size
+from latent_grpo.parallel.process_group import all_reduce_max, on_rank_zero, process_group, rank, world_size
+from latent_grpo.prompts import PromptFormat
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
+from latent_grpo.sft.chain_model import ChainModel
+from latent_grpo.sft.encode import Phase
+from latent_grpo.sft.soft_labels import SoftLabels, join_rows, write_soft_labels
 
 ROWS = make_problems(30, seed=1)
 
@@ -35,6 +40,13 @@ def uneven(completions: list[str], answer: list[str], completion_ids: list[list[
     ]
 
 
+def random_labels(vocab: int) -> SoftLabels:
+    """Return random soft labels of four components for ROWS, of one to three steps each."""
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(1 + number % 3, vocab, generator=generator).topk(4) for number in range(len(ROWS))]
+    return join_rows([(highest.values.softmax(-1), highest.indices) for highest in scores], "test")
+
+
 def run(job: dict[str, Any]) -> None:
     """Run one job on this rank."""
     tokenizer = make_tokenizer()
@@ -45,7 +57,14 @@ def run(job: dict[str, Any]) -> None:
     options["per_device_train_batch_size"] = options["per_device_train_batch_size"] // world_size()
     if job["kind"] == "train":
         trainer: Any = LatentGRPOTrainer(model, uneven, LatentGRPOConfig(**options), ROWS, ROWS[:5], tokenizer)
+    elif job["kind"] == "encode":
+        args = EncodeConfig(**options)
+        model = ChainModel(model, make_model(tokenizer, seed=1), None, ("encoder", "decoder"), args)
+        trainer = Phase("union", model, args, ROWS, tokenizer, PromptFormat())
     else:
+        if options.get("targets") == "soft_labels":
+            options["soft_labels"] = str(out / "labels")
+            on_rank_zero(lambda: write_soft_labels(out / "labels", random_labels(len(tokenizer))))
         trainer = LatentSFTTrainer(model, LatentSFTConfig(**options), ROWS, tokenizer)
     trainer.train(resume_from_checkpoint=job.get("resume"))
     state = {name: full_tensor(p.detach()).contiguous() for name, p in trainer.model.named_parameters()}

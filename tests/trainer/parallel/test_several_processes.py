@@ -43,12 +43,14 @@ def test_two_processes_train_the_model_of_one(runs: Path, name: str) -> None:
     if job["kind"] == "train":
         assert len({row["response_length"] for row in metrics(one)}) > 1  # lengths differ
         assert any(row["loss"] != 0 for row in metrics(one))
-    if name == "adapters":
+    if "adapters" in name:
         adapters = {key: value for key, value in parameters(one).items() if "lora_B" in key}
         assert adapters
         assert all(value.abs().max() > 5 * tol.TRAINING_STEP for value in adapters.values())
         return
     model = job["model"]
+    if job["kind"] == "encode":
+        return
     start = load_model(str(runs / "warm" / model)) if isinstance(model, str) else make_model(make_tokenizer(), seed=0)
     moved = distance({key: p.detach() for key, p in start.named_parameters()}, parameters(one))
     assert distance(parameters(one), parameters(two)) < tol.SEVERAL_UPDATES * moved
