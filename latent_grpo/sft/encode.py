@@ -61,15 +61,24 @@ def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str,
         folder = Path(args.output_dir) / phase
         if phase not in args.phases or (choice and (folder / FINISHED_FILE).exists()):
             continue
-        own = replace(args, output_dir=str(folder), resume_from_checkpoint=None)
-        model = load_parts(args, phase)
         if phase == "labels":
-            labels = label_rows(model, own, rows, tokenizer, prompt_format)
-            write_labels(Path(args.output_dir) / LABEL_FILE, labels)
+            write_labels(args, rows, tokenizer, prompt_format)
         else:
-            trainer = Phase(phase, model, own, rows, tokenizer, prompt_format)
-            results[phase] = trainer.train(bool(choice and checkpoints_in(folder)))
+            results[phase] = train_phase(phase, args, rows, tokenizer, prompt_format, resumed=bool(choice))
     return results
+
+
+def train_phase(
+    phase: str, args: EncodeConfig, rows: Sequence[Any], tokenizer: Any, prompt_format: PromptFormat, *, resumed: bool
+) -> dict[str, float]:
+    """Train one phase in its folder, from its newest checkpoint if it is `resumed` and has one. Return its metrics.
+
+    The models of the phase are freed when the function returns.
+    """
+    folder = Path(args.output_dir) / phase
+    own = replace(args, output_dir=str(folder), resume_from_checkpoint=None)
+    trainer = Phase(phase, load_parts(args, phase), own, rows, tokenizer, prompt_format)
+    return trainer.train(bool(resumed and checkpoints_in(folder)))
 
 
 def load_parts(args: EncodeConfig, phase: str) -> ChainModel:
@@ -171,9 +180,10 @@ class Phase(UpdateLoop):
         return {"read_back": right / max(1, tokens), "read_answers": answers / len(self.held_out)}
 
 
-def write_labels(path: Path, labels: SoftLabels) -> None:
-    """Write labels on rank 0. Collective: every rank must call it."""
-    on_rank_zero(lambda: write_soft_labels(path, labels))
+def write_labels(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any, prompt_format: PromptFormat) -> None:
+    """Write the soft labels of all rows, from the models of the phase `union`. Collective: every rank must call it."""
+    labels = label_rows(load_parts(args, "labels"), args, rows, tokenizer, prompt_format)
+    on_rank_zero(lambda: write_soft_labels(Path(args.output_dir) / LABEL_FILE, labels))
 
 
 def micro_batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -1,8 +1,9 @@
 """Training jobs for tests of several processes: `python -m support.ranks FILE`, by itself or under torchrun.
 
 FILE is a JSON list of jobs: {"kind": "train", "sft" or "encode", "model": a folder or {options of the tiny model},
-"options": {...}, "resume": a checkpoint folder or null}. Every rank runs every job. In the `output_dir` of a job, rank 0
-adds `parameters.safetensors`, the full parameters of the trained model, and `held.json`, how many of them a rank held.
+"options": {...}, "resume": a checkpoint folder or null}. Every rank runs every job. In the `output_dir` of a job, rank
+0 adds `parameters.safetensors`, the full parameters of the trained model, and `held.json`, how many of them a rank
+held.
 """
 
 from __future__ import annotations
