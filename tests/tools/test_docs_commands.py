@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.documents import PAGES, REPOSITORY, blocks, commands_of, program
+from support.released import save_checkpoint, write_rl_file
 
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer
 
@@ -68,15 +69,17 @@ RECIPES = {"low-difficulty", "high-difficulty"}  # they name models and data of 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that pages use without making them: a model, problems in two formats, results of benchmarks.
+    """The files that pages use without making them: models, problems in three formats, results of benchmarks.
 
-    The formats are the documented one and that of GSM8K.
+    The formats are the documented one, that of GSM8K, and the released one, which the paper's recipes ask for.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tokenizer = make_tokenizer()
     make_model(tokenizer, seed=0).save_pretrained("tiny")
     tokenizer.save_pretrained("tiny")
+    save_checkpoint(Path("released"), "llama")
+    write_rl_file(Path("released.parquet"), "llama", 32)
     keys = json.loads(blocks(REPOSITORY / "docs" / "recipes.md", "json")[0].text)
     for kind, count in (("", 32), ("_test", 4)):
         problems = make_problems(count, seed=count)
@@ -106,7 +109,8 @@ def stand_ins(words: Sequence[str]) -> list[str]:
             Path(value).parent.mkdir(parents=True, exist_ok=True)
             Path(value).symlink_to(Path("tiny").resolve())
     if "--config" in words and RECIPES & {*words} and "--data" not in words:
-        words += ["--model_name_or_path", "tiny", "--dataset", "mine.jsonl", "--per_device_train_batch_size", "8"]
+        words += ["--model_name_or_path", "released", "--dataset", "released.parquet"]
+        words += ["--per_device_train_batch_size", "8"]
     return [word.replace("/shared/", "shared/") for word in words]
 
 
