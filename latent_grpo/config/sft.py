@@ -18,7 +18,9 @@ class WarmStartOptions(RunOptions):
     """How a chain of thought becomes latent steps."""
 
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", POSITIVE)
-    compression: int = option(2, "Consecutive chain tokens per latent step.", Range(1, 4096))
+    compression: int = option(
+        2, "Consecutive chain tokens per latent step. Soft labels have their own.", Range(1, 4096)
+    )
     answer_template: str = option(
         "\\boxed{{{answer}}}",
         "Text of the visible answer, a Python format of {answer}. A row with an answer text of its own keeps that.",

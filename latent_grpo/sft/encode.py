@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from latent_grpo.config import PHASES, EncodeConfig
 from latent_grpo.errors import ConfigError, require
-from latent_grpo.model import check_vocabulary, embedding_table, load_model
+from latent_grpo.model import check_vocabulary, embedding_table, end_marker_ids, load_model
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank, world_size
 from latent_grpo.prompts import PromptFormat, resolve_format
@@ -202,10 +202,11 @@ def label_rows(
     """
     model.eval()
     own: list[tuple[int, Tensor, Tensor]] = []
+    given = (args, prompt_format, end_marker_ids(tokenizer, prompt_format.end_marker))
     parts = micro_batches(range(rank(), len(rows), world_size()), args.per_device_train_batch_size)
     with progress_bar("labels ", len(parts)) as bar:
         for numbers in parts:
-            examples = [chain_example(tokenizer, rows[n], n + 1, args, prompt_format) for n in numbers]
+            examples = [chain_example(tokenizer, rows[n], n + 1, *given) for n in numbers]
             batch = chain_batch(examples, model.device)
             labels, steps = model.soft_labels(batch), batch.cut.sum(-1).tolist()
             own += zip(numbers, *(tensor.cpu().split(steps) for tensor in labels), strict=True)

@@ -72,15 +72,19 @@ class ChainBatch:
 
 
 def chain_example(
-    tokenizer: Any, row: Any, number: int, args: EncodeConfig, prompt_format: PromptFormat
+    tokenizer: Any, row: Any, number: int, args: EncodeConfig, prompt_format: PromptFormat, marker: list[int]
 ) -> ChainExample:
-    """Return the ids of a row with "prompt", "chain" and "answer". DataError if it has no chain, or an empty one."""
+    """Return the ids of a row with "prompt", "chain" and "answer". marker: ids of the end marker.
+
+    Raises:
+        DataError: the row has no chain, or an empty one.
+    """
     chain, width = chain_ids(tokenizer, row, number), args.compression
     if not chain:
         raise DataError(f"row {number}: its chain of thought {row['chain']!r} has no token; remove the row")
     pieces = [chain[i : i + width] for i in range(0, len(chain), width)]
-    text = text_after(tokenizer, row, args, end_marker_ids(tokenizer, prompt_format.end_marker))
-    return ChainExample(prompt_format.ids(tokenizer, [row["prompt"]])[0], pieces, text, number)
+    prompt = prompt_format.ids(tokenizer, [row["prompt"]])[0]
+    return ChainExample(prompt, pieces, text_after(tokenizer, row, args, marker), number)
 
 
 def chain_examples(
@@ -91,7 +95,8 @@ def chain_examples(
     Raises:
         DataError: a row has no chain, or no row fits.
     """
-    examples = [chain_example(tokenizer, row, number, args, prompt_format) for number, row in enumerate(rows, 1)]
+    given = (args, prompt_format, end_marker_ids(tokenizer, prompt_format.end_marker))
+    examples = [chain_example(tokenizer, row, number, *given) for number, row in enumerate(rows, 1)]
     return require_rows([e for e in examples if fits(args, len(e.prompt), len(e.pieces) + len(e.text))])
 
 

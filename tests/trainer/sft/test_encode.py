@@ -61,7 +61,8 @@ def chain_model(tokenizer, trained=("encoder", "decoder"), tied=True, **given) -
 
 def batch_of(tokenizer, rows, **given):
     args = options("", Path("unused"), **given)
-    examples = [chain_example(tokenizer, row, 1, args, PromptFormat()) for row in rows]
+    marker = tokenizer("</think>")["input_ids"]
+    examples = [chain_example(tokenizer, row, 1, args, PromptFormat(), marker) for row in rows]
     return examples, chain_batch(examples, CPU)
 
 
