@@ -9,11 +9,11 @@ from support.commands import exit_code
 
 from latent_grpo.commands.generate import generate_parser
 from latent_grpo.commands.options import load_for_sampling, parse_config
-from latent_grpo.config import LatentGRPOConfig, LatentSFTConfig, groups_of
+from latent_grpo.config import EncodeConfig, LatentGRPOConfig, LatentSFTConfig, groups_of
 from latent_grpo.recipes.read import read_yaml
 from latent_grpo.study.config import CompareConfig
 
-CONFIGURATIONS = {"sft": LatentSFTConfig, "train": LatentGRPOConfig, "compare": CompareConfig}
+CONFIGURATIONS = {"encode": EncodeConfig, "sft": LatentSFTConfig, "train": LatentGRPOConfig, "compare": CompareConfig}
 
 
 def help_text(command: str, monkeypatch, capsys) -> str:
