@@ -14,6 +14,7 @@ from transformers import set_seed
 from latent_grpo.config import LatentSFTConfig
 from latent_grpo.model import body, check_vocabulary, embedding_table, end_marker_ids, lm_head, positions
 from latent_grpo.parallel.fsdp import copy_to_full
+from latent_grpo.parallel.process_group import all_reduce_sum
 from latent_grpo.prompts import PromptFormat, resolve_format
 from latent_grpo.saving.model_files import save_model
 from latent_grpo.sft.examples import Example, build_examples, check_examples, collate
@@ -55,6 +56,7 @@ class LatentSFTTrainer(UpdateLoop):
         examples = build_examples(*data, labels_of(model, *data) if args.soft_labels else None)
         check_examples(processing_class, examples, len(embedding_table(model)))
         self.end_id = end_marker_ids(processing_class, prompt_format.end_marker)[0]
+        self.failed, self.warned = 0, False  # rows of the step whose noise was drawn in vain
         if args.use_peft:
             add_adapters(model, args, args.lora_dropout)
         super().__init__(model, args, examples, processing_class, prompt_format, train_dataset, args.freeze_embeddings)
@@ -89,13 +91,22 @@ class LatentSFTTrainer(UpdateLoop):
             return [batch_loss(self.model, batch, args, self.step)]
         if args.gumbel_scale > 0:
             batch, failed = perturbed_labels(batch, args.gumbel_scale, args.seed, self.step, self.end_id)
-            if failed:
-                warnings.warn(
-                    f"{failed} of {len(examples)} rows have the end marker on top of a latent step in each of "
-                    f"{ATTEMPTS} draws of their noise; the last draw is used",
-                    stacklevel=2,
-                )
+            self.failed += failed
         return list(soft_label_losses(self.model, batch, args))
+
+    def measures(self) -> dict[str, float]:
+        """Return the share of rows that ATTEMPTS draws left with the end marker on top of a latent step. Collective."""
+        if self.args.targets == "uniform" or self.args.gumbel_scale == 0:
+            return {}
+        share = float(all_reduce_sum(torch.tensor(self.failed))) / self.batch_rows
+        if share and not self.warned:
+            warnings.warn(
+                f"{share:.0%} of the rows have the end marker on top of a latent step in each of {ATTEMPTS} draws of "
+                "their noise; the last draw is used (metric end_on_top)",
+                stacklevel=2,
+            )
+        self.failed, self.warned = 0, self.warned or share > 0
+        return {"end_on_top": share}
 
 
 def labels_of(

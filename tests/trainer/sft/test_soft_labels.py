@@ -302,3 +302,16 @@ def test_a_model_learns_its_labels(tokenizer, written, tmp_path):
     assert history[-1]["kl"] < 0.5 * history[0]["kl"]
     assert history[-1]["ce"] < 0.5 * history[0]["ce"]
     assert all(math.isfinite(values["loss"]) for values in history)
+
+
+def test_rows_that_are_drawn_in_vain_are_a_metric_and_one_warning(tokenizer, tmp_path):
+    end, rows = tokenizer.convert_tokens_to_ids("</think>"), label_rows()
+    for number in (0, 4, 8):
+        rows[number] = (torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[end, 5, 6, 7]]))
+    write_soft_labels(tmp_path / "labels", join_rows(rows, "test"))
+    options = dict(soft_labels=str(tmp_path / "labels"), gumbel_scale=1.0, per_device_train_batch_size=12, max_steps=2)
+    trainer = make_trainer(tokenizer, tmp_path, **options)
+    with pytest.warns(UserWarning, match="25% of the rows have the end marker on top") as caught:
+        trainer.train()
+    assert len([one for one in caught if "end marker" in str(one.message)]) == 1
+    assert [values["end_on_top"] for values in trainer.metrics.history] == [0.25, 0.25]
