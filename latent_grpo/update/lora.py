@@ -42,8 +42,8 @@ def add_adapters(model: Any, args: AdapterOptions, dropout: float = 0.0) -> None
     except ImportError as error:
         raise ConfigError("use_peft is True: pip install 'latent-grpo[peft]'") from error
     targets = args.lora_target_modules
-    # PEFT gives one word, such as "all-linear", a meaning of its own only if it is a string.
-    chosen = targets[0] if targets is not None and len(targets) == 1 else targets
+    # PEFT knows "all-linear" only as a string, and takes every other string for a regular expression.
+    chosen = "all-linear" if targets == ["all-linear"] else targets
     try:
         config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=dropout, target_modules=chosen)
         # Loaders of a checkpoint find the base model by this name.

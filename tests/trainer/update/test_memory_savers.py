@@ -328,6 +328,7 @@ def test_lora_adapts_the_layers_that_its_option_names(peft, tmp_path):
 
     assert adapted() == {"q_proj", "v_proj"}
     assert adapted(lora_target_modules=["o_proj", "up_proj"]) == {"o_proj", "up_proj"}
+    assert adapted(lora_target_modules=["q_proj"]) == {"q_proj"}
     every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert adapted(lora_target_modules=["all-linear"]) == every
 
