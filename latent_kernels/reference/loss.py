@@ -148,7 +148,8 @@ def group_advantages_ref(
         can_win = counted & (centred > 0) if winner_from == "all" else correct
         if first_token != "all" and can_win.any():
             assert mean_logprob is not None
-            winner = torch.where(can_win, mean_logprob, -torch.inf).argmax()
+            candidates = can_win.nonzero().squeeze(-1)  # the mean log-prob of all of them may be -inf
+            winner = candidates[mean_logprob[candidates].argmax()]
             losers = (correct if first_token == "best_of_correct" else member).clone()
             losers[winner] = False
             first = first.masked_fill(losers, 0.0)

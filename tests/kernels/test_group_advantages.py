@@ -196,6 +196,15 @@ def test_an_invalid_row_never_wins(operator, invalid):
 
 
 @PUBLIC_AND_REFERENCE
+def test_the_winner_is_correct_even_if_no_correct_row_has_a_finite_log_prob(operator):
+    rewards, log_probs = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([-1.0, -torch.inf, -torch.inf])
+    result = operator(rewards, torch.zeros(3, dtype=torch.int64), mean_logprob=log_probs)
+    assert result.first_step[0] < 0
+    assert result.first_step[1] > 0
+    assert result.first_step[2] == 0
+
+
+@PUBLIC_AND_REFERENCE
 @pytest.mark.parametrize("first_token", ["best_of_correct", "best_of_group"])
 def test_a_cut_off_winner_leaves_nobody_with_a_positive_first_step(operator, first_token):
     rewards, broken = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, True, False])
