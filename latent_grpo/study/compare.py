@@ -70,6 +70,7 @@ ARMS = {
     "multiplex": Arm("Multiplex Thinking", TEXT, recipe="multiplex"),
     "text-grpo": Arm("text GRPO", TEXT, recipe="text-grpo"),
     "two-sided-noise": Arm("two-sided noise", LATENT, {"noise": "two_sided"}),
+    "first-token-as-released": Arm("first-token selection as released", LATENT, {"first_token": "best_of_group"}),
     "no-first-token-selection": Arm("no first-token selection", LATENT, {"first_token": "all"}),
     "no-invalid-masking": Arm("no invalid masking", LATENT, {"invalid": "keep"}),
     "margin-released": Arm("margin gradient as released", LATENT, {"margin_gradient": "released"}),

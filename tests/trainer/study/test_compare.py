@@ -32,6 +32,7 @@ from latent_grpo.watching import figures, metrics
 
 ABLATIONS = {
     "two-sided-noise": {"noise": "two_sided"},
+    "first-token-as-released": {"first_token": "best_of_group"},
     "no-first-token-selection": {"first_token": "all"},
     "no-invalid-masking": {"invalid": "keep"},
     "margin-released": {"margin_gradient": "released"},
