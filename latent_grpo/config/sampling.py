@@ -56,11 +56,11 @@ class SamplingOptions:
         require(whole, "latent_top_p", self.latent_top_p, "method multiplex draws from all tokens; give 1")
         one_sided = self.noise_delta == 0 or self.noise == "one_sided"
         require(one_sided, "noise_delta", self.noise_delta, f"it needs noise one_sided, not {self.noise}; give 0")
-        most = self.max_latent_steps
-        if most is not None:
-            ordered, short = self.min_latent_steps <= most, limit is None or most < limit
-            require(ordered, "min_latent_steps", self.min_latent_steps, f"give at most max_latent_steps {most}")
-            require(short, "max_latent_steps", most, f"a response has at most {limit} steps; give less")
+        least, most = self.min_latent_steps, self.max_latent_steps
+        require(most is None or least <= most, "min_latent_steps", least, f"give at most max_latent_steps {most}")
+        for name, steps in (("min_latent_steps", least), ("max_latent_steps", most or 0)):
+            short = limit is None or steps < limit
+            require(short, name, steps, f"a response has at most {limit} steps; give less")
 
 
 @dataclass

@@ -107,6 +107,7 @@ def test_the_noisy_rule_ends_runs_by_the_sampled_mixture(model, prompts):
         ),
         (dict(min_latent_steps=5, max_latent_steps=4), "min_latent_steps is 5: give at most max_latent_steps 4"),
         (dict(max_latent_steps=128), "max_latent_steps is 128: a response has at most 128 steps; give less"),
+        (dict(min_latent_steps=128), "min_latent_steps is 128: a response has at most 128 steps; give less"),
         (dict(max_latent_steps=0), "max_latent_steps is 0: give a number, 1 or more"),
         (dict(noise_delta=-0.1), "noise_delta is -0.1: give a number, 0 or more"),
         (dict(method="grpo"), "method is 'grpo': choose from latent_grpo, soft_grpo, multiplex"),
