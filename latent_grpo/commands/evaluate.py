@@ -191,6 +191,9 @@ def run_evaluation(args: argparse.Namespace) -> int:
     if out is not None:
         out = out.with_suffix("") if out.suffix in (".json", ".md", ".svg") else out
         require_writable(out)
+        record_file = f"{out}.json"
+        free = not Path(record_file).exists()
+        require(free, "out", args.out, f"{record_file!r} holds an evaluation; choose another name or remove it")
     columns = {name: getattr(args, name) for name in COLUMNS}
     as_released = args.protocol == RELEASED or args.prompt_format == "latent-grpo-gpqa"
     data = load_benchmarks(args.data, split=args.split, limit=args.limit, released=as_released, **columns)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -176,8 +177,12 @@ def _read_chunks(folder: Path) -> SoftLabels:
 def _load(path: Path) -> list[tuple[Tensor, Tensor]]:
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything; one with code raises UnpicklingError
-        raise DataError(f"{path}: cannot be read as tensors ({first_line(error)}); write it again") from error
+    except UnpicklingError as error:  # PyTorch's message advises to run the code
+        reason = "it is damaged, or holds other objects, which may run code"
+        raise DataError(f"{path}: cannot be read as tensors ({reason}); write it again") from error
+    except Exception as error:  # a damaged file can raise anything, and PyTorch's message is a paragraph
+        reason = first_line(error).split(". ")[0]
+        raise DataError(f"{path}: cannot be read as tensors ({reason}); write it again") from error
     if not isinstance(values, list) or not all(_is_label(value) for value in values):
         raise DataError(f"{path}: is no list of (probabilities, ids); write it with the K highest, not the vocabulary")
     return [(probs, ids) for probs, ids in values]

@@ -15,7 +15,7 @@ from latent_grpo.saving.atomic_files import write_json, write_whole
 from latent_grpo.watching.figures import INK, drawn_figure
 from latent_grpo.watching.tables import Cells, figure, with_interval
 
-WIDE = 6  # figures with intervals that fit a console of 80 columns
+WIDE = 6  # columns of figures with intervals, and of scales, that fit a console of 80 columns
 Results = dict[str, dict[str, Any]]  # by data set
 # Column headings of the means of an evaluation. A pass@k is its own heading.
 HEADINGS = {
@@ -50,15 +50,15 @@ def _names(results: Results) -> list[str]:
 def evaluation_cells(by_scale: dict[float, Results], *, short: bool = False) -> Cells:
     """Return the figures with intervals: a row per data set and noise scale, then the means over several data sets.
 
-    short: for a console, leave out the rate of end markers. Of more than WIDE figures it leaves out the intervals too,
+    short: for a console, leave out the rate of end markers. Of more than WIDE columns it leaves out the intervals too,
     and all but the accuracies and the response length. With one noise scale there is no column of scales.
     """
     first = next(iter(by_scale.values()))
     names = [name for name in _names(first) if not short or name != "end_marker_rate"]
-    wide = short and len(names) > WIDE
+    several = len(by_scale) > 1
+    wide = short and len(names) + several > WIDE
     if wide:
         names = [name for name in names if name.startswith("pass") or name == "response_length"]
-    several = len(by_scale) > 1
     rows = []
     for label in first:
         for scale, result in ((scale, results[label]) for scale, results in by_scale.items()):

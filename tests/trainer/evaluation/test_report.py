@@ -19,6 +19,8 @@ def test_results_as_json_and_markdown(folder, capsys):
     arguments += ["--out", str(out)]
     assert main(arguments) == 0
     assert "mean of 2" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "v1.5.json' holds an evaluation; choose another name or remove it" in capsys.readouterr().err
     record = json.loads(out.with_name("v1.5.json").read_text())
     keys = {"model", "protocol", "data", "sampling", "settings", "environment", "noise_scale", "mean", "results"}
     assert set(record) == keys
@@ -92,3 +94,13 @@ def test_many_figures_leave_their_intervals_to_the_page():
         "3.00 [0.00, 1.00]",
         "7.00 [0.00, 1.00]",
     ]
+
+
+def test_a_column_of_scales_counts_as_a_figure():
+    figures = dict.fromkeys(["pass_at_1", "pass@1", "pass@2", "reasoning_steps", "response_length"], 0.5)
+    figures["truncation_rate"] = 0.5
+    result = {**figures, "problems": 9, "num_samples": 2, "intervals": {name: [0.0, 1.0] for name in figures}}
+    assert "[" in evaluation_cells({1.0: {"a": result}}, short=True).rows[0][2]
+    sweep = evaluation_cells({0.0: {"a": result}, 1.0: {"a": result}}, short=True)
+    assert sweep.headings == ["data", "scale", "n", "Pass@1", "pass @1", "pass @2", "response length"]
+    assert "[" not in "".join(sweep.rows[0])

@@ -118,6 +118,13 @@ def damage_code(folder: Path) -> str:
     return str(folder)
 
 
+def damage_cut_chunk(folder: Path) -> str:
+    path = chunks(folder, label_rows())
+    whole = (folder / "batch_5_12.pt").read_bytes()
+    (folder / "batch_5_12.pt").write_bytes(whole[: len(whole) // 2])
+    return path
+
+
 def damage_no_step(folder: Path) -> str:
     rows = label_rows()
     rows[3] = (torch.zeros(0, TOP_K), torch.zeros(0, TOP_K).long())
@@ -151,7 +158,8 @@ def damage_width(folder: Path) -> str:
         (damage_missing_chunk, "starts at row 5, the files before it end at 0; add the missing one"),
         (damage_short_chunk, "holds 3 rows, its name says 5"),
         (damage_full_vocabulary, "no list of (probabilities, ids)"),
-        (damage_code, "cannot be read as tensors"),
+        (damage_code, "cannot be read as tensors (it is damaged, or holds other objects, which may run code)"),
+        (damage_cut_chunk, "failed finding central directory); write it again"),
         (damage_no_step, "row 4 has no latent step"),
         (damage_sum, "do not sum to 1"),
         (damage_empty_folder, "has no files batch_START_END.pt"),
