@@ -317,8 +317,8 @@ def latent_step_kernel(
             tries = 0
             if settled == 0:
                 # Doubling the groups above the frontier keeps the number of segments logarithmic.
-                most = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
-                frontier = frontier_between(group_keys, needed, ceiling, most // 2 + 1, most)
+                doubled = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
+                frontier = frontier_between(group_keys, needed, ceiling, doubled // 2 + 1, doubled)
 
     noisy_end = noisy & ends_run(key_id(tl.max(best, 0)), noisy_end_id, step, least)
     latent = latent & (noisy_end == 0)

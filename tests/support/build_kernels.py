@@ -167,7 +167,8 @@ def latent_step_builds() -> Iterator[Build]:
             "top_p": number,
             "tau": number,
             **option_types(noise),
-            **dict.fromkeys(("step_stride", "end_token_id", "noisy_end_id", "least", "most"), "i32"),
+            **dict.fromkeys(("step_stride", "end_token_id", "noisy_end_id"), "i32"),
+            **dict.fromkeys(("least", "most"), "i64" if tensors else "i32"),  # numbers of any size are allowed
             **dict.fromkeys(("logits_stride", "draws_stride", "table_stride", "V", "G", "D"), "i32"),
         }
         name = f"latent_step {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
