@@ -115,7 +115,13 @@ def latent_share(rollout: Rollout) -> Tensor:
 
 
 def mixture_entropy(rollout: Rollout) -> Tensor:
-    """Return the entropy of each step's mixture weights [R, T] in nats; 0 for text steps."""
-    weights = (rollout.scores / rollout.tau).softmax(-1)
-    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)
+    """Return the entropy of each step's mixture weights [R, T] in nats; 0 for text steps.
+
+    The weights of a repeated id, which "multiplex" may draw, are added up.
+    """
+    weights, ids = (rollout.scores / rollout.tau).softmax(-1), rollout.ids
+    merged = torch.zeros_like(weights)
+    for k in range(ids.shape[-1]):  # K passes need less memory than [R, T, K, K]
+        merged += weights[..., k : k + 1] * (ids == ids[..., k : k + 1])
+    entropy = -(weights * merged.clamp(1e-30, 1.0).log()).sum(-1)
     return torch.where(rollout.is_latent, entropy, 0.0)

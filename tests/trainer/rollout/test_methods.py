@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from support.rollouts import END, EOS, ending_early, make_model
+from support.trainers import rollout_of
 
 from latent_grpo import LatentSampling, generate_latent
 from latent_grpo.errors import ConfigError
 from latent_grpo.model import embedding_table
 from latent_grpo.rollout import decoder
+from latent_grpo.rollout.trajectory import mixture_entropy
 from latent_grpo.update.replay import replay_logprob
 from latent_kernels import mix_embeddings
 
@@ -95,6 +98,15 @@ def test_the_noisy_rule_ends_runs_by_the_sampled_mixture(model, prompts):
     first = torch.where(drawn.any(-1), drawn.long().argmax(-1), free.latent_steps)
     assert int(ended.latent_steps[0]) <= 1
     assert torch.equal(ended.latent_steps, first)
+
+
+def test_the_entropy_of_a_mixture_adds_up_repeated_ids():
+    ids = torch.tensor([[7, 7, 7, 7], [3, 5, 3, 3], [1, 2, 3, 4]]).unsqueeze(0)
+    rollout = replace(
+        rollout_of([3], [0]), ids=ids, scores=torch.zeros(1, 3, 4), is_latent=torch.ones(1, 3).bool(), tau=float("inf")
+    )
+    expected = [0.0, -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), math.log(4)]
+    torch.testing.assert_close(mixture_entropy(rollout), torch.tensor([expected]))
 
 
 @pytest.mark.parametrize(
