@@ -35,7 +35,7 @@ Prompt = str | Sequence[Mapping[str, str]]  # a question, or chat messages
 class PromptFormat:
     """How a prompt is put to the model. The fields are options of the same names, with what applies by default.
 
-    Raises ConfigError for parts that do not go together.
+    Raises ConfigError for parts of another type, and for parts that do not go together.
     """
 
     instruction: str = ""
@@ -48,6 +48,18 @@ class PromptFormat:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("instruction", "prompt_suffix", "opening_marker", "end_marker"):
+            require(isinstance(getattr(self, name), str), name, getattr(self, name), "give a text")
+        role, switch = self.instruction_role, self.chat_template
+        require(role in ("user", "system"), "instruction_role", role, "choose from user, system")
+        require(switch is None or isinstance(switch, bool), "chat_template", switch, "give true or false")
+        require(isinstance(self.prompt_template, str | None), "prompt_template", self.prompt_template, "give a text")
+        given = self.chat_template_kwargs
+        require(isinstance(given, dict), "chat_template_kwargs", given, "give a mapping")
+        self.check_template()
+
+    def check_template(self) -> None:
+        """Raise ConfigError if the text around a prompt and the options of the chat template do not go together."""
         template, arguments, off = self.prompt_template, self.chat_template_kwargs, self.chat_template is False
         require(template is None or off, "prompt_template", template, "it needs --chat_template false")
         require(not arguments or not off, "chat_template_kwargs", arguments, "give {} with --chat_template false")

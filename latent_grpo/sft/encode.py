@@ -29,7 +29,7 @@ from latent_grpo.sft.chain_model import ChainModel
 from latent_grpo.sft.examples import check_examples
 from latent_grpo.sft.loop import Term, UpdateLoop
 from latent_grpo.sft.pieces import ChainExample, chain_batch, chain_example, chain_examples
-from latent_grpo.sft.soft_labels import SoftLabels, hashed_prompts, join_rows, write_soft_labels
+from latent_grpo.sft.soft_labels import SoftLabels, hashed_prompts, join_rows, read_soft_labels, write_soft_labels
 from latent_grpo.watching.metrics import progress_bar
 
 TRAINED = {"encoder": ("encoder",), "decoder": ("decoder",), "union": ("encoder", "decoder"), "labels": ()}
@@ -56,16 +56,38 @@ def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str,
     choice = str(args.resume_from_checkpoint or "")
     require(choice.lower() in ("", "true"), "resume_from_checkpoint", choice, "give true: phases resume their newest")
     prompt_format = resolve_format(args, args.model_name_or_path)
+    finished = [phase for phase in TRAINED if choice and (Path(args.output_dir) / phase / FINISHED_FILE).exists()]
+    if "labels" in args.phases and has_labels(args, rows, tokenizer, prompt_format, resumed=bool(choice)):
+        finished.append("labels")
     results = {}
     for phase in PHASES:
-        folder = Path(args.output_dir) / phase
-        if phase not in args.phases or (choice and (folder / FINISHED_FILE).exists()):
+        if phase not in args.phases or phase in finished:
             continue
         if phase == "labels":
             write_labels(args, rows, tokenizer, prompt_format)
         else:
             results[phase] = train_phase(phase, args, rows, tokenizer, prompt_format, resumed=bool(choice))
     return results
+
+
+def has_labels(
+    args: EncodeConfig, rows: Sequence[Any], tokenizer: Any, prompt_format: PromptFormat, *, resumed: bool
+) -> bool:
+    """Return whether a resumed run has written its labels already.
+
+    Raises:
+        ConfigError: the file of labels is there, and this run does not resume the one that wrote it.
+    """
+    path = Path(args.output_dir) / LABEL_FILE
+    if not path.exists():
+        return False
+    remedy = "move it away, or leave labels out of --phases"
+    require(resumed, "output_dir", args.output_dir, f"it holds {LABEL_FILE} already; {remedy}")
+    labels = read_soft_labels(str(path))
+    own = (args.label_size, args.compression, hashed_prompts(tokenizer, rows, prompt_format))
+    same = own == (labels.probs.shape[1], labels.compression, labels.prompts)
+    require(same, "output_dir", args.output_dir, f"its {LABEL_FILE} is of other data or options; {remedy}")
+    return True
 
 
 def train_phase(

@@ -124,7 +124,14 @@ def test_a_saved_format_is_read_back_whole(name, tmp_path):
     assert json.loads((tmp_path / FORMAT_FILE).read_text())["end_marker"] == "</think>"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"colour": 1}', '{"prompt_template": "x", "chat_template": false}'])
+DAMAGED = [
+    *("{", "[]", '{"colour": 1}', '{"prompt_template": "x", "chat_template": false}', '{"instruction": 3}'),
+    *('{"end_marker": null}', '{"instruction_role": "boss"}', '{"chat_template_kwargs": "x"}', '{"chat_template": 1}'),
+    '{"prompt_template": 1, "chat_template": false}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_format_is_one_line(text, tmp_path):
     (tmp_path / FORMAT_FILE).write_text(text)
     with pytest.raises(ConfigError, match=r"prompt_format\.json' is no prompt format .*correct or remove it") as info:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.trainers import ROWS
 
-from latent_grpo.config import EncodeConfig
+from latent_grpo.config import PHASES, EncodeConfig
 from latent_grpo.errors import ConfigError, DataError
 from latent_grpo.model import embedding_table, lm_head, load_model
 from latent_grpo.prompts import PromptFormat
@@ -218,6 +218,13 @@ def test_an_interrupted_phase_resumes_and_finished_ones_are_kept(tokenizer, base
     assert shares(broken) == shares(whole)
     labels = [load_file(folder / LABEL_FILE) for folder in (broken, whole)]
     assert all(torch.equal(labels[0][name], labels[1][name]) for name in ("probs", "ids", "offsets"))
+    written = (broken / LABEL_FILE).stat().st_mtime_ns
+    for phases, refused in ((list(PHASES), {"label_size": 2}), (["labels"], {"resume_from_checkpoint": None})):
+        again = options(base, broken, **{**given, "resume_from_checkpoint": "true", "phases": phases, **refused})
+        with pytest.raises(ConfigError, match=f"{LABEL_FILE} .*move it away, or leave labels out of --phases"):
+            encode(again, DATA, tokenizer)
+    assert encode(options(base, broken, **given, resume_from_checkpoint="true"), DATA, tokenizer) == {}
+    assert (broken / LABEL_FILE).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
