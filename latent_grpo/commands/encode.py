@@ -26,5 +26,8 @@ def run(prog: str, argv: Sequence[str]) -> int:
             for phase, values in results.items():
                 shares = f"read back {values['read_back']:.3f}, answers {values['read_answers']:.3f}"
                 print(f"{phase}: loss {values['loss']:.4f}, {shares}")
+            kept = [phase for phase in args.phases if phase not in (*results, "labels")]
+            if kept:
+                print(f"finished before: {', '.join(kept)}")
             print(f"saved {args.output_dir}")
     return 0

@@ -6,8 +6,9 @@ from what the phases before it have left, and trains new adapters if it has any.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from latent_grpo.prompts import PromptFormat, resolve_format
 from latent_grpo.saving.atomic_files import replaced_whole, write_json
 from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.saving.model_files import save_model
+from latent_grpo.saving.run_identity import FREE_OPTIONS
 from latent_grpo.sft.chain_model import ChainModel
 from latent_grpo.sft.examples import check_examples
 from latent_grpo.sft.loop import Term, UpdateLoop
@@ -56,7 +58,7 @@ def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str,
     choice = str(args.resume_from_checkpoint or "")
     require(choice.lower() in ("", "true"), "resume_from_checkpoint", choice, "give true: phases resume their newest")
     prompt_format = resolve_format(args, args.model_name_or_path)
-    finished = [phase for phase in TRAINED if choice and (Path(args.output_dir) / phase / FINISHED_FILE).exists()]
+    finished = [phase for phase in args.phases if choice and has_finished(args, phase)]
     if "labels" in args.phases and has_labels(args, rows, tokenizer, prompt_format, resumed=bool(choice)):
         finished.append("labels")
     results = {}
@@ -68,6 +70,18 @@ def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str,
         else:
             results[phase] = train_phase(phase, args, rows, tokenizer, prompt_format, resumed=bool(choice))
     return results
+
+
+def has_finished(args: EncodeConfig, phase: str) -> bool:
+    """Return whether a training phase has finished. Raise ConfigError if it did with other options than `args`."""
+    path = Path(args.output_dir) / phase / FINISHED_FILE
+    if not path.exists():
+        return False
+    own, written = asdict(args), json.loads(path.read_text("utf-8")).get("options", {})
+    for name in sorted(written.keys() & own.keys() - FREE_OPTIONS):
+        same = written[name] == own[name]
+        require(same, name, own[name], f"{phase} has finished with {written[name]!r}; give that, or another output_dir")
+    return True
 
 
 def has_labels(
@@ -176,7 +190,7 @@ class Phase(UpdateLoop):
             token = self.full_model.compress_token.detach().cpu()
             with replaced_whole(self.output_dir / "encoder" / COMPRESS_FILE) as partial:
                 save_file({"compress_token": token}, partial)
-        write_json(self.output_dir / FINISHED_FILE, {"step": self.step, **values})
+        write_json(self.output_dir / FINISHED_FILE, {"step": self.step, **values, "options": asdict(self.args)})
 
     def terms(self, chosen: Sequence[ChainExample]) -> list[Term]:
         """Return the only term, the mean over the tokens with a loss."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.trainers import ROWS
 
-from latent_grpo.config import PHASES, EncodeConfig
+from latent_grpo.config import EncodeConfig
 from latent_grpo.errors import ConfigError, DataError
 from latent_grpo.model import embedding_table, lm_head, load_model
 from latent_grpo.prompts import PromptFormat
@@ -219,8 +219,10 @@ def test_an_interrupted_phase_resumes_and_finished_ones_are_kept(tokenizer, base
     labels = [load_file(folder / LABEL_FILE) for folder in (broken, whole)]
     assert all(torch.equal(labels[0][name], labels[1][name]) for name in ("probs", "ids", "offsets"))
     written = (broken / LABEL_FILE).stat().st_mtime_ns
-    for phases, refused in ((list(PHASES), {"label_size": 2}), (["labels"], {"resume_from_checkpoint": None})):
-        again = options(base, broken, **{**given, "resume_from_checkpoint": "true", "phases": phases, **refused})
+    with pytest.raises(ConfigError, match=r"learning_rate is 1.0: encoder has finished with 0.001; give that"):
+        encode(options(base, broken, learning_rate=1.0, resume_from_checkpoint="true"), DATA, tokenizer)
+    for refused in ({"label_size": 2}, {"resume_from_checkpoint": None}):
+        again = options(base, broken, **{**given, "resume_from_checkpoint": "true", "phases": ["labels"], **refused})
         with pytest.raises(ConfigError, match=f"{LABEL_FILE} .*move it away, or leave labels out of --phases"):
             encode(again, DATA, tokenizer)
     assert encode(options(base, broken, **given, resume_from_checkpoint="true"), DATA, tokenizer) == {}
