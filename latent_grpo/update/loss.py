@@ -125,7 +125,7 @@ def policy_advantages(
         invalid_mask=~rollout.finished,
         invalid=args.invalid,
         normalize_std=args.scale_rewards == "group",
-        mean_logprob=mean_logprob(old_logprob, rollout.mask),
+        mean_logprob=mean_logprob(old_logprob, response_mask(rollout, "all", args.max_latent_steps)),
         # Several correct responses would pull the mixture of one latent step apart. Text steps have no mixture.
         first_token=args.first_token if args.latent else "all",
         winner_from=args.winner_from,
@@ -148,4 +148,4 @@ def step_advantages(advantages: Tensor, first_step: Tensor, steps: int) -> Tenso
 
 def mean_logprob(logprob: Tensor, mask: Tensor) -> Tensor:
     """Return the mean log-prob [R] of the masked steps of [R, T], by which one correct response is selected."""
-    return (mask * logprob).sum(-1) / mask.sum(-1).clamp_min(1)
+    return torch.where(mask, logprob, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)

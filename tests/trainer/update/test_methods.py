@@ -12,7 +12,7 @@ from support import tolerances as tol
 from support.oracle_loss import component_loss
 from support.trainers import assert_same_gradients, even, gradients, grpo
 
-from latent_grpo.update.loss import response_mask
+from latent_grpo.update.loss import policy_advantages, response_mask
 from latent_grpo.update.replay import replay, replay_logprob
 from latent_kernels import group_advantages
 
@@ -110,6 +110,19 @@ def test_a_forced_end_marker_has_no_loss(loss_on, tokenizer, warm, tmp_path):
     batch.advantages[forced, 2] = 100.0
     trainer.accumulate(batch, ALL_ROWS)
     assert torch.equal(gradients(trainer.model), actual)
+
+
+def test_a_forced_end_marker_does_not_select_the_first_steps_response(tokenizer, warm, tmp_path):
+    options = dict(first_token="best_of_group", invalid="keep", max_latent_steps=2)
+    trainer = grpo(tmp_path, tokenizer, even, warm, **options)
+    batch, _ = trainer.collect()
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(4)
+    fixed = (trainer.args, batch.rollout, rewards, batch.group)
+    before = policy_advantages(*fixed, batch.old_logprob)
+    forced = (before[:, 0] > 0) & (batch.rollout.latent_steps == 2)
+    assert forced.any()
+    batch.old_logprob[forced, 2] = -torch.inf
+    assert torch.equal(policy_advantages(*fixed, batch.old_logprob), before)
 
 
 def test_a_run_below_its_limit_ends_by_choice(tokenizer, warm, tmp_path):
