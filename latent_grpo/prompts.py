@@ -223,7 +223,7 @@ def encode_prompts(
         if max_length is not None and len(row) > max_length:
             raise ModelError(
                 f"a prompt has {len(row)} tokens, over max_prompt_length {max_length}: {str(prompt)[:60]!r}; "
-                "raise max_prompt_length or shorten the data"
+                "raise max_prompt_length, shorten the data, or train with --long_prompts drop"
             )
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)

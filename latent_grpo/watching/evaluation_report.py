@@ -6,6 +6,7 @@ of several.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def explanation(record: dict[str, Any]) -> str:
     of = "are averaged within a run, then over the runs" if released else "are those of the greedy responses"
     kinds = {setting["length_of"] for setting in record["settings"].values()}
     finished = " where the settings say so" if len(kinds) > 1 else ""
-    left_out = f" Responses that reach the limit are left out of the lengths{finished}." if "finished" in kinds else ""
+    rule = f" Responses that reach the limit are left out of the lengths{finished}; nan: all of them reach it."
+    left_out = rule if "finished" in kinds else ""
     return (
         f"{accuracies_explained(record)} Rates and lengths {of}. Reasoning steps are the steps before the end marker. "
         "The response length counts all steps, latent steps and visible text: it is what the paper's tables call "
@@ -154,12 +156,21 @@ def write_report(out: Path, record: dict[str, Any]) -> list[Path]:
     """Write OUT.json, OUT.md and, if there are samples, OUT.svg, and return their paths. out: without a suffix."""
     results = [result for part in results_by_scale(record).values() for result in part.values()]
     picture = Path(f"{out}.svg") if any(result["num_samples"] for result in results) else None
-    write_json(Path(f"{out}.json"), record)
+    write_json(Path(f"{out}.json"), _without_nan(record))
     if picture is not None:
         draw_pass_curves(record, picture)
     page = Path(f"{out}.md")
     write_whole(page, evaluation_document(record, picture.name if picture else None))
     return [Path(f"{out}.json"), page, *([picture] if picture else [])]
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a record with None where a mean is over no response, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def draw_pass_curves(record: dict[str, Any], picture: Path) -> None:

@@ -104,3 +104,19 @@ def test_a_column_of_scales_counts_as_a_figure():
     sweep = evaluation_cells({0.0: {"a": result}, 1.0: {"a": result}}, short=True)
     assert sweep.headings == ["data", "scale", "n", "Pass@1", "pass @1", "pass @2", "response length"]
     assert "[" not in "".join(sweep.rows[0])
+
+
+def test_a_mean_over_no_response_is_null_in_the_file(folder, tmp_path):
+    arguments = ["eval", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--limit", "2"]
+    arguments += ["--max_completion_length", "1", "--length_of", "finished", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    record = json.loads((tmp_path / "out.json").read_text(), parse_constant=refuse)
+    (result,) = record["results"].values()
+    assert result["truncation_rate"] == 1
+    assert result["response_length"] is None
+    assert result["intervals"]["response_length"] == [None, None]
+    assert "nan: all of them reach it" in (tmp_path / "out.md").read_text()
