@@ -48,6 +48,16 @@ def test_advantages_with_the_released_winner(operator, invalid):
     assert bool(differences) == (invalid == "zero")
 
 
+@with_kernel(group_advantages, group_advantages_ref)
+def test_advantages_of_text_grpo(operator):
+    expected = released.expected("released_advantages", "text")
+    for index, case in cases(operator, released.advantage_case):
+        inputs = {name: case[name] for name in ("rewards", "group_ids", "normalize_std")}
+        result = operator(**inputs, first_token="all")
+        assert_same(result.advantages, expected[index])
+        assert_same(result.first_step, expected[index])
+
+
 @with_kernel(latent_logprob_from_logits, latent_logprob_from_logits_ref)
 def test_log_probs_of_soft_grpo(operator):
     values, products = (released.expected("released_soft_grpo", name) for name in ("logprob", "gradient"))

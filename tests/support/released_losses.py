@@ -4,6 +4,7 @@ The inputs are drawn again from legacy NumPy generators, whose streams never cha
 products with random vectors: a wrong element changes the product.
 
 - released_advantages.npz: Latent-GRPO (github.com/DJC-GO-SOLO/Latent-GRPO at c0994fb), core_algos.py.
+  `text` is plain GRPO.
 - released_soft_grpo.npz: SofT-GRPO (github.com/zz1358m/SofT-GRPO-master at 2b9d8ec), torch_functional.py.
 - released_multiplex.npz: Multiplex Thinking (github.com/GMLR-Penn/Multiplex-Thinking), dp_actor.py and core_algos.py.
 """
