@@ -46,12 +46,18 @@ def test_a_lost_part_of_a_checkpoint_is_noticed_whichever_rank_wrote_it(runs: Pa
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_finished_model_is_a_plain_model_folder(runs: Path, name: str, processes: int) -> None:
     folder = runs / str(processes) / name
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    if "adapters" in name:
-        return
-    for key, value in parameters(folder).items():
-        assert torch.equal(dict(model.named_parameters())[key], value)
+    # `encode` trains two models, whose parameters have these prefixes.
+    parts = ("encoder", "decoder") if JOBS[name]["kind"] == "encode" else ("",)
+    for part in parts:
+        assert json.loads((folder / part / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        saved = dict(AutoModelForCausalLM.from_pretrained(folder / part).named_parameters())
+        if "adapters" in name:
+            continue
+        prefix = f"{part}." if part else ""
+        trained = {key.removeprefix(prefix): p for key, p in parameters(folder).items() if key.startswith(prefix)}
+        assert trained.keys() == saved.keys()
+        for key, value in trained.items():
+            assert torch.equal(saved[key], value)
 
 
 def test_responses_are_logged_once_and_in_order(runs: Path) -> None:

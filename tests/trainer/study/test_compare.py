@@ -199,7 +199,7 @@ def test_an_interrupt_stops_the_worker_processes(tmp_path):
     while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)  # on a busy machine a step and its checkpoint take long
     assert process.returncode == 130
     assert errors.rstrip().endswith("interrupted")
     assert set(results(out)) == {f"seed-0/{LATENT}"}
