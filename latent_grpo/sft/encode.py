@@ -206,7 +206,7 @@ class Phase(UpdateLoop):
             return {}
         tokens = right = answers = 0
         self.model.eval()
-        for examples in micro_batches(self.held_out, self.args.per_device_train_batch_size):
+        for examples in chunks(self.held_out, self.args.per_device_train_batch_size):
             batch = chain_batch(examples, self.model.device)
             found = call_inside(self.model, self.model.right, batch)
             tokens += int(batch.piece.sum())
@@ -222,8 +222,8 @@ def write_labels(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any, prompt
     on_rank_zero(lambda: write_soft_labels(Path(args.output_dir) / LABEL_FILE, labels))
 
 
-def micro_batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Return `items` cut into parts of `size`."""
+def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Return `items` cut into chunks of `size`, of which the last may be smaller."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -239,7 +239,7 @@ def label_rows(
     model.eval()
     own: list[tuple[int, Tensor, Tensor]] = []
     given = (args, prompt_format, end_marker_ids(tokenizer, prompt_format.end_marker))
-    parts = micro_batches(range(rank(), len(rows), world_size()), args.per_device_train_batch_size)
+    parts = chunks(range(rank(), len(rows), world_size()), args.per_device_train_batch_size)
     with progress_bar("labels ", len(parts)) as bar:
         for numbers in parts:
             examples = [chain_example(tokenizer, rows[n], n + 1, *given) for n in numbers]
