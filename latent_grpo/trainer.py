@@ -36,7 +36,7 @@ from latent_grpo.rewards.scoring import resolve_reward
 from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.checkpoint import Checkpoints
-from latent_grpo.saving.interrupt import graceful_interrupt
+from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
 from latent_grpo.saving.model_files import save_model
 from latent_grpo.seeds import derive_seed, rank_seed
 from latent_grpo.update.lora import add_adapters, without_adapters
@@ -204,12 +204,7 @@ class LatentGRPOTrainer:
                     self.metrics.write({"phase": "train", "step": self.step, **values})
                     self.log_completions(batch)
                 bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
-                # All ranks stop if one was interrupted: a checkpoint needs all of them.
-                stop = bool(all_reduce_max(interrupt.requested))
-                if stop or (args.save_steps and self.step % args.save_steps == 0):
-                    self.save()
-                if stop:
-                    raise KeyboardInterrupt
+                save_if_due(interrupt, self.step, args.save_steps, self.save)
         self.metrics.close()
         save_model(self.output_dir, self.full_model, self.tokenizer, self.prompt_format)
         return values

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from latent_grpo.parallel.process_group import all_reduce_max
 
 
 class Interrupt:
@@ -36,3 +38,15 @@ def graceful_interrupt() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def save_if_due(interrupt: Interrupt, step: int, save_steps: int, save: Callable[[], Any]) -> None:
+    """Call `save` every `save_steps` steps (0: never) and after an interrupt, which then raises KeyboardInterrupt.
+
+    Collective: every rank must call it. All ranks stop if one was interrupted, because a checkpoint needs all of them.
+    """
+    stop = bool(all_reduce_max(interrupt.requested))
+    if stop or (save_steps and step % save_steps == 0):
+        save()
+    if stop:
+        raise KeyboardInterrupt

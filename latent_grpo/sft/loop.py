@@ -18,7 +18,7 @@ from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, r
 from latent_grpo.parallel.work_split import pad_to_count, snake_draft
 from latent_grpo.prompts import PromptFormat
 from latent_grpo.saving.checkpoint import Checkpoints
-from latent_grpo.saving.interrupt import graceful_interrupt
+from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
 from latent_grpo.seeds import rank_seed
 from latent_grpo.update.optimizer import Updater
 from latent_grpo.watching.metrics import Metrics, progress_bar
@@ -108,12 +108,7 @@ class UpdateLoop(ABC):
                 if self.step % args.logging_steps == 0:
                     self.metrics.write({"phase": self.phase, "step": self.step, **values})
                 bar.advance(f"loss {values['loss']:.3f}")
-                # All ranks stop if one was interrupted: a checkpoint needs all of them.
-                stop = bool(all_reduce_max(interrupt.requested))
-                if stop or (args.save_steps and self.step % args.save_steps == 0):
-                    self.save()
-                if stop:
-                    raise KeyboardInterrupt
+                save_if_due(interrupt, self.step, args.save_steps, self.save)
         self.metrics.close()
         return values
 
