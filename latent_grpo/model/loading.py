@@ -1,23 +1,19 @@
-"""Access to a Hugging Face causal LM: loading and checks, its body, its tables, its end marker and its vocabulary."""
+"""Loading of a causal LM and its tokenizer, the end marker, and the vocabulary that a run needs."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from latent_grpo.errors import ModelError, first_line
+from latent_grpo.model.access import embedding_table
+from latent_grpo.model.proof import check_compatible
 from latent_grpo.prompts import PromptFormat, check_ids, check_prompts
-
-CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a forward pass, the newer name first
 
 
 def load_tokenizer(path: str) -> Any:
@@ -71,88 +67,6 @@ def check_path(path: str) -> None:
     """Raise ModelError if a path that cannot be a Hub name is not a folder."""
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise ModelError(f"the model folder {path!r} does not exist; give a folder or a Hub name")
-
-
-def embedding_table(model: Any) -> Tensor:
-    """Return the input embedding weight E [V, D]."""
-    weight: Tensor = model.get_input_embeddings().weight
-    return weight
-
-
-def lm_head(model: Any) -> Tensor:
-    """Return the LM-head weight W [V, D]."""
-    weight: Tensor = model.get_output_embeddings().weight
-    return weight
-
-
-def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the logits `hidden @ weight.T` in float32 [B, V], of hidden [B, D] and weight [V, D]."""
-    # `F.linear` would round the logits to 16 bits before the cast. On a GPU the product can return its float32 sums.
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.dtype == weight.dtype:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return F.linear(hidden, weight).float()
-
-
-def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
-    """Return the last hidden states [B, L, D], after the final norm, of input embeddings [B, L, D].
-
-    Args:
-        model: a causal LM. Its body is its `base_model`.
-        embeds: [B, L, D], of the L tokens behind the cached ones.
-        attention_mask: [B, past + L], or whatever mask the body accepts in its place.
-        position_ids: [B, L].
-        cache: a key-value cache, which is extended in place; None computes without one.
-    """
-    base = model.base_model
-    out = base(
-        inputs_embeds=embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=cache is not None,
-        **{cache_argument(type(base)): cache},  # type: ignore[arg-type]
-    )
-    hidden: Tensor = out.last_hidden_state
-    return hidden
-
-
-@functools.cache
-def cache_argument(kind: Any) -> str:
-    """Return the name under which the forward pass of a class of models takes its key-value cache.
-
-    Transformers 5.24 renamed `past_key_values` to `cache`; models with code of their own may keep the old name.
-    """
-    parameters = inspect.signature(kind.forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Return the position of every token [B, L] of a left-padded batch; padding has position 0."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-@torch.no_grad()
-def check_compatible(model: Any) -> None:
-    """Raise ModelError unless the model's logits are `body(E[ids]) @ W.T`, as a latent step computes them.
-
-    The check fails for models that scale embeddings outside the table, bias the head, or scale or cap the logits.
-    """
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
-        raise ModelError(f"{type(model).__name__} has no LM-head weight; latent reasoning needs a causal LM")
-    table = embedding_table(model)
-    ids = torch.arange(min(4, len(table)), device=table.device).unsqueeze(0)
-    mask = torch.ones_like(ids)
-    was_training = model.training
-    model.eval()
-    expected = model(input_ids=ids, attention_mask=mask).logits.float()
-    actual = F.linear(body(model, table[ids], mask, positions(mask)), head.weight).float()
-    model.train(was_training)
-    # The tolerance allows for rounding in 16 bits. A scale, a bias or a cap changes the logits by more.
-    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max())):
-        raise ModelError(
-            f"{type(model).__name__} does more than `body(E[ids]) @ W.T` (scaled embeddings, a biased head, scaled or "
-            "capped logits); latent steps are not defined for it here, use a Llama- or Qwen-like model"
-        )
 
 
 def end_marker_ids(tokenizer: Any, marker: str) -> list[int]:

@@ -1,0 +1,37 @@
+"""Access to a Hugging Face causal LM: loading and checks, its body, its tables, its end marker and its vocabulary."""
+
+from latent_grpo.model.access import (
+    CACHE_ARGUMENTS,
+    body,
+    cache_argument,
+    embedding_table,
+    head_logits,
+    lm_head,
+    positions,
+)
+from latent_grpo.model.loading import (
+    check_path,
+    check_vocabulary,
+    end_marker_ids,
+    eos_ids,
+    load_model,
+    load_tokenizer,
+)
+from latent_grpo.model.proof import check_compatible
+
+__all__ = [
+    "CACHE_ARGUMENTS",
+    "body",
+    "cache_argument",
+    "check_compatible",
+    "check_path",
+    "check_vocabulary",
+    "embedding_table",
+    "end_marker_ids",
+    "eos_ids",
+    "head_logits",
+    "lm_head",
+    "load_model",
+    "load_tokenizer",
+    "positions",
+]

@@ -1,0 +1,70 @@
+"""What a Hugging Face causal LM computes, in parts: its embedding table, its body and its LM head."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a forward pass, the newer name first
+
+
+def embedding_table(model: Any) -> Tensor:
+    """Return the input embedding weight E [V, D]."""
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
+
+
+def lm_head(model: Any) -> Tensor:
+    """Return the LM-head weight W [V, D]."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return the logits `hidden @ weight.T` in float32 [B, V], of hidden [B, D] and weight [V, D]."""
+    # `F.linear` would round the logits to 16 bits before the cast. On a GPU the product can return its float32 sums.
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.dtype == weight.dtype:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
+
+
+def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
+    """Return the last hidden states [B, L, D], after the final norm, of input embeddings [B, L, D].
+
+    Args:
+        model: a causal LM. Its body is its `base_model`.
+        embeds: [B, L, D], of the L tokens behind the cached ones.
+        attention_mask: [B, past + L], or whatever mask the body accepts in its place.
+        position_ids: [B, L].
+        cache: a key-value cache, which is extended in place; None computes without one.
+    """
+    base = model.base_model
+    out = base(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=cache is not None,
+        **{cache_argument(type(base)): cache},  # type: ignore[arg-type]
+    )
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+@functools.cache
+def cache_argument(kind: Any) -> str:
+    """Return the name under which the forward pass of a class of models takes its key-value cache.
+
+    Transformers 5.24 renamed `past_key_values` to `cache`; models with code of their own may keep the old name.
+    """
+    parameters = inspect.signature(kind.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Return the position of every token [B, L] of a left-padded batch; padding has position 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
