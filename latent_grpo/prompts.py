@@ -126,11 +126,27 @@ class PromptFormat:
         return has_one if self.chat_template is None else self.chat_template
 
     def ids(self, tokenizer: Any, prompts: Iterable[Prompt]) -> list[list[int]]:
-        """Return the token ids of each prompt. A template writes the special tokens itself; bare text gets them."""
+        """Return the token ids of each prompt.
+
+        Bare text gets what the tokenizer puts before a text, such as BOS, unless it begins with that. A template writes
+        such tokens itself. What a tokenizer puts behind a text, such as EOS, would end the response before it begins.
+        """
         texts = [self.render(tokenizer, prompt) for prompt in prompts]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         bare = self.prompt_template is None and not self.uses_chat_template(tokenizer)
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=bare)["input_ids"] if texts else []
-        return ids
+        start = leading_ids(tokenizer) if bare else []
+        return [row if row[: len(start)] == start else start + row for row in ids]
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """Return the ids that a tokenizer puts before every text."""
+    for text in ("a", "1", "?"):  # a small vocabulary may drop one of them
+        alone, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        starts = range(len(whole) - len(alone) + 1 if alone else 0)
+        for start in starts:
+            if whole[start : start + len(alone)] == alone:
+                return list(whole[:start])
+    return []
 
 
 # What the released scripts of training and evaluation write. Only the evaluation of GPQA has a suffix. The second stage

@@ -25,14 +25,20 @@ def load_tokenizer(path: str) -> Any:
     check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file, or a library that is missing, can raise anything
         raise ModelError(f"cannot load a tokenizer from {path!r}: {first_line(error)}") from error
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def prepare_tokenizer(tokenizer: Any) -> None:
+    """Make a tokenizer pad on the left, with EOS if it has no padding token. ModelError if it has no EOS token."""
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {path!r} has no end-of-sequence token; set eos_token in its config")
+        source = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ModelError(f"the tokenizer of {source!r} has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def load_model(path: str, dtype: str = "float32", device: str | None = None) -> Any:
@@ -73,7 +79,7 @@ def end_marker_ids(tokenizer: Any, marker: str) -> list[int]:
     """Return the token ids of the end marker, of which the first one ends a latent run.
 
     Raises:
-        ModelError: the tokenizer cannot spell the marker, or the marker begins with the end-of-sequence token.
+        ModelError: the tokenizer cannot spell the marker, or the marker holds the end-of-sequence token.
     """
     ids = list(tokenizer.encode(marker, add_special_tokens=False)) if marker else []
     # A tokenizer without the marker may replace or drop a part of it without an error; reading it back shows this.
@@ -83,20 +89,25 @@ def end_marker_ids(tokenizer: Any, marker: str) -> list[int]:
             f"the tokenizer has no end marker {marker!r} (it reads back as {spelled!r}); "
             "choose one that it knows with --end_marker, or add the token"
         )
-    if ids[0] == tokenizer.eos_token_id:
-        raise ModelError(
-            f"the end marker {marker!r} begins with the end-of-sequence token; choose another --end_marker"
-        )
+    if tokenizer.eos_token_id in ids:
+        raise ModelError(f"the end marker {marker!r} holds the end-of-sequence token; choose another --end_marker")
     return ids
 
 
-def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return every token id that ends a response, in order: the tokenizer's and the generation config's."""
-    extra = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    extra = extra if isinstance(extra, list) else [] if extra is None else [extra]
+def eos_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """Return every token id that ends a response, in order.
+
+    They are the tokenizer's, if one is given, those of the generation config, and those of the config and of its part
+    for text.
+    """
+    found = set() if tokenizer is None else {tokenizer.eos_token_id}
+    config = getattr(model, "config", None)
+    for source in (getattr(model, "generation_config", None), config, getattr(config, "text_config", None)):
+        value = source.get("eos_token_id") if isinstance(source, dict) else getattr(source, "eos_token_id", None)
+        found |= {value} if isinstance(value, int) else set(value or ())
     # An id beyond the table cannot be emitted, and would be out of range in a mask over the vocabulary.
     vocab = len(embedding_table(model))
-    return tuple(sorted({tokenizer.eos_token_id, *(i for i in extra if i < vocab)}))
+    return tuple(sorted(i for i in found if i < vocab))
 
 
 def check_vocabulary(
@@ -105,13 +116,20 @@ def check_vocabulary(
     """Raise ModelError for the first id that a run would need and that has no row in the embedding table.
 
     These are the end of a sequence, padding, the end marker if responses are latent, and the prompts of `data`: rows
-    with the key "prompt".
+    with the key "prompt". An end marker that would end the response is an error too.
     """
+    prepare_tokenizer(tokenizer)
     table_rows = len(embedding_table(model))
     for name in ("eos_token", "pad_token"):
         check_ids(tokenizer, [getattr(tokenizer, f"{name}_id")], table_rows, f"the tokenizer's {name}")
     if latent:
         marker = prompt_format.end_marker
-        check_ids(tokenizer, end_marker_ids(tokenizer, marker), table_rows, f"the end marker {marker!r}")
+        ids = end_marker_ids(tokenizer, marker)
+        check_ids(tokenizer, ids, table_rows, f"the end marker {marker!r}")
+        for token in set(ids) & set(eos_ids(model)):
+            raise ModelError(
+                f"the end marker {marker!r} holds {tokenizer.decode([token])!r}, which ends a response; "
+                "choose another --end_marker"
+            )
     for rows in data:
         check_prompts(tokenizer, rows or (), prompt_format, table_rows)

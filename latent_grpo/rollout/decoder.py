@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.model import body, embedding_table, head_logits, lm_head
+from latent_grpo.model import body, embedding_table, eos_ids, head_logits, lm_head
 from latent_grpo.rollout.slot_cache import SlotCache
 from latent_grpo.rollout.step_graphs import StepGraphs, bucket, captures
 from latent_grpo.rollout.text_sampler import sample_text
@@ -135,9 +135,9 @@ class Decoder:
         self.seed = torch.tensor(sampling.seed, device=device) if self.graphs else sampling.seed
         # Text needs two components: the token, and an UNUSED_ID that marks the step as text.
         components = sampling.latent_top_k if sampling.latent else 2
-        eos = sampling.eos_token_id if sampling.eos_token_id is not None else model.generation_config.eos_token_id
+        eos = eos_ids(model) if sampling.eos_token_id is None else sampling.eos_token_id
         self.is_eos = torch.zeros(len(self.head), dtype=torch.bool, device=device)
-        self.is_eos[[eos] if isinstance(eos, int) else list(eos or ())] = True
+        self.is_eos[[eos] if isinstance(eos, int) else list(eos)] = True
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,19 +93,70 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
 
 
 def visible_text(tokenizer: Any, rollout: Rollout, end_marker: str) -> list[str]:
-    """Return the visible text of each response: its text tokens, after the end marker if it has latent steps."""
+    """Return the visible text of each response: what follows the end marker of its latent run, without special tokens.
+
+    The run may have no latent step: a marker that begins the response leaves the text too. A text response, whose chain
+    stands before the marker, keeps both, as TRL's completions do. So does a latent response that never writes the whole
+    marker. The token that ends a response is no part of the text, whether it is a special token or not.
+    """
+    marker = tokenizer.encode(end_marker, add_special_tokens=False)
     texts = []
-    for token, latent, mask in zip(
-        rollout.token.tolist(), rollout.is_latent.tolist(), rollout.mask.tolist(), strict=True
-    ):
-        hard = [t for t, is_latent, used in zip(token, latent, mask, strict=True) if used and not is_latent]
-        text = tokenizer.decode(hard, skip_special_tokens=False)
-        if any(latent):
-            text = text.split(end_marker, 1)[-1]
-        for special in (tokenizer.eos_token, tokenizer.pad_token):
-            text = text.replace(special, "") if special else text
-        texts.append(text.strip())
+    columns = (rollout.token, rollout.is_latent, rollout.mask, rollout.finished)
+    for token, latent, mask, finished in zip(*(column.tolist() for column in columns), strict=True):
+        ids = [t for t, is_latent, used in zip(token, latent, mask, strict=True) if used and not is_latent]
+        ids = ids[:-1] if finished else ids
+        span = marker_span(tokenizer, ids, end_marker, marker)
+        if span is not None and (any(latent) or not tokenizer.decode(ids[: span[0]]).strip()):
+            texts.append(text_behind(tokenizer, ids, span, end_marker).strip())
+        else:
+            texts.append(text_with_marker(tokenizer, ids, end_marker, marker).strip())
     return texts
+
+
+def marker_span(tokenizer: Any, ids: list[int], end_marker: str, marker: list[int]) -> tuple[int, int] | None:
+    """Return where the first whole end marker stands among `ids`: its first token, and the one behind its last.
+
+    marker: the ids of the end marker. Other tokens may spell it, as one that holds its last letter and a line break.
+    None: it does not occur.
+    """
+    for start in range(len(ids) - len(marker) + 1):
+        if marker and ids[start : start + len(marker)] == marker:
+            return start, start + len(marker)
+    words = end_marker.strip() or end_marker
+
+    def holds(part: list[int]) -> bool:
+        return words in tokenizer.decode(part, skip_special_tokens=False)
+
+    if not words or not holds(ids):
+        return None
+    # A longer part holds whatever a shorter one holds, so both ends can be found by bisection.
+    end = bisect_left(range(len(ids)), True, key=lambda n: holds(ids[:n]))
+    return bisect_left(range(end), True, key=lambda n: not holds(ids[n:end])) - 1, end
+
+
+def text_behind(tokenizer: Any, ids: list[int], span: tuple[int, int], end_marker: str) -> str:
+    """Return the text of `ids` behind the end marker at `span`, without special tokens."""
+    start, end = span
+    rest = tokenizer.decode(ids[start:end], skip_special_tokens=False).partition(end_marker.strip() or end_marker)[2]
+    # Decoded with the marker, because a tokenizer may drop the space at the start of what it decodes.
+    written = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+    whole = tokenizer.decode(ids[start:], skip_special_tokens=True)
+    behind = (
+        whole[len(written) :] if whole.startswith(written) else tokenizer.decode(ids[end:], skip_special_tokens=True)
+    )
+    return str(rest + behind)
+
+
+def text_with_marker(tokenizer: Any, ids: list[int], end_marker: str, marker: list[int]) -> str:
+    """Return the text of `ids` without special tokens, except for an end marker that is one.
+
+    Without the marker, nothing would tell reasoning from answer.
+    """
+    if len(marker) != 1 or tokenizer.decode(marker, skip_special_tokens=True):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    cuts = [-1, *(place for place, token in enumerate(ids) if token == marker[0]), len(ids)]
+    parts = [ids[before + 1 : after] for before, after in pairwise(cuts)]
+    return end_marker.join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
 
 
 def latent_share(rollout: Rollout) -> Tensor:

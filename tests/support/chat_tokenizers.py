@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 _QWEN = (
@@ -55,4 +55,49 @@ def chat_tokenizer(name: str, *, extra: tuple[str, ...] = ()) -> Any:
         extra_special_tokens=[*special[1:-1], *extra],
     )
     tokenizer.chat_template = TEMPLATES[name]
+    return tokenizer
+
+
+def word_tokenizer(
+    kind: str, *, words: tuple[str, ...] = (), added: tuple[str, ...] = (), special: tuple[str, ...] = ()
+) -> Any:
+    """Return a tokenizer without a chat template whose merges depend on the context, as those of real models do.
+
+    kind: "bytes" is byte-level, as GPT-2 and Llama 3; "metaspace" puts a space before a text and drops it when it
+    decodes, as Llama 2 and Gemma. words: texts that are one token each wherever they occur, longest first.
+    added, special: added tokens, ordinary ones and special ones, which `skip_special_tokens` drops.
+    """
+    base = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
+    space = "\u2581" if kind == "metaspace" else "\u0120"
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet(), space})
+    vocabulary = {**base, **{character: i for i, character in enumerate(alphabet, len(base))}}
+    merges = []
+    for word in words:
+        pieces = word.replace(" ", space).replace("\n", "\u010a" if kind == "bytes" else "\n")
+        for character in pieces:
+            vocabulary.setdefault(character, len(vocabulary))
+        for end in range(2, len(pieces) + 1):
+            pair = (pieces[: end - 1], pieces[end - 1])
+            if pair not in merges:
+                merges.append(pair)
+            vocabulary.setdefault(pieces[:end], len(vocabulary))
+    bare = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    if kind == "metaspace":
+        bare.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="always", split=False)
+        bare.decoder = decoders.Metaspace(replacement=space, prepend_scheme="always", split=False)
+    else:
+        bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bare.decoder = decoders.ByteLevel()
+    bare.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
+    bare.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (*base, *special)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def with_affixes(tokenizer: Any, template: str) -> Any:
+    """Return the tokenizer with a post-processor, such as `<s> $A </s>` of one with `add_eos_token`."""
+    named = [(word, tokenizer.convert_tokens_to_ids(word)) for word in set(template.split()) - {"$A"}]
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=named)
     return tokenizer

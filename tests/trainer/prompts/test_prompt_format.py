@@ -85,22 +85,6 @@ def test_instruction_and_suffix_are_there_once_however_often_they_are_applied(in
     assert any(instruction in message["content"] for message in once)
 
 
-def test_special_tokens_are_added_to_bare_text_alone():
-    tokenizer = bare()
-    calls = []
-
-    class Recorder:
-        chat_template = None
-
-        def __call__(self, texts, add_special_tokens):
-            calls.append(add_special_tokens)
-            return tokenizer(texts, add_special_tokens=add_special_tokens)
-
-    PromptFormat().ids(Recorder(), [QUESTION])
-    PromptFormat(chat_template=False, prompt_template="<s>{prompt}").ids(Recorder(), [QUESTION])
-    assert calls == [True, False]
-
-
 def test_options_override_the_name_which_overrides_the_model_which_overrides_the_defaults(tmp_path):
     saved = PromptFormat("Saved.", "system", "!", "<go>", "</go>", chat_template=True)
     write_format(tmp_path, saved)
