@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from latent_grpo.errors import DataError
-from latent_grpo.rewards.answers import marked_answer
+from latent_grpo.rewards.extraction import marked_answer
 
 _CALCULATOR_MARK = re.compile(r"<<(.*?)>>", re.DOTALL)  # <<48/2=24>> in GSM8K
 _GROUPED_NUMBER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")

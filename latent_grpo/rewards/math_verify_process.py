@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from functools import lru_cache
+from typing import Any
 
 COMPARISON_SECONDS = 3.0
 START_SECONDS = 120.0  # math-verify loads sympy
@@ -99,11 +100,46 @@ def _close_verifier() -> None:
         _verifier.close()
 
 
+def _same_value(gold: Any, target: Any, *_: Any) -> bool:
+    """Return whether two sympy expressions are equal in value, in place of math-verify's own function.
+
+    Exact numbers must be equal. A decimal may be rounded as in `quantities.same_quantity`: relative to the reference,
+    and not where the reference is an integer.
+    """
+    import sympy
+
+    gold, target = (expression.doit() for expression in (gold, target))
+    matrices = [isinstance(expression, sympy.MatrixBase) for expression in (gold, target)]
+    if any(matrices):
+        same_shape = all(matrices) and gold.shape == target.shape
+        return same_shape and all(_same_value(a, b) for a, b in zip(gold.flat(), target.flat(), strict=True))
+    if not gold.is_number or not target.is_number:
+        return False  # math-verify goes on and simplifies the difference
+    if not gold.has(sympy.Float) and not target.has(sympy.Float):
+        return _same_exact_value(gold, target)
+    tolerance = 1e-12 if gold.is_integer else 1e-6
+    return bool(abs(gold - target).evalf(30) <= tolerance * abs(gold).evalf(30))
+
+
+def _same_exact_value(gold: Any, target: Any) -> bool:
+    difference = gold - target
+    if difference.is_Rational:
+        return bool(difference == 0)
+    zero = difference.equals(0)
+    # Undecided: equal in fifty digits.
+    return bool(abs(difference).evalf(60) <= 1e-50 * abs(gold).evalf(60)) if zero is None else bool(zero)
+
+
 def _serve_comparisons() -> None:
     """Run the child's end: write a true line when ready, then one line per comparison, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which closes this one
     replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not pass for a reply
     import math_verify
+    from math_verify import grader
+
+    # math-verify rounds the difference of two numbers, so that all tiny numbers are equal to it.
+    assert callable(grader.sympy_numeric_eq)
+    grader.sympy_numeric_eq = _same_value
 
     def same(answer: str, reference: str) -> bool:
         try:
