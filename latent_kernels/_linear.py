@@ -1,4 +1,7 @@
-"""Products with the LM head, accumulated in float32 whatever the storage dtype, without a float32 copy of the head."""
+"""Products with the LM head, accumulated in float32 whatever the storage dtype, without a float32 copy of the head.
+
+The options of a head (bias, scale, soft cap) are applied to the product in place.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latent_kernels._types import HeadOptions
 from latent_kernels.reference.latent_step import compute_dtype
 
 BLOCK_ROWS = 4096  # rows of the head per product: bounds the float32 copy and the buffer that MKL packs into
@@ -48,6 +52,22 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
         return out
 
 
+def head_logits_(product: Tensor, head: HeadOptions) -> Tensor:
+    """Turn the product with the LM head [n, V] into logits in place, and return it."""
+    if head.bias is not None:
+        product.add_(head.bias)
+    if head.logit_scale != 1.0:
+        product.mul_(head.logit_scale)
+    if head.softcap is not None:
+        product.div_(head.softcap).tanh_().mul_(head.softcap)
+    return product
+
+
+def softcap_slope(logits: Tensor, softcap: float) -> Tensor:
+    """Return the derivative of capped logits, of any shape, in what they were before the cap: 1 - (z / softcap)^2."""
+    return (logits / softcap).square_().neg_().add_(1.0)
+
+
 def back_project(dlogits: Tensor, weight: Tensor) -> Tensor:
     """Return `dlogits @ weight` [n, D] for dlogits [n, V]: float32, or float64 for float64 inputs."""
     dtype = compute_dtype(dlogits, weight)
@@ -72,3 +92,13 @@ def add_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         hidden = hidden.to(out.dtype)
         for block in _blocks(out):
             out[block].addmm_(dlogits[:, block].T.to(out.dtype), hidden)
+
+
+def add_rows_(out: Tensor, dlogits: Tensor, factor: Tensor | None) -> None:
+    """Add `factor @ dlogits` to out [V], float32 or float64, for dlogits [n, V] and factor [n]; None stands for 1."""
+    factor = out.new_ones(len(dlogits)) if factor is None else factor.to(out.dtype)
+    if dlogits.dtype == out.dtype:
+        out.addmv_(dlogits.T, factor)
+        return
+    for block in _blocks(out):  # no copy of the chunk in another dtype
+        out[block].addmv_(dlogits[:, block].T.to(out.dtype), factor)

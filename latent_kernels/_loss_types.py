@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from latent_kernels._types import PolicyStats
+from latent_kernels._types import HeadOptions, PolicyStats
 
 
 class LogprobSpec(NamedTuple):
-    """What the log-probs of N rows depend on besides the logits (Eq. 15-17).
+    """What the log-probs of N rows depend on besides the product with the LM head (Eq. 15-17).
 
     With `components`, the log-prob of every component is wanted instead of their sum.
     """
@@ -22,6 +22,7 @@ class LogprobSpec(NamedTuple):
     margin_gradient: str
     method: str = "latent_grpo"
     components: bool = False
+    head: HeadOptions = HeadOptions()  # turns the product into logits
 
     def select(self, rows: slice | Tensor) -> LogprobSpec:
         """Return the same for some of the rows."""
@@ -34,11 +35,11 @@ class RowScores(NamedTuple):
 
     logprob: Tensor  # [n], or [n, K] with `components`
     crossed: Tensor  # [n] integer, latent components with a negative margin
-    dlogits: Tensor | None  # [n, V] gradient of the log-prob in the logits, stored over the logits
+    dlogits: Tensor | None  # [n, V] gradient of the log-prob in the product with the head, stored over the product
 
 
 class RowForward(NamedTuple):
-    """The log-probs of a chunk of n rows, and what a backward pass over the same logits needs."""
+    """The log-probs of a chunk of n rows, and what a backward pass over the same chunk needs."""
 
     logprob: Tensor  # [n], or [n, K] with `components`
     crossed: Tensor  # [n] integer, latent components with a negative margin

@@ -27,6 +27,22 @@ class NoiseSpec(NamedTuple):
         return self.kind != "none" and self.seed is None and self.exponential is None
 
 
+class HeadOptions(NamedTuple):
+    """What the logits of a model are besides the product with its LM head. The default is the product alone.
+
+    The logits are z = logit_scale * (hidden @ lm_head.T + bias), and softcap * tanh(z / softcap) with a soft cap.
+    """
+
+    bias: Tensor | None = None  # [V]
+    logit_scale: float = 1.0  # positive
+    softcap: float | None = None  # positive; None is no cap
+
+    @property
+    def plain(self) -> bool:
+        """Tell whether the logits are the product itself."""
+        return self.bias is None and self.logit_scale == 1.0 and self.softcap is None
+
+
 @dataclass(frozen=True, eq=False)  # no `==`: a tensor among the options has no single truth value
 class LatentStepOptions:
     """The options of a latent step of B rows over V tokens.

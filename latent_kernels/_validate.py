@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from latent_kernels._noise import NOISE_KINDS
-from latent_kernels._types import NoiseSpec
+from latent_kernels._types import HeadOptions, NoiseSpec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64,)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def check_tensor(
@@ -62,6 +63,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Check that the value is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_head(head: HeadOptions, vocab: int, like: Tensor) -> None:
+    """Check the options of an LM head of `vocab` tokens. A scale below 0 would make the likeliest token the rarest."""
+    if head.bias is not None:
+        check_tensor("bias", head.bias, [vocab], like=like)
+    check_range("logit_scale", head.logit_scale, 0.0, FLOAT32_MAX, open_low=True)
+    if head.softcap is not None:
+        check_range("softcap", head.softcap, 0.0, FLOAT32_MAX, open_low=True)
 
 
 def check_noise(noise: NoiseSpec, rows: int, width: int, like: Tensor, *, step_per_row: bool = False) -> None:

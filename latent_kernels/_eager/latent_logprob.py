@@ -1,7 +1,9 @@
 """The eager log-probs of text and latent rows, on one chunk of logits, in place (Eq. 15-17).
 
-A chunk [n, V] is turned into `exp(z - max z)`, where z is logits / T on text rows and logits on latent rows. The
-log-probs follow from it and, in the same buffer, their gradient. No other tensor of size [n, V] is ever alive.
+A chunk [n, V] arrives as the product with the LM head and is turned into logits, then into `exp(z - max z)`, where z is
+logits / T on text rows and logits on latent rows. The log-probs follow from it and, in the same buffer, their gradient
+in the product. No other tensor of size [n, V] is ever alive: a soft cap, whose slope needs the logits once more, takes
+the two passes of the entropy bonus.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latent_kernels._linear import head_logits_, softcap_slope
 from latent_kernels._loss_types import SUMS, LogprobSpec, LossSpec, RowForward, RowScores, StepLosses
 from latent_kernels.reference.latent_step import is_hard
 from latent_kernels.reference.loss import (
@@ -28,12 +31,20 @@ BLOCK_COLUMNS = 8192  # columns of logits at a time, in steps that need a second
 def logprob_rows_(
     logits: Tensor, spec: LogprobSpec, dtype: torch.dtype | None, upstream: Tensor | None = None
 ) -> RowScores:
-    """Return the log-probs of logits [n, V], and overwrite the logits with their gradient unless `dtype` is None.
+    """Return the log-probs of a product [n, V], and overwrite it with their gradient unless `dtype` is None.
 
-    `dtype` is the coarsest dtype in which the gradient may be stored; here it keeps that of the logits. `upstream` has
-    the shape of the log-probs and scales the gradient. If `dtype` is None, the logits are overwritten by intermediate
+    `dtype` is the coarsest dtype in which the gradient may be stored; here it keeps that of the product. `upstream` has
+    the shape of the log-probs and scales the gradient. If `dtype` is None, the product is overwritten by intermediate
     values.
     """
+    if spec.head.softcap is not None:
+        scored = forward_rows(logits, spec, entropy=False)
+        gradient = None
+        if dtype is not None:
+            upstream = torch.ones_like(scored.logprob) if upstream is None else upstream
+            gradient = backward_rows_(logits, spec, scored, dtype, upstream, None)
+        return RowScores(scored.logprob, scored.crossed, gradient)
+    head_logits_(logits, spec.head)
     hard = is_hard(spec.ids)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
     ids = spec.ids.clamp_min(0)
@@ -45,7 +56,7 @@ def logprob_rows_(
     logprob, crossed = _score(log_probs, spec, hard)
     if dtype is None:
         return RowScores(logprob, crossed, None)
-    coefficients = _coefficients(log_probs, spec, hard) * inverse_temperature
+    coefficients = _coefficients(log_probs, spec, hard) * (inverse_temperature * spec.head.logit_scale)
     if upstream is not None:
         coefficients *= _per_component(upstream).to(logits.dtype)
     # sum_k c_k (onehot(id_k) - softmax): `logits` holds the exponentials, whose sum is `total`.
@@ -104,10 +115,11 @@ def _softmax_share(coefficients: Tensor, spec: LogprobSpec, hard: Tensor) -> Ten
 
 
 def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForward:
-    """Return the log-probs of logits [n, V] and, if wanted, the entropy of softmax(logits / T) on text rows.
+    """Return the log-probs of a product [n, V] and, if wanted, the entropy of softmax(logits / T) on text rows.
 
-    The logits stay.
+    The product is overwritten by the logits.
     """
+    head_logits_(logits, spec.head)
     hard = is_hard(spec.ids)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
     highest = logits.amax(-1, keepdim=True) * inverse_temperature
@@ -128,25 +140,33 @@ def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForw
 def backward_rows_(
     logits: Tensor, spec: LogprobSpec, scored: RowForward, dtype: torch.dtype, upstream: Tensor, bonus: Tensor | None
 ) -> Tensor:
-    """Overwrite logits [n, V] with the gradient of `upstream * logprob + bonus * entropy`, and return it.
+    """Overwrite the logits [n, V] of `forward_rows` with a gradient in the product with the head, and return it.
 
+    It is the gradient of `upstream * logprob + bonus * entropy`.
     The gradient of the entropy is d entropy / dz_v = -p_v (log p_v + entropy), with z = logits / T. `bonus` [n] is 0 on
     latent rows. It is None without entropies. `dtype` is the coarsest dtype in which the gradient may be stored; here
     it keeps that of the logits.
     """
-    hard, ids = is_hard(spec.ids), spec.ids.clamp_min(0)
+    hard, ids, softcap = is_hard(spec.ids), spec.ids.clamp_min(0), spec.head.softcap
     inverse_temperature = _inverse_temperature(logits, spec, hard)
     log_z = scored.log_z.unsqueeze(-1)
-    coefficients = _coefficients(logits.gather(-1, ids) * inverse_temperature - log_z, spec, hard)
-    coefficients = coefficients * (inverse_temperature * _per_component(upstream))
+    picked = logits.gather(-1, ids)
+    slope = inverse_temperature * spec.head.logit_scale
+    coefficients = _coefficients(picked * inverse_temperature - log_z, spec, hard)
+    coefficients = coefficients * (slope * _per_component(upstream))
     constant = _softmax_share(coefficients, spec, hard)
-    bonus = torch.zeros_like(log_z) if bonus is None else bonus.unsqueeze(-1) * inverse_temperature
+    bonus = torch.zeros_like(log_z) if bonus is None else bonus.unsqueeze(-1) * slope
     if scored.entropy is not None:
         constant = constant + bonus * scored.entropy.unsqueeze(-1)
     for block in logits.split(BLOCK_COLUMNS, -1):
+        slope_of_cap = None if softcap is None else softcap_slope(block, softcap)
         log_probs = block.mul_(inverse_temperature).sub_(log_z).clamp_min_(-MARGIN_MAX)
         weight = log_probs.exp()
         block.mul_(bonus).add_(constant).mul_(weight.neg_())
+        if slope_of_cap is not None:
+            block.mul_(slope_of_cap)
+    if softcap is not None:
+        coefficients = coefficients * softcap_slope(picked, softcap)
     return logits.scatter_add_(-1, ids, coefficients)
 
 

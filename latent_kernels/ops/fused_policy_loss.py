@@ -1,11 +1,11 @@
 """The policy loss from hidden states in one pass, without [N, V].
 
 Advantages, old log-probs, masks and the weights of the aggregation are all known before the LM head is applied. So the
-gradient is computed in the forward pass. While a chunk of rows is alive it goes hidden -> logits -> log-prob and its
-gradient in the logits, in place -> loss -> dhidden, and the head's gradient if it is wanted. The backward pass only
-scales what was saved. An entropy bonus, or one ratio per component of a latent step, needs the loss before the
-gradient in the logits; then a chunk is read twice. Masked steps, and steps whose advantage is zero, never reach the LM
-head. Deterministic.
+gradient is computed in the forward pass. While a chunk of rows is alive it goes hidden -> product with the head ->
+log-prob and its gradient in the product, in place -> loss -> dhidden, and the gradients of head and bias if they are
+wanted. The backward pass only scales what was saved. An entropy bonus, or one ratio per component of a latent step,
+needs the loss before the gradient in the logits; then a chunk is read twice. Masked steps, and steps whose advantage is
+zero, never reach the LM head. Deterministic.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
-from latent_kernels._dispatch import components_limit, on_input_device, resolve
+from latent_kernels._dispatch import components_limit, head_limit, on_input_device, resolve
 from latent_kernels._eager import latent_logprob as eager
-from latent_kernels._linear import add_outer_, back_project, project
+from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import (
     SUMS,
     LogprobSpec,
@@ -31,9 +31,9 @@ from latent_kernels._loss_types import (
     StepLosses,
     loss_and_stats,
 )
-from latent_kernels._types import PolicyStats
-from latent_kernels._validate import check_range, check_tensor
-from latent_kernels.ops.latent_logprob import check_logprob_options
+from latent_kernels._types import HeadOptions, PolicyStats
+from latent_kernels._validate import check_head, check_range, check_tensor
+from latent_kernels.ops.latent_logprob import check_logprob_options, with_bias
 from latent_kernels.ops.policy_loss import RATIOS, check_loss_options
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
 from latent_kernels.reference.loss import aggregation_weights, sequence_log_ratio, used_components
@@ -59,7 +59,7 @@ def _row_kernels(implementation: str) -> RowKernels:
 
 
 class ChunkLosses(NamedTuple):
-    """The loss of a chunk of n rows. `dlogits` was written over their logits."""
+    """The loss of a chunk of n rows. `dlogits` was written over their product with the head."""
 
     dlogits: Tensor | None  # [n, V]; times `factor` it is the gradient of the weighted loss
     factor: Tensor | None  # [n]; None stands for 1
@@ -69,24 +69,24 @@ class ChunkLosses(NamedTuple):
 
 
 def _chunk_losses_(
-    logits: Tensor,
+    product: Tensor,
     logprob_spec: LogprobSpec,
     loss_spec: LossSpec,
     stored_dtype: torch.dtype | None,
     kernels: RowKernels,
 ) -> ChunkLosses:
-    """Return the weighted loss of logits [n, V], and overwrite them with its gradient unless `stored_dtype` is None.
+    """Return the weighted loss of a product with the head [n, V].
 
-    Without an entropy bonus and ratios of components, the gradient in the logits is that of the log-prob times one
-    number per row. So one pass over the logits is enough: it stores the gradient of the log-prob, before the loss is
-    known.
+    The product is overwritten with the gradient in it, unless `stored_dtype` is None. Without an entropy bonus and
+    ratios of components, that is the gradient of the log-prob times one number per row. So one pass over the product
+    is enough: it stores the gradient of the log-prob, before the loss is known.
     """
     entropy_coef = loss_spec.options.entropy_coef
     if not entropy_coef and not logprob_spec.components:
-        scores = kernels.logprob_rows_(logits, logprob_spec, stored_dtype)
+        scores = kernels.logprob_rows_(product, logprob_spec, stored_dtype)
         gradient, sums = kernels.step_losses(scores.logprob, loss_spec)
         return ChunkLosses(scores.dlogits, gradient, sums, scores.crossed, None)
-    scored = kernels.forward_rows(logits, logprob_spec, entropy=bool(entropy_coef))
+    scored = kernels.forward_rows(product, logprob_spec, entropy=bool(entropy_coef))
     used = used_components(logprob_spec.ids) if logprob_spec.components else None
     gradient, sums = kernels.step_losses(scored.logprob, loss_spec, used)
     bonus = None
@@ -95,15 +95,38 @@ def _chunk_losses_(
         sums[0] += (bonus * scored.entropy).sum()
     dlogits = None
     if stored_dtype is not None:
-        dlogits = kernels.backward_rows_(logits, logprob_spec, scored, stored_dtype, gradient, bonus)
+        dlogits = kernels.backward_rows_(product, logprob_spec, scored, stored_dtype, gradient, bonus)
     return ChunkLosses(dlogits, None, sums, scored.crossed, scored.entropy)
 
 
+class Gradients(NamedTuple):
+    """What the chunks of the loss add their gradients to; None where no gradient is wanted."""
+
+    hidden: Tensor | None  # [N, D] in the dtype of hidden
+    lm_head: Tensor | None  # [V, D] float32 or float64
+    bias: Tensor | None  # [V] float32 or float64
+
+    def add(self, losses: ChunkLosses, index: Tensor, rows: Tensor, lm_head: Tensor) -> None:
+        """Add the gradients of a chunk whose hidden states are `rows` [n, D], at `index` [n] of hidden."""
+        dlogits, factor = losses.dlogits, losses.factor
+        if dlogits is None:
+            return
+        # After one pass, dlogits is the gradient of the log-prob. The loss's own factor, one number per row, is
+        # multiplied into the smaller [n, D] tensors.
+        column = 1.0 if factor is None else factor.unsqueeze(-1)
+        if self.hidden is not None:
+            self.hidden[index] = (back_project(dlogits, lm_head) * column).to(self.hidden.dtype)
+        if self.lm_head is not None:
+            add_outer_(self.lm_head, dlogits, (rows * column).to(dlogits.dtype))
+        if self.bias is not None:
+            add_rows_(self.bias, dlogits, factor)
+
+
 class _Fused(torch.autograd.Function):
-    """The fused loss. Saves the gradients dhidden and, if wanted, dlm_head, of a loss whose largest weight is 1.
+    """The fused loss. Saves the gradients in hidden and, if wanted, head and bias, of a loss whose largest weight is 1.
 
     The backward pass multiplies by `unit`, the largest weight, which is often 1e-5. A float16 gradient would lose its
-    bits to such a factor.
+    bits to such a factor. The options of the head are in `logprob_spec`, except the bias.
     """
 
     @staticmethod
@@ -111,37 +134,38 @@ class _Fused(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         lm_head: Tensor,
+        bias: Tensor | None,
         active: Tensor,
         unit: Tensor,
         logprob_spec: LogprobSpec,
         loss_spec: LossSpec,
         kernels: RowKernels,
     ) -> tuple[Tensor, ...]:
-        dtype = compute_dtype(hidden, lm_head)
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        dhidden = torch.zeros_like(hidden) if wants_hidden else None
-        dhead = torch.zeros(lm_head.shape, dtype=dtype, device=hidden.device) if wants_head else None
-        stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if wants_hidden or wants_head else None
+        dtype, vocab, device = compute_dtype(hidden, lm_head), len(lm_head), hidden.device
+        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
+        gradients = Gradients(
+            torch.zeros_like(hidden) if wants_hidden else None,
+            torch.zeros(lm_head.shape, dtype=dtype, device=device) if wants_head else None,
+            torch.zeros(vocab, dtype=dtype, device=device) if wants_bias else None,
+        )
+        stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if any(ctx.needs_input_grad) else None
         sums, crossed, entropy = unit.new_zeros(len(SUMS)), unit.new_zeros(()), unit.new_zeros(())
-        chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
-        buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
+        chunks = row_chunks(len(active), vocab, dtype, device)
+        buffer = chunk_buffer(chunks, vocab, dtype, device)
+        logprob_spec = with_bias(logprob_spec, bias)
         for chunk in chunks:
             index = active[chunk]
             rows = hidden[index]
-            logits = project(rows, lm_head, buffer[: len(rows)])
-            losses = _chunk_losses_(logits, logprob_spec.select(index), loss_spec.select(index), stored_dtype, kernels)
+            product = project(rows, lm_head, buffer[: len(rows)])
+            losses = _chunk_losses_(product, logprob_spec.select(index), loss_spec.select(index), stored_dtype, kernels)
             sums += losses.sums
             crossed += losses.crossed.sum()
             # Without a bonus the entropies are not known, and the statistic is NaN.
             entropy += torch.nan if losses.entropy is None else losses.entropy.sum()
-            # After one pass, dlogits is the gradient of the log-prob. The loss's own factor, one number per row, is
-            # multiplied into the smaller [n, D] tensors.
-            factor = 1.0 if losses.factor is None else losses.factor.unsqueeze(-1)
-            if dhidden is not None and losses.dlogits is not None:
-                dhidden[index] = (back_project(losses.dlogits, lm_head) * factor).to(hidden.dtype)
-            if dhead is not None and losses.dlogits is not None:
-                add_outer_(dhead, losses.dlogits, (rows * factor).to(losses.dlogits.dtype))
-        ctx.save_for_backward(dhidden, None if dhead is None else dhead.to(lm_head.dtype), unit)
+            gradients.add(losses, index, rows, lm_head)
+        saved = ((gradients.lm_head, lm_head), (gradients.bias, bias))
+        narrow = (None if x is None or like is None else x.to(like.dtype) for x, like in saved)
+        ctx.save_for_backward(gradients.hidden, *narrow, unit)
         ids = logprob_spec.ids[active]
         num_text = is_hard(ids).sum()
         # The components of "multiplex" have no margins.
@@ -182,6 +206,9 @@ def fused_policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, PolicyStats]:
     """Compute the policy loss, its gradient and its statistics from hidden states, without [N, V] (Eq. 15-17, 22-23).
@@ -204,16 +231,17 @@ def fused_policy_loss(
         entropy_coef: subtract this much of the entropy of softmax(logits / T) at text steps, aggregated like the loss.
             It also counts for text steps without an advantage. A chunk of logits is then read once more.
 
-    Differentiable once, in `hidden` and `lm_head`. Extra memory: one chunk of logits, dhidden, and [V, D] in float32 if
-    `lm_head` requires a gradient. The other options are those of `latent_logprob` and `policy_loss`. Masked steps may
-    hold anything. Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
+    Differentiable once, in `hidden`, `lm_head` and `bias`. Extra memory: one chunk of logits, dhidden, and [V, D] in
+    float32 if `lm_head` requires a gradient. The other options are those of `latent_logprob` and `policy_loss`. Masked
+    steps may hold anything. Raises ValueError or TypeError naming the argument; RuntimeError if `impl` cannot run.
     """
     options = LossOptions(
         clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator, entropy_coef
     )
-    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, ratio == "component")
+    head = HeadOptions(bias, logit_scale, softcap)
+    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, ratio == "component", head)
     _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
-    unsupported = components_limit(ids.shape[2])
+    unsupported = components_limit(ids.shape[2]) or head_limit(head.plain)
     kernels = _row_kernels(resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported))
     return _loss_of_active_steps(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options, kernels)
 
@@ -232,6 +260,7 @@ def _check_arguments(
     check_tensor("hidden", hidden, [None, None, None])
     steps = list(hidden.shape[:2])
     check_tensor("lm_head", lm_head, [None, hidden.shape[2]], like=hidden)
+    check_head(spec.head, len(lm_head), hidden)
     check_tensor("ids", spec.ids, [*steps, None], (torch.int64,), like=hidden)
     check_tensor("scores", spec.scores, list(spec.ids.shape), like=hidden)
     ratios, components = (*RATIOS, "component"), spec.ids.shape[2]
@@ -255,8 +284,9 @@ def _loss_of_active_steps(
 ) -> tuple[Tensor, PolicyStats]:
     """Compute the fused loss on checked arguments; `spec` holds [R, T, K] and [R, T]."""
     # Under no_grad, inputs that require a gradient would still make the forward pass compute it.
+    bias = spec.head.bias
     if not torch.is_grad_enabled():
-        hidden, lm_head = hidden.detach(), lm_head.detach()
+        hidden, lm_head, bias = hidden.detach(), lm_head.detach(), None if bias is None else bias.detach()
     assert spec.advantages is not None
     dtype, hidden = compute_dtype(hidden, lm_head), hidden.flatten(0, 1)
     keep = mask.bool()
@@ -268,6 +298,7 @@ def _loss_of_active_steps(
     active = keep.flatten().nonzero().squeeze(-1)
     advantages = spec.advantages.to(dtype).flatten()
     spec = spec._replace(ids=spec.ids.flatten(0, 1), scores=spec.scores.flatten(0, 1), advantages=advantages)
+    spec = with_bias(spec, None if bias is None else bias.detach())
     old, ref = (None if x is None else x.to(dtype).flatten(0, 1) for x in (old_logprob, ref_logprob))
     assert old is not None
     step_log_ratio = None
@@ -278,7 +309,7 @@ def _loss_of_active_steps(
     if spec.components:
         advantages = advantages.unsqueeze(-1).expand_as(old)
     loss_spec = LossSpec(old, advantages, ref, weights / unit, step_log_ratio, options)
-    loss, *stats = _Fused.apply(hidden, lm_head, active, unit, spec, loss_spec, kernels)
+    loss, *stats = _Fused.apply(hidden, lm_head, bias, active, unit, spec, loss_spec, kernels)
     return loss, PolicyStats(*stats)
 
 

@@ -11,6 +11,9 @@ These are the rows of Latent-GRPO. Two other methods have other latent rows (see
 SofT-GRPO:   f over the K components alone, with clamped margins
 Multiplex:   sum_k log_softmax(logits)[id_k], exact; dlogits = sum_k (onehot(id_k) - softmax(logits))
 
+Logits are those of `latent_kernels._types.HeadOptions`: the gradient in the product with the head is dlogits times the
+scale, and times 1 - (z / softcap)^2 under a soft cap. The bias has the sum of it over the rows.
+
 `latent_logprob` makes the logits of one chunk of rows at a time. The gradient of a log-prob in `hidden`, [N, D], is
 computed in the forward pass while its chunk is alive. So a frozen head costs two products instead of three. The
 gradient in the head, if wanted, needs the upstream gradient. The backward pass recomputes the chunks for it, and for
@@ -27,12 +30,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
-from latent_kernels._dispatch import components_limit, on_input_device, resolve
+from latent_kernels._dispatch import components_limit, head_limit, on_input_device, resolve
 from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
-from latent_kernels._linear import add_outer_, back_project, project
+from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
-from latent_kernels._types import METHODS
-from latent_kernels._validate import check_choice, check_components, check_range, check_tensor
+from latent_kernels._types import METHODS, HeadOptions
+from latent_kernels._validate import check_choice, check_components, check_head, check_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
@@ -79,55 +82,82 @@ class _FromLogits(torch.autograd.Function):
 class _FromHidden(torch.autograd.Function):
     """Log-probs of hidden states.
 
-    Saves d logprob / d hidden [N, D], and `hidden` and `lm_head` only if the head wants a gradient. With log-probs of
-    components it saves `hidden` and `lm_head` alone.
+    Saves d logprob / d hidden [N, D], and the inputs only if head or bias want a gradient. With log-probs of components
+    it saves the inputs alone. The options of the head are in the spec, except the bias.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, lm_head: Tensor, spec: LogprobSpec, logprob_rows_fn: LogprobRowsFn) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        lm_head: Tensor,
+        bias: Tensor | None,
+        spec: LogprobSpec,
+        logprob_rows_fn: LogprobRowsFn,
+    ) -> Tensor:
         dtype = compute_dtype(hidden, lm_head)
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
         at_once = wants_hidden and not spec.components
         dhidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if at_once else None
         stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if at_once else None
         logprob = torch.empty(_shape(len(hidden), spec), dtype=dtype, device=hidden.device)
         chunks = row_chunks(len(hidden), len(lm_head), dtype, hidden.device)
         buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
+        given = with_bias(spec, bias)
         for chunk in chunks:
-            logits = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
-            scored = logprob_rows_fn(logits, spec.select(chunk), stored_dtype)
+            product = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
+            scored = logprob_rows_fn(product, given.select(chunk), stored_dtype)
             logprob[chunk] = scored.logprob
             if dhidden is not None and scored.dlogits is not None:
                 dhidden[chunk] = back_project(scored.dlogits, lm_head)
         ctx.spec, ctx.logprob_rows_fn, ctx.hidden_dtype = spec, logprob_rows_fn, hidden.dtype
-        ctx.save_for_backward(dhidden, *((hidden, lm_head) if wants_head or spec.components else ()))
+        recomputes = wants_head or wants_bias or spec.components
+        ctx.save_for_backward(dhidden, *((hidden, lm_head, bias) if recomputes else ()))
         return logprob
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, *saved = ctx.saved_tensors
         grad_hidden = None if dhidden is None else (dhidden * grad.unsqueeze(-1)).to(ctx.hidden_dtype)
-        grad_head = None
+        grad_head = grad_bias = None
         if saved:
-            hidden, lm_head = saved
-            wants_hidden, wants_head = ctx.needs_input_grad[:2]
-            if wants_head:
-                grad_head = torch.zeros(lm_head.shape, dtype=grad.dtype, device=lm_head.device)
-            if wants_hidden and grad_hidden is None:
-                grad_hidden = torch.empty_like(hidden)
-            stored_dtype = dlogits_dtype(hidden, lm_head, grad.dtype)
-            chunks = row_chunks(len(hidden), len(lm_head), grad.dtype, hidden.device)
-            buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, hidden.device)
-            for chunk in chunks:
-                logits = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
-                dlogits = ctx.logprob_rows_fn(logits, ctx.spec.select(chunk), stored_dtype, grad[chunk]).dlogits
-                if grad_hidden is not None and dhidden is None:
-                    grad_hidden[chunk] = back_project(dlogits, lm_head).to(hidden.dtype)
-                if grad_head is not None:
-                    add_outer_(grad_head, dlogits, hidden[chunk])
-            grad_head = None if grad_head is None else grad_head.to(lm_head.dtype)
-        return grad_hidden, grad_head, None, None
+            recomputed, grad_head, grad_bias = _recomputed_gradients(ctx, grad, *saved)
+            grad_hidden = recomputed if grad_hidden is None else grad_hidden
+        return grad_hidden, grad_head, grad_bias, None, None
+
+
+def with_bias(spec: LogprobSpec, bias: Tensor | None) -> LogprobSpec:
+    """Return the spec with the bias of its head."""
+    return spec if bias is None else spec._replace(head=spec.head._replace(bias=bias))
+
+
+def _recomputed_gradients(
+    ctx: Any, grad: Tensor, hidden: Tensor, lm_head: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients in hidden, head and bias, from chunks of logits that are computed again.
+
+    The gradient in hidden is None if the forward pass has computed it.
+    """
+    wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
+    spec, device = with_bias(ctx.spec, bias), hidden.device
+    grad_hidden = torch.empty_like(hidden) if wants_hidden and spec.components else None
+    grad_head = torch.zeros(lm_head.shape, dtype=grad.dtype, device=device) if wants_head else None
+    grad_bias = torch.zeros(len(lm_head), dtype=grad.dtype, device=device) if wants_bias else None
+    stored_dtype = dlogits_dtype(hidden, lm_head, grad.dtype)
+    chunks = row_chunks(len(hidden), len(lm_head), grad.dtype, device)
+    buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, device)
+    for chunk in chunks:
+        product = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
+        dlogits = ctx.logprob_rows_fn(product, spec.select(chunk), stored_dtype, grad[chunk]).dlogits
+        if grad_hidden is not None:
+            grad_hidden[chunk] = back_project(dlogits, lm_head).to(hidden.dtype)
+        if grad_head is not None:
+            add_outer_(grad_head, dlogits, hidden[chunk])
+        if grad_bias is not None:
+            add_rows_(grad_bias, dlogits, None)
+    grad_head = None if grad_head is None else grad_head.to(lm_head.dtype)
+    return grad_hidden, grad_head, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
 
 def check_logprob_options(
@@ -217,24 +247,40 @@ def latent_logprob(
     margin_gradient: str = "aligned",
     method: str = "latent_grpo",
     components: bool = False,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return `latent_logprob_from_logits(hidden @ lm_head.T, ...)` [N] without ever holding [N, V] (Eq. 15-17).
+    """Return the log-probs of `latent_logprob_from_logits` from hidden states, without ever holding [N, V] (Eq. 15-17).
 
-    Differentiable in `hidden` [N, D] and `lm_head` [V, D], which may differ in dtype. Products are accumulated in
-    float32. The other arguments are those of `latent_logprob_from_logits`.
+    Args:
+        bias: [V] or None, any float dtype.
+        logit_scale: positive factor on the logits.
+        softcap: positive bound of the logits, or None.
+
+    The logits are z = logit_scale * (hidden @ lm_head.T + bias), and softcap * tanh(z / softcap) with a soft cap. The
+    temperature divides them afterwards.
+
+    Differentiable in `hidden` [N, D], `lm_head` [V, D] and `bias` [V], which may differ in dtype. Products are
+    accumulated in float32. The other arguments are those of `latent_logprob_from_logits`.
     """
+    head = HeadOptions(bias, logit_scale, softcap)
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
+    check_head(head, len(lm_head), hidden)
     check_logprob_options(
         ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient, method, components
     )
     logprob_rows_fn: LogprobRowsFn = logprob_rows_
-    if resolve("latent_logprob", impl, hidden, lm_head, unsupported=components_limit(ids.shape[1])) == "triton":
+    unsupported = components_limit(ids.shape[1]) or head_limit(head.plain)
+    if resolve("latent_logprob", impl, hidden, lm_head, unsupported=unsupported) == "triton":
         from latent_kernels._triton.latent_logprob import logprob_rows_ as logprob_rows_fn
     # Under no_grad, inputs that require a gradient would still make the forward pass compute it.
     if not torch.is_grad_enabled():
-        hidden, lm_head = hidden.detach(), lm_head.detach()
-    spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, components)
-    logprob: Tensor = _FromHidden.apply(hidden, lm_head, spec, logprob_rows_fn)
+        hidden, lm_head, bias = hidden.detach(), lm_head.detach(), None if bias is None else bias.detach()
+    spec = LogprobSpec(
+        ids, scores, advantages, temperature, margin_gradient, method, components, head._replace(bias=None)
+    )
+    logprob: Tensor = _FromHidden.apply(hidden, lm_head, bias, spec, logprob_rows_fn)
     return logprob

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latent_kernels._dispatch import MAX_TOP_K, on_input_device, resolve
+from latent_kernels._dispatch import MAX_TOP_K, head_limit, on_input_device, resolve
 from latent_kernels._eager.latent_step_methods import latent_step_with_method_eager
-from latent_kernels._linear import project
+from latent_kernels._linear import head_logits_, project
 from latent_kernels._noise import draw_seed
-from latent_kernels._types import METHODS, LatentStep, LatentStepOptions
-from latent_kernels._validate import check_choice, check_noise, check_range, check_row_range, check_tensor
+from latent_kernels._types import METHODS, HeadOptions, LatentStep, LatentStepOptions
+from latent_kernels._validate import check_choice, check_head, check_noise, check_range, check_row_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
 
 if TYPE_CHECKING:
@@ -94,18 +94,24 @@ def latent_step(
     min_latent_steps: int = 0,
     max_latent_steps: int | None = None,
     method: str = "latent_grpo",
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> LatentStep:
     """Turn each row's hidden state into its next input embedding (Eq. 1, 12-14).
 
-    The result is that of `latent_step_from_logits(hidden @ lm_head.T, ...)`. hidden [B, D] and lm_head [V, D] have any
-    float dtype; logits are accumulated in float32. `LatentStepOptions` documents the options.
+    The result is that of `latent_step_from_logits` on z = logit_scale * (hidden @ lm_head.T + bias), or with a soft cap
+    on softcap * tanh(z / softcap). hidden [B, D], lm_head [V, D] and bias [V] have any float dtype; logits are
+    accumulated in float32. logit_scale and softcap are positive. `LatentStepOptions` documents the other options.
     """
     options = LatentStepOptions(
         top_k, top_p, tau, noise, noise_scale, seed, step, row_ids, exponential, latent_mask, end_token_id,
         noise_delta, end_rule, min_latent_steps, max_latent_steps, method,
     )  # fmt: skip
-    return latent_step_with_logits(hidden, lm_head, embedding, options, impl=impl)[0]
+    return latent_step_with_logits(
+        hidden, lm_head, embedding, options, bias=bias, logit_scale=logit_scale, softcap=softcap, impl=impl
+    )[0]
 
 
 @torch.no_grad()
@@ -116,13 +122,16 @@ def latent_step_with_logits(
     embedding: Tensor,  # [V, D']
     options: LatentStepOptions | None = None,
     *,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
     **named: Any,
 ) -> tuple[LatentStep, Tensor]:
-    """Return the result of `latent_step` and the logits [B, V] computed for it.
+    """Return the result of `latent_step` and the logits [B, V] computed for it, after bias, scale and soft cap.
 
-    Give the options of `latent_step` as one object or by name. A batch with text rows draws their tokens from the
-    logits, which are float32, or float64 for float64 inputs.
+    Give the options of the step as one object or by name. A batch with text rows draws their tokens from the logits,
+    which are float32, or float64 for float64 inputs.
     """
     if options is None:
         options = LatentStepOptions(**named)
@@ -130,13 +139,16 @@ def latent_step_with_logits(
         raise TypeError(f"give options or {', '.join(named)}, not both")
     check_tensor("hidden", hidden, [None, None])
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
+    head = HeadOptions(bias, logit_scale, softcap)
+    check_head(head, len(lm_head), hidden)
     options = _checked(options, len(hidden), len(lm_head), embedding, like=hidden)
-    if resolve("latent_step", impl, hidden, lm_head, unsupported=_top_k_limit(options.top_k)) == "triton":
+    unsupported = _top_k_limit(options.top_k) or head_limit(head.plain)
+    if resolve("latent_step", impl, hidden, lm_head, unsupported=unsupported) == "triton":
         from latent_kernels._triton.latent_step_methods import latent_step_with_method
 
         sidecar = _sidecar(hidden, lm_head)
         return latent_step_with_method(sidecar, embedding, options), sidecar.logits[:, : len(lm_head)]
-    logits = project(hidden, lm_head)
+    logits = head_logits_(project(hidden, lm_head), head)
     return latent_step_with_method_eager(logits, embedding, options), logits
 
 
