@@ -39,6 +39,7 @@ TRAINER_ROOMS = (
     "seeds",
     "recipes",
     "prompts",
+    "architecture",
     "model",
     "rewards",
     "data",

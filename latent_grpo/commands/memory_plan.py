@@ -15,7 +15,7 @@ from rich.table import Table
 
 from latent_grpo.config import LatentGRPOConfig
 from latent_grpo.errors import ModelError, first_line, require
-from latent_grpo.model import check_path
+from latent_grpo.model import load_config
 from latent_kernels import chunk_bytes
 
 FLOAT32 = 4
@@ -89,11 +89,8 @@ def model_size(config: Any, dtype: torch.dtype, freeze_embeddings: bool = True) 
 
 def read_model_size(path: str, args: LatentGRPOConfig) -> ModelSize:
     """Return the sizes of a model folder or Hub name. Raise ModelError without a configuration like Llama's."""
-    from transformers import AutoConfig
-
-    check_path(path)
+    config = load_config(path)
     try:
-        config = AutoConfig.from_pretrained(path)
         return model_size(config, getattr(torch, args.dtype), args.freeze_embeddings)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"cannot plan for {path!r}: {first_line(error)}") from error

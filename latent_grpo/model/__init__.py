@@ -14,6 +14,7 @@ from latent_grpo.model.loading import (
     check_vocabulary,
     end_marker_ids,
     eos_ids,
+    load_config,
     load_model,
     load_tokenizer,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "eos_ids",
     "head_logits",
     "lm_head",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "positions",

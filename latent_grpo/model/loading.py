@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from latent_grpo.architecture import check_architecture
 from latent_grpo.errors import ModelError, first_line
 from latent_grpo.model.access import embedding_table
 from latent_grpo.model.proof import check_compatible
@@ -57,8 +58,8 @@ def load_model(path: str, dtype: str = "float32", device: str | None = None) -> 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device is {device!r}, but PyTorch sees no GPU here; choose cpu, or leave it out")
     transformers_logging.disable_progress_bar()
+    config = load_config(path)
     try:
-        config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=getattr(torch, dtype), use_safetensors=True
         )
@@ -67,6 +68,21 @@ def load_model(path: str, dtype: str = "float32", device: str | None = None) -> 
     model = model.to(device)
     check_compatible(model)
     return model
+
+
+def load_config(path: str) -> Any:
+    """Return the configuration of a local folder or Hub name.
+
+    Raises:
+        ModelError: it cannot be loaded, or describes layers that cannot be used here. No weights are read for this.
+    """
+    check_path(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error
+    check_architecture(config)
+    return config
 
 
 def check_path(path: str) -> None:

@@ -13,26 +13,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
 
+from latent_grpo.architecture import SLIDING, attention_kinds
 from latent_grpo.errors import ModelError
 
 ALIGNMENT = 8  # elements; attention loads the rows of a mask fast if they start at multiples of this
-FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-def attention_kinds(config: Any) -> set[str]:
-    """Return the kinds of attention layers of a text configuration.
-
-    Raises:
-        ModelError: a layer keeps no key-value cache per token, as slots need it.
-    """
-    # Configurations without `layer_types` have layers of one kind only.
-    default = SLIDING if getattr(config, "sliding_window", None) and not hasattr(config, "layer_types") else FULL
-    kinds = set(getattr(config, "layer_types", None) or [default])
-    if unknown := sorted(kinds - {FULL, SLIDING}):
-        raise ModelError(
-            f"layers of kind {unknown[0]!r} keep no key-value cache per token; use a Llama- or Qwen-like model"
-        )
-    return kinds
 
 
 class Window:
@@ -59,6 +43,10 @@ class SlotLayer(DynamicLayer):
         self.keys[window.slots, :, window.cache_position] = key_states[:, :, 0]
         self.values[window.slots, :, window.cache_position] = value_states[:, :, 0]
         return self.keys[: window.count, :, : window.span], self.values[: window.count, :, : window.span]
+
+    def get_seq_length(self) -> int:
+        """Return 1: there is a past. Rows differ in its length, and models may ask only whether there is one."""
+        return 1
 
 
 class SlotCache:
