@@ -5,13 +5,14 @@ The package can be imported without Triton and without a GPU. Equation numbers a
 
 from latent_kernels._chunks import chunk_bytes
 from latent_kernels._dispatch import kernels_for
-from latent_kernels._noise import GUMBEL_HIGH, GUMBEL_LOW, philox_uniform
+from latent_kernels._noise import GUMBEL_HIGH, GUMBEL_LOW
 from latent_kernels._types import GroupAdvantages, LatentStep, LatentStepOptions, PolicyStats
 from latent_kernels.ops.fused_policy_loss import fused_policy_loss
 from latent_kernels.ops.group_advantages import group_advantages
 from latent_kernels.ops.latent_logprob import latent_logprob, latent_logprob_from_logits
 from latent_kernels.ops.latent_step import latent_step, latent_step_from_logits, latent_step_with_logits
 from latent_kernels.ops.mix_embeddings import mix_embeddings
+from latent_kernels.ops.philox_uniform import philox_uniform
 from latent_kernels.ops.policy_loss import policy_loss
 from latent_kernels.ops.project_with_noise import project_with_noise
 from latent_kernels.reference.latent_step import UNUSED_ID

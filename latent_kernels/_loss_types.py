@@ -88,7 +88,7 @@ SUMS = ("loss", "clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_rat
 class StepLosses(NamedTuple):
     """The loss of n response steps."""
 
-    gradient: Tensor  # gradient of the weighted loss in the log-probs, in their shape
+    gradient: Tensor | None  # gradient of the weighted loss in the log-probs, in their shape
     sums: Tensor  # [6] in the order of SUMS
 
 

@@ -92,16 +92,6 @@ def exponential_draws(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: in
     return -torch.log(uniform(philox_words(ids, row_ids, seed, step)))
 
 
-def philox_uniform(row_ids: Tensor, *, seed: int | Tensor, step: int | Tensor) -> Tensor:
-    """Return one uniform draw in (0, 1) per row, [B] float64, from which text sampling picks the row's token.
-
-    The draw is the word of (seed, step, row, id 0). Latent steps use the same word, but a row is either latent or text
-    at a step, so no draw is used twice. row_ids is [B] int64. seed and step are an int or a 0-d int64 tensor; step may
-    also be [B].
-    """
-    return uniform_draws(1, row_ids, seed, step).squeeze(-1)
-
-
 def uniform_draws(count: int, row_ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
     """Return the uniform draws in (0, 1) of the ids 0, 1, ..., count - 1 of each row, [B, count] float64."""
     words = philox_words(torch.arange(count, device=row_ids.device), row_ids, seed, step)

@@ -74,6 +74,16 @@ def check_head(head: HeadOptions, vocab: int, like: Tensor) -> None:
         check_range("softcap", head.softcap, 0.0, FLOAT32_MAX, open_low=True)
 
 
+def check_counter(name: str, value: Any, like: Tensor, rows: int | None = None) -> None:
+    """Check an int of 64 bits or a 0-d int64 tensor; with `rows`, it may also be a tensor [rows]."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, [rows] if rows is not None and value.ndim else [], INTEGERS, like=like)
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {type(value).__name__}")
+    elif not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be in [-2^63, 2^63), got {value}")
+
+
 def check_noise(noise: NoiseSpec, rows: int, width: int, like: Tensor, *, step_per_row: bool = False) -> None:
     """Check the arguments that describe noise [rows, width]; with `step_per_row`, step may be [rows]."""
     check_choice("noise", noise.kind, NOISE_KINDS)
@@ -81,12 +91,9 @@ def check_noise(noise: NoiseSpec, rows: int, width: int, like: Tensor, *, step_p
     check_range("noise_delta", noise.delta, 0.0)
     if noise.delta and noise.kind != "one_sided":
         raise ValueError(f"noise_delta needs noise='one_sided'; give noise_delta=0 with noise={noise.kind!r}")
-    for name, value in (("seed", noise.seed), ("step", noise.step)):
-        if isinstance(value, Tensor):
-            per_row = name == "step" and step_per_row and value.ndim > 0
-            check_tensor(name, value, [rows] if per_row else [], INTEGERS, like=like)
-        elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {type(value).__name__}")
+    if noise.seed is not None:
+        check_counter("seed", noise.seed, like)
+    check_counter("step", noise.step, like, rows if step_per_row else None)
     if noise.row_ids is not None:
         check_tensor("row_ids", noise.row_ids, [rows], INTEGERS, like=like)
     if noise.exponential is not None:

@@ -25,6 +25,7 @@ KERNEL_ROOMS = (
     "_chunks",
     "_validate",
     "_dispatch",
+    "_operator",
     "reference",
     "_linear",
     "_eager",
@@ -32,7 +33,7 @@ KERNEL_ROOMS = (
     "ops",
     "__init__",
 )
-NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:9])  # and NumPy; the other rooms may need Triton
+NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:10])  # and NumPy; the other rooms may need Triton
 TRAINER_ROOMS = (
     "errors",
     "config",

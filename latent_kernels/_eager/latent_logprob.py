@@ -179,10 +179,11 @@ def score_rows(logits: Tensor, spec: LogprobSpec) -> Tensor:
     return _score(logits.log_softmax(-1).gather(-1, spec.ids.clamp_min(0)), spec, hard)[0]
 
 
-def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None) -> StepLosses:
+def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None, *, wants_gradient: bool) -> StepLosses:
     """Return the weighted loss of response steps with log-probs [n], its gradient, and the sums of its statistics.
 
-    With `used` [n, K] bool, log-probs are [n, K], and the components that are used each have a loss of their own.
+    Autograd computes the gradient, if it is wanted; the inference mode has no autograd. With `used` [n, K] bool,
+    log-probs are [n, K], and the components that are used each have a loss of their own.
     """
     weights = spec.weights
     if used is not None:
@@ -190,13 +191,13 @@ def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None) -> 
         # An unused component has the ratio 1, so it adds nothing to the statistics.
         ref = None if spec.ref_logprob is None else torch.where(used, spec.ref_logprob, 0.0)
         spec = spec._replace(old_logprob=torch.where(used, spec.old_logprob, 0.0), ref_logprob=ref)
-    with torch.enable_grad():
-        logprob = logprob.detach().requires_grad_()
+    with torch.set_grad_enabled(wants_gradient):
+        logprob = logprob.detach().requires_grad_(wants_gradient)
         loss, terms = token_loss(
             logprob, spec.old_logprob, spec.advantages, spec.ref_logprob, spec.sequence_log_ratio, spec.options
         )
         total = (loss * weights).sum()
-        (gradient,) = torch.autograd.grad(total, logprob)
+        gradient = torch.autograd.grad(total, logprob)[0] if wants_gradient else None
     if "kl" in terms:
         terms["kl"] = terms["kl"] * weights
     sums = [terms[name].sum() if name in terms else total.new_zeros(()) for name in SUMS[1:]]

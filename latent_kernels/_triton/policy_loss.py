@@ -122,8 +122,12 @@ def constants(spec: LossSpec, *, has_mask: bool) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def step_losses(logprob: Tensor, spec: LossSpec, mask: Tensor | None = None) -> StepLosses:
+def step_losses(
+    logprob: Tensor, spec: LossSpec, mask: Tensor | None = None, *, wants_gradient: bool = True
+) -> StepLosses:
     """Return the gradient of the weighted loss of response steps, float32, and the sums of loss and statistics.
+
+    The kernel has the gradient in any case; it is returned if it is wanted.
 
     Log-probs and the tensors of `spec` are [n], or [R, T] with a mask [R, T] (bool) and one weight per row [R]. A row
     is a response of T steps, or a step of T components.
@@ -145,7 +149,7 @@ def step_losses(logprob: Tensor, spec: LossSpec, mask: Tensor | None = None) -> 
             dual_clip=options.dual_clip or 0.0, kl_coef=options.kl_coef,
             **constants(spec, has_mask=mask is not None), num_warps=NUM_WARPS,
         )  # fmt: skip
-    return StepLosses(gradient, partial_sums.sum(0))
+    return StepLosses(gradient if wants_gradient else None, partial_sums.sum(0))
 
 
 class _PolicyLoss(torch.autograd.Function):

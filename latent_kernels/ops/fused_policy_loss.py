@@ -31,10 +31,11 @@ from latent_kernels._loss_types import (
     StepLosses,
     loss_and_stats,
 )
+from latent_kernels._operator import operator
 from latent_kernels._types import HeadOptions, PolicyStats
 from latent_kernels._validate import check_head, check_range, check_tensor
 from latent_kernels.ops.latent_logprob import check_logprob_options, with_bias
-from latent_kernels.ops.policy_loss import RATIOS, check_loss_options
+from latent_kernels.ops.policy_loss import RATIOS, check_loss_options, loss_result, loss_shapes
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
 from latent_kernels.reference.loss import aggregation_weights, sequence_log_ratio, used_components
 
@@ -82,13 +83,14 @@ def _chunk_losses_(
     is enough: it stores the gradient of the log-prob, before the loss is known.
     """
     entropy_coef = loss_spec.options.entropy_coef
+    wants_gradient = stored_dtype is not None
     if not entropy_coef and not logprob_spec.components:
         scores = kernels.logprob_rows_(product, logprob_spec, stored_dtype)
-        gradient, sums = kernels.step_losses(scores.logprob, loss_spec)
+        gradient, sums = kernels.step_losses(scores.logprob, loss_spec, wants_gradient=wants_gradient)
         return ChunkLosses(scores.dlogits, gradient, sums, scores.crossed, None)
     scored = kernels.forward_rows(product, logprob_spec, entropy=bool(entropy_coef))
     used = used_components(logprob_spec.ids) if logprob_spec.components else None
-    gradient, sums = kernels.step_losses(scored.logprob, loss_spec, used)
+    gradient, sums = kernels.step_losses(scored.logprob, loss_spec, used, wants_gradient=wants_gradient)
     bonus = None
     if scored.entropy is not None:
         bonus = torch.where(is_hard(logprob_spec.ids), -entropy_coef * loss_spec.weights, 0.0)
@@ -183,6 +185,11 @@ class _Fused(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
+def _shapes(hidden: Tensor, lm_head: Tensor, **_: Any) -> list[Tensor]:
+    return loss_shapes(hidden, lm_head)
+
+
+@operator(differentiable=("hidden", "lm_head", "bias"), shapes=_shapes, result=loss_result)
 @on_input_device
 def fused_policy_loss(
     hidden: Tensor,  # [R, T, D]

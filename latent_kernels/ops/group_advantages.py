@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._eager.group_advantages import group_advantages_eager
+from latent_kernels._operator import operator
 from latent_kernels._types import GroupAdvantages
 from latent_kernels._validate import INTEGERS, check_choice, check_tensor
 
@@ -14,6 +18,15 @@ FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
 WINNERS = ("valid", "all")
 
 
+def _shapes(rewards: Tensor, **_: Any) -> list[Tensor]:
+    return [rewards.new_empty(rewards.shape, dtype=torch.float32) for _ in GroupAdvantages._fields]
+
+
+def _result(outputs: list[Tensor]) -> GroupAdvantages:
+    return GroupAdvantages(*outputs)
+
+
+@operator(differentiable=(), shapes=_shapes, result=_result)
 @on_input_device
 def group_advantages(
     rewards: Tensor,  # [R]

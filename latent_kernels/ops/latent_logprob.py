@@ -34,6 +34,7 @@ from latent_kernels._dispatch import components_limit, head_limit, on_input_devi
 from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
+from latent_kernels._operator import operator, single
 from latent_kernels._types import METHODS, HeadOptions
 from latent_kernels._validate import check_choice, check_components, check_head, check_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
@@ -182,6 +183,17 @@ def check_logprob_options(
         check_tensor("advantages", advantages, [num_rows], like=like)
 
 
+def _shapes_from_logits(logits: Tensor, ids: Tensor, components: bool = False, **_: Any) -> list[Tensor]:
+    return [logits.new_empty(ids.shape if components else ids.shape[:1], dtype=compute_dtype(logits))]
+
+
+def _shapes_from_hidden(
+    hidden: Tensor, lm_head: Tensor, ids: Tensor, components: bool = False, **_: Any
+) -> list[Tensor]:
+    return [hidden.new_empty(ids.shape if components else ids.shape[:1], dtype=compute_dtype(hidden, lm_head))]
+
+
+@operator(differentiable=("logits",), shapes=_shapes_from_logits, result=single)
 @on_input_device
 def latent_logprob_from_logits(
     logits: Tensor,  # [N, V]
@@ -235,6 +247,7 @@ def latent_logprob_from_logits(
     return logprob
 
 
+@operator(differentiable=("hidden", "lm_head", "bias"), shapes=_shapes_from_hidden, result=single)
 @on_input_device
 def latent_logprob(
     hidden: Tensor,  # [N, D]

@@ -12,6 +12,7 @@ from latent_kernels._dispatch import MAX_TOP_K, head_limit, on_input_device, res
 from latent_kernels._eager.latent_step_methods import latent_step_with_method_eager
 from latent_kernels._linear import head_logits_, project
 from latent_kernels._noise import draw_seed
+from latent_kernels._operator import operator
 from latent_kernels._types import METHODS, HeadOptions, LatentStep, LatentStepOptions
 from latent_kernels._validate import check_choice, check_head, check_noise, check_range, check_row_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
@@ -22,6 +23,39 @@ if TYPE_CHECKING:
 END_RULES = ("raw", "noisy")
 
 
+def _step_shapes(rows: int, embedding: Tensor, top_k: int) -> list[Tensor]:
+    components = ((torch.int64, top_k), (torch.float32, top_k), (torch.float32, top_k))
+    mixtures = [embedding.new_empty(rows, width, dtype=dtype) for dtype, width in components]
+    ends = [embedding.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.bool)]
+    return [*mixtures, embedding.new_empty(rows, embedding.shape[1]), *ends]
+
+
+def _shapes_from_logits(
+    logits: Tensor, embedding: Tensor, top_k: int = LatentStepOptions.top_k, **_: Any
+) -> list[Tensor]:
+    return _step_shapes(logits.shape[0], embedding, top_k)
+
+
+def _shapes(hidden: Tensor, embedding: Tensor, top_k: int = LatentStepOptions.top_k, **_: Any) -> list[Tensor]:
+    return _step_shapes(hidden.shape[0], embedding, top_k)
+
+
+def _shapes_with_logits(
+    hidden: Tensor, lm_head: Tensor, embedding: Tensor, top_k: int = LatentStepOptions.top_k, **_: Any
+) -> list[Tensor]:
+    logits = hidden.new_empty(hidden.shape[0], lm_head.shape[0], dtype=compute_dtype(hidden, lm_head))
+    return [*_step_shapes(hidden.shape[0], embedding, top_k), logits]
+
+
+def _result(outputs: list[Tensor]) -> LatentStep:
+    return LatentStep(*outputs)
+
+
+def _result_with_logits(outputs: list[Tensor]) -> tuple[LatentStep, Tensor]:
+    return LatentStep(*outputs[:-1]), outputs[-1]
+
+
+@operator(differentiable=(), shapes=_shapes_from_logits, result=_result)
 @torch.no_grad()
 @on_input_device
 def latent_step_from_logits(
@@ -114,6 +148,7 @@ def latent_step(
     )[0]
 
 
+@operator(differentiable=(), shapes=_shapes_with_logits, result=_result_with_logits)
 @torch.no_grad()
 @on_input_device
 def latent_step_with_logits(

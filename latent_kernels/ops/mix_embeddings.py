@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from latent_kernels._dispatch import on_input_device, resolve
+from latent_kernels._operator import operator, single
 from latent_kernels._validate import check_components, check_row_range, check_tensor
 from latent_kernels.reference.latent_step import mix_embeddings_ref
 
 
+def _shapes(ids: Tensor, embedding: Tensor, **_: Any) -> list[Tensor]:
+    return [embedding.new_empty(ids.shape[0], embedding.shape[1])]
+
+
+@operator(differentiable=("scores", "embedding"), shapes=_shapes, result=single)
 @on_input_device
 def mix_embeddings(
     ids: Tensor,  # [N, K] int64

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._loss_types import LossOptions, LossSpec
+from latent_kernels._operator import operator
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_choice, check_range, check_tensor
+from latent_kernels.reference.latent_step import compute_dtype
 from latent_kernels.reference.loss import policy_loss_ref, response_weights, sequence_log_ratio
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -51,6 +55,22 @@ def check_loss_options(
         raise ValueError(f"kl_coef is {options.kl_coef:g}, but ref_logprob is None; give the reference's log-probs")
 
 
+def loss_shapes(like: Tensor, *others: Tensor) -> list[Tensor]:
+    """Return a loss and the fields of PolicyStats, of any values."""
+    loss = like.new_empty((), dtype=compute_dtype(like, *others))
+    return [loss, *(like.new_empty((), dtype=torch.float32) for _ in PolicyStats._fields)]
+
+
+def loss_result(outputs: list[Tensor]) -> tuple[Tensor, PolicyStats]:
+    """Return a loss and its statistics from their tensors."""
+    return outputs[0], PolicyStats(*outputs[1:])
+
+
+def _shapes(logprob: Tensor, **_: Any) -> list[Tensor]:
+    return loss_shapes(logprob)
+
+
+@operator(differentiable=("logprob",), shapes=_shapes, result=loss_result)
 @on_input_device
 def policy_loss(
     logprob: Tensor,  # [R, T]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._noise import draw_seed
+from latent_kernels._operator import operator, single
 from latent_kernels._types import NoiseSpec
 from latent_kernels._validate import check_noise, check_tensor
 from latent_kernels.reference.latent_step import project_with_noise_ref
 
 
+def _shapes(hidden: Tensor, weight: Tensor, **_: Any) -> list[Tensor]:
+    return [hidden.new_empty(hidden.shape[0], weight.shape[0])]
+
+
+@operator(differentiable=("hidden", "weight", "bias"), shapes=_shapes, result=single)
 @on_input_device
 def project_with_noise(
     hidden: Tensor,  # [B, D]

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from support import oracle
 from support.tolerances import chi_squared_bound
 
+from latent_kernels import philox_uniform
 from latent_kernels._noise import (
     draw_seed,
     exponential_draws,
     gumbel_noise,
     noise_bounds,
-    philox_uniform,
     philox_words,
     uniform,
 )
