@@ -20,6 +20,7 @@ from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
 from latent_grpo.parallel.work_split import rows_of_groups, snake_draft
 from latent_grpo.prompts import PromptFormat, encode_prompts
+from latent_grpo.rewards.columns import reward_columns
 from latent_grpo.rewards.scoring import reward_names, score
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.samples import Samples, concatenate_samples
@@ -81,6 +82,7 @@ class Collector:
         self.tokenizer, self.reward_funcs, self.prompt_format = tokenizer, reward_funcs, prompt_format
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
         self.prompts_seen = self.generations = 0
+        self.columns = reward_columns(rows)  # of the data
 
     def collect(self, model: Any, step: int) -> tuple[Groups, dict[str, float]]:
         """Return the groups for update number `step`, and the metrics of their rollouts.
@@ -180,11 +182,12 @@ class Collector:
         """Return the rewards [R] float32 and the texts of responses. rows [R]: the data row of each response.
 
         Reward functions get what TRL gives them: prompts, completions (messages if the prompt is a list of messages),
-        `completion_ids`, and every other column of the rows. `soft_overlong` also needs two options.
+        `completion_ids`, and every other column of the data, with None where a row lacks it. `soft_overlong` also needs
+        two options.
         """
         args = self.args
         texts = visible_text(self.tokenizer, rollout, self.prompt_format.end_marker)
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.columns}
         columns["completion_ids"] = [
             token[mask].tolist() for token, mask in zip(rollout.token, rollout.mask, strict=True)
         ]

@@ -18,7 +18,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
     from latent_grpo.parallel.process_group import process_group, rank
     from latent_grpo.trainer import LatentGRPOTrainer
 
-    rows = load_training_rows(args)
+    rows = load_training_rows(args, keep_columns=True)
     # A recipe names evaluation data that a run without evaluations need not load.
     wanted = args.eval_dataset and args.eval_steps
     evaluation = load_dataset_rows(args, args.eval_dataset, "test", args.eval_limit) if wanted else None

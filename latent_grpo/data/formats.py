@@ -6,6 +6,7 @@ A format is recognised by its field names. `FORMATS` lists those that are.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,13 +43,14 @@ class Format:
     name: str
     required: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Fields]
+    optional: tuple[str, ...] = ()  # fields that it reads where a row has them, be they required of the source or not
 
 
-def final_answer(answer: str | int | float) -> str:
+def final_answer(answer: str | int | float | Decimal) -> str:
     """Return only the final answer as text, an integer without ``.0`` and commas."""
-    if isinstance(answer, float):
+    if isinstance(answer, float | Decimal):
         # Without an exponent and with every digit of the shortest exact form: 2.0107e-06 becomes 0.0000020107.
-        answer = format(Decimal(repr(answer)), "f")
+        answer = format(Decimal(repr(answer)) if isinstance(answer, float) else answer, "f")
     text = str(answer).rpartition("####")[2].strip()
     if _GROUPED_NUMBER.fullmatch(text):
         text = text.replace(",", "")
@@ -57,10 +59,17 @@ def final_answer(answer: str | int | float) -> str:
 
 
 def chain_text(chain: Any) -> str:
-    """Return the chain of thought as one string: the calculator marks if there are any, else the text to ``####``."""
-    if chain is None:
+    """Return the chain of thought as one string: the calculator marks if there are any, else the text to ``####``.
+
+    Raises:
+        DataError: the chain is no text, no list of texts, and no missing value (None, or NaN as tables write it).
+    """
+    if chain is None or (isinstance(chain, float) and math.isnan(chain)):
         return ""
-    steps = [str(step) for step in chain] if isinstance(chain, list | tuple) else [str(chain)]
+    steps = list(chain) if isinstance(chain, list | tuple) else [chain]
+    for step in steps:
+        if not isinstance(step, str):
+            raise DataError(f"the chain of thought holds {step!r:.40}, not a text; name its column with --chain_column")
     marks = [mark.strip() for step in steps for mark in _CALCULATOR_MARK.findall(step)]
     text = " ".join(marks) if marks else " ".join(step.strip() for step in steps)
     return text.partition("####")[0].strip()
@@ -80,12 +89,12 @@ def _question_answer(row: Mapping[str, Any]) -> Fields:
 def _svamp(row: Mapping[str, Any]) -> Fields:
     """Read a row of SVAMP. Its prompt is the story, then the question about it."""
     prompt = f"{str(row['Body'] or '').strip()} {str(row['Question']).strip()}" if row["Question"] else None
-    return Fields(prompt, row["Answer"], _equation_chain(row["Equation"], row["Answer"]))
+    return Fields(prompt, row["Answer"], _equation_chain(row.get("Equation"), row["Answer"]))
 
 
 def _multiarith(row: Mapping[str, Any]) -> Fields:
     answer = _first(row["lSolutions"])
-    return Fields(row["sQuestion"], answer, _equation_chain(_first(row["lEquations"]), answer))
+    return Fields(row["sQuestion"], answer, _equation_chain(_first(row.get("lEquations")), answer))
 
 
 def _equation_chain(equation: Any, answer: Any) -> str | None:
@@ -153,17 +162,17 @@ GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "I
 
 # The first format whose fields are all present is taken, so a format comes before others that need fewer of its fields.
 FORMATS = (
-    Format("Latent-GRPO/verl", ("prompt", "reward_model"), _verl),
-    Format("GPQA", ("Question", *GPQA_CHOICES), _gpqa),
-    Format("Latent-SFT", ("problem", "cot", "cot_answer"), _latent_sft),
-    Format("GSM8K-Aug", ("question", "steps", "answer"), _plain("question", "answer", "steps")),
-    Format("GSM8K-Aug with cot", ("question", "cot", "answer"), _plain("question", "answer", "cot")),
+    Format("Latent-GRPO/verl", ("prompt", "reward_model"), _verl, ("extra_info",)),
+    Format("GPQA", ("Question", *GPQA_CHOICES), _gpqa, ("Explanation",)),
+    Format("Latent-SFT", ("problem", "cot", "cot_answer"), _latent_sft, ("answer",)),
+    Format("GSM8K-Aug", ("question", "steps", "answer"), _plain("question", "answer", "steps"), ("steps",)),
+    Format("GSM8K-Aug with cot", ("question", "cot", "answer"), _plain("question", "answer", "cot"), ("cot",)),
     Format("GSM8K", ("question", "answer"), _question_answer),
-    Format("GSM-Hard", ("input", "code", "target"), _plain("input", "target")),
-    Format("SVAMP", ("Body", "Question", "Equation", "Answer"), _svamp),
-    Format("MultiArith", ("sQuestion", "lEquations", "lSolutions"), _multiarith),
+    Format("GSM-Hard", ("input", "code", "target"), _plain("input", "target"), ("code",)),
+    Format("SVAMP", ("Body", "Question", "Equation", "Answer"), _svamp, ("Equation",)),
+    Format("MultiArith", ("sQuestion", "lEquations", "lSolutions"), _multiarith, ("lEquations",)),
     Format("MultiArith on the Hub", ("question", "final_ans"), _plain("question", "final_ans")),
-    Format("MATH-500 or AIME", ("problem", "answer"), _plain("problem", "answer", "solution")),
-    Format("AIME on the Hub", ("Problem", "Answer"), _plain("Problem", "Answer", "Solution")),
-    Format("prompt and answer", ("prompt", "answer"), _plain("prompt", "answer", "chain")),
+    Format("MATH-500 or AIME", ("problem", "answer"), _plain("problem", "answer", "solution"), ("solution",)),
+    Format("AIME on the Hub", ("Problem", "Answer"), _plain("Problem", "Answer", "Solution"), ("Solution",)),
+    Format("prompt and answer", ("prompt", "answer"), _plain("prompt", "answer", "chain"), ("chain",)),
 )

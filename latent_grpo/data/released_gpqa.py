@@ -6,8 +6,8 @@ import random
 from itertools import islice
 from typing import Any
 
+from latent_grpo.data.files import fields_of, read_records
 from latent_grpo.data.formats import GPQA_CHOICES
-from latent_grpo.data.rows import fields_of, read_records
 from latent_grpo.errors import DataError
 from latent_grpo.prompts import LETTER_SUFFIX
 

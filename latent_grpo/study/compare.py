@@ -298,7 +298,7 @@ def problems(plan: Plan, seed: int) -> tuple[list[Any], list[Any]]:
         return rows[args.held_out_problems :], rows[: args.held_out_problems]
     columns = {name: getattr(grpo, name) for name in ("prompt_column", "answer_column", "chain_column")}
     held_out = load_rows(str(grpo.eval_dataset), split="test", limit=grpo.eval_limit, **columns)
-    return load_training_rows(grpo), held_out
+    return load_training_rows(grpo, keep_columns=True), held_out
 
 
 def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> tuple[Any, Any]:

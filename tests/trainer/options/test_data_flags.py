@@ -47,7 +47,7 @@ def test_column_and_limit_flags_select_the_training_rows(limit, kind, input_fold
     assert main(command_line(kind, input_folder, "renamed", **COLUMNS, **limit_flag)) == 0
     # The trainers take their rows as the fourth and as the third argument.
     rows = trainer_arguments[kind][{"train": 3, "sft": 2}[kind]]
-    assert rows == ROWS[:limit]
+    assert [{name: row[name] for name in ("prompt", "chain", "answer")} for row in rows] == ROWS[:limit]
 
 
 @BOTH_TRAINERS

@@ -1,0 +1,80 @@
+"""Which columns of the data reach the reward functions, and what they hold where a row lacks them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+from datasets import Dataset
+from support.options import ROWS, metrics_of
+from support.trainers import even, grpo
+
+from latent_grpo.commands.main import main
+from latent_grpo.rewards.columns import reward_columns
+
+EXTRA = {"level": 3, "tags": ["a", "b"], "info": {"source": "x"}, "text": "t", "ids": [1], "solution": "s"}
+REWARD = """
+import json
+
+def record(prompts, completions, completion_ids, **columns):
+    with open({path!r}, "a") as file:
+        file.write(json.dumps(columns) + chr(10))
+    return [float(i % 4) for i in range(len(prompts))]
+"""
+
+
+@pytest.mark.parametrize("kind", ["dicts", "datasets"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_column_that_some_rows_lack_is_none_there(kind, first, tokenizer, warm, tmp_path):
+    """Whichever row comes first in a batch, every column is there."""
+    rows = [{**row, **EXTRA} if i % 2 == first else dict(row) for i, row in enumerate(ROWS[:4])]
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.append((prompts, columns))
+        return even(completions)
+
+    data = rows if kind == "dicts" else Dataset.from_list([{**dict.fromkeys(EXTRA), **row} for row in rows])
+    trainer = grpo(tmp_path, tokenizer, reward, warm, rows=data, max_steps=3)
+    trainer.train()
+    by_prompt = {row["prompt"]: row for row in rows}
+    assert len(seen) == 3
+    for prompts, columns in seen:
+        for name in (*EXTRA, "answer", "chain"):
+            assert columns[name] == [by_prompt[prompt].get(name) for prompt in prompts]
+        assert "prompt" not in columns
+
+
+def test_columns_with_the_name_of_an_argument_are_left_out():
+    rows = [{"prompt": "p", "completion": "c", "completion_ids": [1]}, {"prompt": "p", "a": 1, "trainer_state": 2}]
+    with pytest.warns(UserWarning, match="do not get the column 'trainer_state' of the data, .*; rename the column"):
+        assert reward_columns(rows) == ["a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reward_columns([{"prompt": "p", "ids": 1}, {"text": 2}]) == ["ids", "text"]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_every_column_of_a_file_reaches_the_rewards(renamed, tokenizer, warm, tmp_path):
+    warm.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "own.py").write_text(REWARD.format(path=str(tmp_path / "seen.jsonl")))
+    names = {"prompt": "query", "answer": "gold"} if renamed else {"prompt": "prompt", "answer": "answer"}
+    rows = [{names.get(name, name): value for name, value in row.items()} | EXTRA for row in ROWS[:4]]
+    (tmp_path / "data.json").write_text(json.dumps([*rows[:3], {**rows[3], "level": None}]))
+    flags = ["--prompt_column", "query", "--answer_column", "gold"] if renamed else []
+    sizes = dict(max_steps=1, generation_batch_size=16, num_generations=4, max_completion_length=6, latent_top_k=2)
+    options = dict(sizes, dataset=tmp_path / "data.json", output_dir=tmp_path / "run", log_table=False)
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    reward = ["--reward_funcs", f"{tmp_path / 'own.py'}:record", "--model_name_or_path", str(tmp_path / "model")]
+    assert main(["train", *words, *reward, *flags]) == 0
+    assert len(metrics_of(tmp_path / "run")) == 1
+    columns = json.loads((tmp_path / "seen.jsonl").read_text().splitlines()[0])
+    assert sorted(columns["answer"]) == sorted(row["answer"] for row in ROWS[:4] for _ in range(4))
+    assert sorted(columns["level"], key=str) == [3] * 12 + [None] * 4
+    for name in ("tags", "info", "text", "ids", "solution"):
+        assert columns[name] == [EXTRA[name]] * 16
+    if renamed:
+        assert columns["gold"] == columns["answer"]
+        assert set(columns["query"]) == {row["prompt"] for row in ROWS[:4]}
