@@ -26,7 +26,15 @@ from latent_grpo.collect import Collector
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.errors import ConfigError, require
 from latent_grpo.evaluation import evaluate
-from latent_grpo.model import check_vocabulary, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+from latent_grpo.model import (
+    check_compatible,
+    check_vocabulary,
+    end_marker_ids,
+    eos_ids,
+    lm_head,
+    load_model,
+    load_tokenizer,
+)
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, rows_of_groups, share_of_rank
@@ -107,6 +115,8 @@ class LatentGRPOTrainer:
     ) -> None:
         self.args = args = args or LatentGRPOConfig()
         self.output_dir = Path(args.output_dir)
+        if not isinstance(model, str):
+            check_compatible(model)
         set_seed(args.seed)  # new adapters start from random values
         source = model if isinstance(model, str) else model.config._name_or_path
         self.tokenizer = processing_class or load_tokenizer(source)

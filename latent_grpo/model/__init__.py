@@ -5,10 +5,12 @@ from latent_grpo.model.access import (
     body,
     cache_argument,
     embedding_table,
-    head_logits,
+    freeze_head,
+    freeze_table,
     lm_head,
     positions,
 )
+from latent_grpo.model.head import Head, head_logits
 from latent_grpo.model.loading import (
     check_path,
     check_vocabulary,
@@ -18,19 +20,25 @@ from latent_grpo.model.loading import (
     load_model,
     load_tokenizer,
 )
-from latent_grpo.model.proof import check_compatible
+from latent_grpo.model.proof import check_compatible, embed, embedding_scale, head_of
 
 __all__ = [
     "CACHE_ARGUMENTS",
+    "Head",
     "body",
     "cache_argument",
     "check_compatible",
     "check_path",
     "check_vocabulary",
+    "embed",
+    "embedding_scale",
     "embedding_table",
     "end_marker_ids",
     "eos_ids",
+    "freeze_head",
+    "freeze_table",
     "head_logits",
+    "head_of",
     "lm_head",
     "load_config",
     "load_model",

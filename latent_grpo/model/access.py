@@ -6,8 +6,6 @@ import functools
 import inspect
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a forward pass, the newer name first
@@ -19,18 +17,22 @@ def embedding_table(model: Any) -> Tensor:
     return weight
 
 
+def freeze_table(model: Any) -> None:
+    """Freeze the embedding table, and an LM head that is tied to it, with the bias of that head."""
+    embedding_table(model).requires_grad_(False)
+    if lm_head(model) is embedding_table(model):
+        freeze_head(model)
+
+
+def freeze_head(model: Any) -> None:
+    """Freeze the weight and the bias of the LM head."""
+    model.get_output_embeddings().requires_grad_(False)
+
+
 def lm_head(model: Any) -> Tensor:
     """Return the LM-head weight W [V, D]."""
     weight: Tensor = model.get_output_embeddings().weight
     return weight
-
-
-def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the logits `hidden @ weight.T` in float32 [B, V], of hidden [B, D] and weight [V, D]."""
-    # `F.linear` would round the logits to 16 bits before the cast. On a GPU the product can return its float32 sums.
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.dtype == weight.dtype:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return F.linear(hidden, weight).float()
 
 
 def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.model import body, embedding_table, eos_ids, head_logits, lm_head
+from latent_grpo.model import body, embedding_scale, embedding_table, eos_ids, head_logits, head_of
 from latent_grpo.rollout.slot_cache import SlotCache
 from latent_grpo.rollout.step_graphs import StepGraphs, bucket, captures
 from latent_grpo.rollout.text_sampler import sample_text
@@ -128,7 +128,7 @@ class Decoder:
     def __init__(self, model: Any, sampling: LatentSampling, rows: int, slots: int, capacity: int) -> None:
         self.sampling, self.slots = sampling, slots
         self._model = weakref.ref(model)  # `_KEPT` holds decoders, and a strong reference would keep the model alive
-        self.table, self.head = embedding_table(model), lm_head(model)
+        self.table, self.scale, self.head = embedding_table(model), embedding_scale(model), head_of(model)
         device, limit = self.table.device, sampling.max_new_tokens
         self.graphs = StepGraphs(device) if captures(device, sampling) else None
         # A captured step reads the seed from the device, so that another rollout can change it.
@@ -136,7 +136,7 @@ class Decoder:
         # Text needs two components: the token, and an UNUSED_ID that marks the step as text.
         components = sampling.latent_top_k if sampling.latent else 2
         eos = eos_ids(model) if sampling.eos_token_id is None else sampling.eos_token_id
-        self.is_eos = torch.zeros(len(self.head), dtype=torch.bool, device=device)
+        self.is_eos = torch.zeros(len(self.head.weight), dtype=torch.bool, device=device)
         self.is_eos[[eos] if isinstance(eos, int) else list(eos)] = True
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -262,7 +262,9 @@ class Decoder:
             ids, scores = _text_components(token, 2), self.record.scores.new_zeros(len(token), 2)
             embeds = self.table[token]
         else:
-            mixture, logits = latent_step_with_logits(state.hidden, self.head, self.table, self.step_options(state))
+            mixture, logits = latent_step_with_logits(
+                state.hidden, self.head.weight, self.table, self.step_options(state), **self.head.options()
+            )
             is_latent, token, scores = mixture.is_latent, mixture.top_token, mixture.scores
             # The step that ends a latent run has the end marker as its token, and emits it as text.
             if kind == MIXED:
@@ -270,6 +272,8 @@ class Decoder:
             column = is_latent.unsqueeze(-1)
             ids = torch.where(column, mixture.ids, _text_components(token, mixture.ids.shape[1]))
             embeds = torch.where(column, mixture.embedding, self.table[token])
+        if self.scale != 1.0:
+            embeds = embeds * self.scale
         temperature = sampling.temperature or 1.0
         logprob = latent_logprob_from_logits(logits, ids, scores, temperature=temperature, method=sampling.method)
         active = ~state.done & state.in_latent if kind == LATENT else ~state.done

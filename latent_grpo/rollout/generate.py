@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.model import body, positions
+from latent_grpo.model import body, check_compatible, embed, positions
 from latent_grpo.rollout.decoder import LATENT, MIXED, TEXT, Decoder, decoder_for
 from latent_grpo.rollout.trajectory import Rollout
 
@@ -57,12 +57,13 @@ def generate_latent(
 
     Raises:
         ValueError: latent responses need `sampling.end_token_id`, or `max_rows` is below 1.
-        ModelError: the model has layers that keep no key-value cache per token.
+        ModelError: `check_compatible` refuses the model, or it has layers that keep no key-value cache per token.
     """
     if sampling.latent and sampling.end_token_id is None:
         raise ValueError("latent sampling needs end_token_id; set it to the first id of end_marker_ids(...)")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}; give 1 or more, or None for all rows at once")
+    check_compatible(model)
     rows = len(input_ids) * num_generations
     streams = torch.arange(rows, device=input_ids.device) if row_ids is None else row_ids
     prompt_index = torch.arange(rows, device=input_ids.device) // num_generations
@@ -114,7 +115,7 @@ class _Schedule:
         ids = self.prompt_ids[prompts, -mask.shape[1] :]
         cache = DynamicCache()  # without a configuration it keeps tokens beyond a sliding window, which masks hide
         decoder = self.decoder
-        hidden = body(decoder.model, decoder.table[ids], mask, positions(mask), cache)[:, -1]
+        hidden = body(decoder.model, embed(decoder.model, ids), mask, positions(mask), cache)[:, -1]
         decoder.fill(self.count, rows, self.streams[rows], hidden, mask, cache, index)
         self.count += len(rows)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latent_grpo.model import embedding_scale
 from latent_grpo.seeds import derive_seed
 from latent_grpo.sft.examples import SFTBatch
 from latent_kernels import GUMBEL_HIGH, GUMBEL_LOW, philox_uniform
@@ -16,8 +18,8 @@ MOST_COMPONENTS = 2**12  # limit of `compression`; gives every component of an e
 ATTEMPTS = 100  # draws of a row's noise, until the end marker is on top of none of its latent steps
 
 
-def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float = 0.0, seed: int = 0, step: int = 0) -> Tensor:
-    """Return the input embeddings [B, L, D] in the dtype of `table` [V, D]: the mixtures of the targets.
+def input_mixtures(batch: SFTBatch, model: Any, gumbel_scale: float = 0.0, seed: int = 0, step: int = 0) -> Tensor:
+    """Return the input embeddings [B, L, D] in the dtype of the model's table: the mixtures of the targets.
 
     With `gumbel_scale`, the weights of latent elements get Gumbel noise of (seed, step), times the scale.
     """
@@ -27,8 +29,16 @@ def input_mixtures(batch: SFTBatch, table: Tensor, gumbel_scale: float = 0.0, se
         # Unused components have the logit -inf. An element of padding has only such logits, whose softmax is NaN.
         perturbed = (weights.log() + noise).nan_to_num(neginf=-torch.inf).softmax(-1).nan_to_num(0.0)
         weights = torch.where((weights > 0).sum(-1, keepdim=True) > 1, perturbed, weights)
+    return mixtures(model, batch.ids, weights)
+
+
+def mixtures(model: Any, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return what the model is fed for mixtures [..., D], of ids [..., C] with weights [..., C] float32."""
+    module, scale = model.get_input_embeddings(), embedding_scale(model)
     # F.embedding instead of indexing: its gradient adds up in one order, whatever the number of threads.
-    return (weights.unsqueeze(-1) * F.embedding(batch.ids, table).float()).sum(2).to(table.dtype)
+    components = F.embedding(ids, module.weight, getattr(module, "padding_idx", None)).float()
+    mixed = (weights.unsqueeze(-1) * components).sum(-2).to(module.weight.dtype)
+    return mixed if scale == 1.0 else mixed * scale
 
 
 def perturbed_labels(batch: SFTBatch, scale: float, seed: int, step: int, end_id: int) -> tuple[SFTBatch, int]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from latent_grpo.config import LatentSFTConfig
-from latent_grpo.model import body, embedding_table, lm_head, positions
+from latent_grpo.model import Head, body, head_of, positions
 from latent_grpo.sft.examples import SFTBatch
 from latent_grpo.sft.inputs import input_mixtures
 from latent_grpo.update.activation_checkpointing import recomputed
@@ -18,15 +17,15 @@ from latent_grpo.update.activation_checkpointing import recomputed
 LOSS_CHUNK = 1024  # rows of logits that exist at a time
 
 
-def target_loss(hidden: Tensor, head: Tensor, ids: Tensor, weights: Tensor, factors: Tensor | None = None) -> Tensor:
+def target_loss(hidden: Tensor, head: Head, ids: Tensor, weights: Tensor, factors: Tensor | None = None) -> Tensor:
     """Return the sum over rows of KL(target || model), 0-d float32. For a target of one token it is the cross-entropy.
 
-    hidden [N, D], head [V, D], ids [N, C] int64, weights [N, C] float32. factors [N] float32: what each row's term is
+    hidden [N, D], ids [N, C] int64, weights [N, C] float32. factors [N] float32: what each row's term is
     multiplied with; the default is 1. LOSS_CHUNK rows of logits exist at a time; the backward pass computes them again.
     """
 
     def chunk_loss(hidden: Tensor, ids: Tensor, weights: Tensor, factors: Tensor) -> Tensor:
-        log_probs = F.linear(hidden, head).float().log_softmax(-1).gather(-1, ids)
+        log_probs = head.trained_logits(hidden).log_softmax(-1).gather(-1, ids)
         # The clamp keeps 0 * log(0) at 0.
         return (factors * weights * (weights.clamp_min(1e-30).log() - log_probs)).sum()
 
@@ -47,11 +46,11 @@ def predicted_response(model: Any, batch: SFTBatch, embeds: Tensor, args: Latent
 
 def batch_loss(model: Any, batch: SFTBatch, args: LatentSFTConfig, step: int) -> Tensor:
     """Return the sum of the losses of a batch's response elements, each predicted by the one before it. 0-d float32."""
-    embeds = input_mixtures(batch, embedding_table(model), args.gumbel_scale, args.seed, step)
+    embeds = input_mixtures(batch, model, args.gumbel_scale, args.seed, step)
     hidden = predicted_response(model, batch, embeds, args)
     response = batch.response[:, 1:]
     ids, weights = batch.ids[:, 1:][response], batch.weights[:, 1:][response]
-    return target_loss(hidden[response], lm_head(model), ids, weights)
+    return target_loss(hidden[response], head_of(model), ids, weights)
 
 
 def soft_label_losses(model: Any, batch: SFTBatch, args: LatentSFTConfig) -> tuple[Tensor, Tensor]:
@@ -60,8 +59,8 @@ def soft_label_losses(model: Any, batch: SFTBatch, args: LatentSFTConfig) -> tup
     The divergence of a row is the mean of KL(soft label || model) over its latent elements. Inputs and targets are the
     weights of the batch, so perturbed labels are both (arXiv 2510.15522).
     """
-    hidden = predicted_response(model, batch, input_mixtures(batch, embedding_table(model)), args)
-    latent, head = batch.latent[:, 1:], lm_head(model)
+    hidden = predicted_response(model, batch, input_mixtures(batch, model), args)
+    latent, head = batch.latent[:, 1:], head_of(model)
     text = batch.response[:, 1:] & ~latent
     steps = latent.sum(-1, keepdim=True).expand_as(latent)[latent]
 

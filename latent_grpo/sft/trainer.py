@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 
 from latent_grpo.config import LatentSFTConfig
-from latent_grpo.model import body, check_vocabulary, embedding_table, end_marker_ids, lm_head, positions
+from latent_grpo.model import (
+    body,
+    check_compatible,
+    check_vocabulary,
+    embedding_table,
+    end_marker_ids,
+    head_of,
+    positions,
+)
 from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_reduce_sum
 from latent_grpo.prompts import PromptFormat, resolve_format
@@ -49,6 +56,7 @@ class LatentSFTTrainer(UpdateLoop):
     args: LatentSFTConfig
 
     def __init__(self, model: Any, args: LatentSFTConfig, train_dataset: Sequence[Any], processing_class: Any) -> None:
+        check_compatible(model)
         set_seed(args.seed)  # new adapters start from random values
         prompt_format = resolve_format(args, args.model_name_or_path)
         check_vocabulary(model, processing_class, prompt_format, latent=True)
@@ -130,9 +138,9 @@ def gold_chain_accuracy(model: Any, examples: Sequence[Example], batch_size: int
     for start in range(0, len(examples), batch_size):
         chosen = examples[start : start + batch_size]
         batch = collate(chosen, model.device)
-        embeds = input_mixtures(batch, embedding_table(model))
+        embeds = input_mixtures(batch, model)
         hidden = body(model, embeds[:, :-1], batch.mask[:, :-1], positions(batch.mask[:, :-1]))
-        predicted = F.linear(hidden, lm_head(model)).argmax(-1)
+        predicted = head_of(model).trained_logits(hidden).argmax(-1)
         text = batch.response[:, 1:] & ~batch.latent[:, 1:]
         right += int(((predicted == batch.ids[:, 1:, 0]) | ~text).all(-1).sum())
     return right / max(1, len(examples))

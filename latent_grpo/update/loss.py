@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latent_grpo.config import LatentGRPOConfig
-from latent_grpo.model import lm_head
+from latent_grpo.model import head_of
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.activation_checkpointing import recomputed
 from latent_grpo.update.replay import replay
@@ -60,15 +60,17 @@ def update_loss(
     """Replay a rollout with gradients. Return its policy loss (0-d; Eq. 22-23) and statistics of the masked steps."""
     with recomputed(model, args.gradient_checkpointing):
         hidden = replay(model, rollout)
+    head = head_of(model)
     return fused_policy_loss(
         hidden,
-        lm_head(model),
+        head.weight,
         rollout.ids,
         rollout.scores,
         old_logprob,
         advantages,
         mask,
         ref_logprob=ref_logprob,
+        **head.options(),
         **loss_options(args),
     )
 

@@ -15,7 +15,7 @@ from transformers import get_scheduler
 
 from latent_grpo.config import RunOptions
 from latent_grpo.errors import ConfigError
-from latent_grpo.model import embedding_table
+from latent_grpo.model import freeze_table
 from latent_grpo.parallel.fsdp import full_tensor
 from latent_grpo.parallel.process_group import world_size
 from latent_grpo.update.lora import has_adapters
@@ -34,8 +34,8 @@ class Updater:
             `freeze_embeddings` is None.
         args: the options of optimizer and schedule.
         total_steps: number of optimizer steps that the schedule covers.
-        freeze_embeddings: keep the embedding table, and an LM head that is tied to it. None: train the parameters whose
-            `requires_grad` is set already.
+        freeze_embeddings: keep the embedding table, and an LM head that is tied to it, with its bias. None: train the
+            parameters whose `requires_grad` is set already.
 
     Raises:
         ConfigError: nothing is trainable, the schedule is unknown, or the optimizer's library is not installed.
@@ -46,7 +46,7 @@ class Updater:
         if freeze_embeddings is not None and not has_adapters(model):
             model.requires_grad_(True)
             if freeze_embeddings:
-                embedding_table(model).requires_grad_(False)
+                freeze_table(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
         if not self.parameters:

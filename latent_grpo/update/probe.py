@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latent_grpo.config import LatentGRPOConfig
-from latent_grpo.model import head_logits, lm_head
+from latent_grpo.model import head_logits, head_of
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.micro_batches import micro_batches
 from latent_grpo.update.replay import replay
@@ -107,7 +107,7 @@ def _logprobs(
         steps = chosen[part][:, : selected.mask.shape[1]]
         columns = (replay(model, selected)[steps], selected.ids[steps], selected.scores[steps])
         for hidden, ids, scores in zip(*(column.split(STEPS_AT_ONCE) for column in columns), strict=True):
-            yield head_logits(hidden, lm_head(model)).log_softmax(-1), ids, scores
+            yield head_logits(hidden, head_of(model)).log_softmax(-1), ids, scores
 
 
 def in_nucleus(logprob: Tensor, ids: Tensor, top_p: float, top_k: int) -> Tensor:

@@ -5,27 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from latent_grpo.model import body, embedding_table, lm_head, positions
+from latent_grpo.model import body, embed, embedding_scale, embedding_table, head_of, positions
 from latent_grpo.rollout.trajectory import Rollout
-from latent_kernels import latent_logprob, mix_embeddings
+from latent_kernels import UNUSED_ID, latent_logprob, mix_embeddings
 
 
 def replay(model: Any, rollout: Rollout) -> Tensor:
     """Return the hidden states [R, T, D] that predict every response step, by teacher forcing.
 
-    The input of a latent step is the mixture of its recorded ids and scores. No gradient flows through these inputs.
+    The input of a latent step is the mixture of its recorded ids and scores, which are constants. So these inputs have
+    a gradient only in the embedding table, if that is trained.
 
     A prompt is computed once. All responses to it share its cache, with gradients, so the cost is P * Lp + R * T tokens
     instead of R * (Lp + T). P prompts of Lp tokens, R responses of T steps, hidden size D.
     """
-    table, prompt_mask = embedding_table(model), rollout.prompt_mask
+    prompt_mask = rollout.prompt_mask
     prompt_positions = positions(prompt_mask)
     cache = DynamicCache(config=model.config)
-    prompt_embeds = F.embedding(rollout.prompt_ids, table)
+    prompt_embeds = embed(model, rollout.prompt_ids)
     # The last token of a prompt predicts the first step of every response to it.
     prompt_hidden = body(model, prompt_embeds, prompt_mask, prompt_positions, cache)[:, -1]
     first_hidden = prompt_hidden[rollout.prompt_index].unsqueeze(1)
@@ -35,17 +35,27 @@ def replay(model: Any, rollout: Rollout) -> Tensor:
     cache.batch_select_indices(rollout.prompt_index)
     # The last step predicts nothing, so it is not an input.
     inputs = slice(0, steps - 1)
-    embeds = mix_embeddings(
-        rollout.ids[:, inputs].reshape(-1, components),
-        rollout.scores[:, inputs].reshape(-1, components),
-        table.detach(),
-        tau=rollout.tau,
-    ).view(rows, steps - 1, -1)
+    ids, scores = (values[:, inputs].reshape(-1, components) for values in (rollout.ids, rollout.scores))
+    embeds = recorded_inputs(model, ids, scores, rollout.tau).view(rows, steps - 1, -1)
     mask = torch.cat([prompt_mask[rollout.prompt_index], rollout.mask[:, inputs].to(prompt_mask.dtype)], 1)
     # Prompts are padded on the left, so their last token has their last position.
     last_position = prompt_positions[:, -1:][rollout.prompt_index]
     response_positions = last_position + 1 + torch.arange(steps - 1, device=last_position.device)
     return torch.cat([first_hidden, body(model, embeds, mask, response_positions, cache)], 1)
+
+
+def recorded_inputs(model: Any, ids: Tensor, scores: Tensor, tau: float) -> Tensor:
+    """Return what the model was fed for recorded steps [N, D], of ids [N, K] and scores [N, K] (Eq. 1).
+
+    Differentiable in the embedding table, but for the padding token as text: the model's own module leaves it out.
+    """
+    embeds = mix_embeddings(ids, scores, embedding_table(model), tau=tau)
+    padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+    if padding is not None and embeds.requires_grad:
+        is_padding = (ids[:, :1] == padding) & (ids[:, 1:2] == UNUSED_ID)
+        embeds = torch.where(is_padding, embeds.detach(), embeds)
+    scale = embedding_scale(model)
+    return embeds if scale == 1.0 else embeds * scale
 
 
 def replay_logprob(
@@ -61,15 +71,16 @@ def replay_logprob(
         components: with the method "multiplex", return the log-prob of every component [R, T, K] instead of their sum.
     """
     hidden = replay(model, rollout)
-    active = rollout.mask
+    active, head = rollout.mask, head_of(model)
     logprob = latent_logprob(
         hidden[active],
-        lm_head(model),
+        head.weight,
         rollout.ids[active],
         rollout.scores[active],
         temperature=temperature,
         method=method,
         components=components,
+        **head.options(),
     )
     out = torch.zeros(rollout.ids.shape if components else active.shape, device=logprob.device)
     return out.masked_scatter(active.unsqueeze(-1) if components else active, logprob.float())

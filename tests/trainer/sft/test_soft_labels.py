@@ -16,7 +16,7 @@ from support.trainers import ROWS
 
 from latent_grpo import LatentSFTConfig, LatentSFTTrainer
 from latent_grpo.errors import DataError
-from latent_grpo.model import embedding_table
+from latent_grpo.model import Head, embedding_table
 from latent_grpo.prompts import PromptFormat
 from latent_grpo.quickstart.toy_task import make_model
 from latent_grpo.sft import build_examples, collate, target_loss
@@ -219,7 +219,7 @@ def test_noise_and_divergence_are_those_of_the_released_functions(number, monkey
     assert torch.equal(perturbed.weights[~batch.latent], batch.weights[~batch.latent])
     head = torch.eye(vocabulary)
     for weights, expected in ((probs, case["kl"]), (noisy, case["kl_noisy"])):
-        actual = float(target_loss(logits, head, ids, weights)) / steps
+        actual = float(target_loss(logits, Head(head), ids, weights)) / steps
         assert actual == pytest.approx(expected, rel=1e-5, abs=2e-6)
 
 

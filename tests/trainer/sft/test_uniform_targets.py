@@ -10,6 +10,7 @@ from support.trainers import ROWS
 
 from latent_grpo import LatentSFTConfig, LatentSFTTrainer
 from latent_grpo.errors import DataError
+from latent_grpo.model import Head, embedding_table
 from latent_grpo.quickstart.toy_task import make_model, make_problems
 from latent_grpo.sft import build_examples, collate, gold_chain_accuracy, gumbel_noise, input_mixtures, target_loss
 
@@ -23,8 +24,8 @@ def test_targets_are_groups_of_chain_tokens(tokenizer):
     ids = tokenizer.convert_tokens_to_ids
     assert example.response == [[ids("3"), ids("7")], [ids("5")], [ids("</think>")], [ids("5")], [ids("<eos>")]]
     batch = collate([example], CPU)
-    table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(0))
-    mixtures = input_mixtures(batch, table)
+    model = make_model(tokenizer, seed=0)
+    mixtures, table = input_mixtures(batch, model), embedding_table(model)
     start = len(example.prompt)
     torch.testing.assert_close(mixtures[0, start], (table[ids("3")] + table[ids("7")]) / 2)
     torch.testing.assert_close(mixtures[0, start + 1], table[ids("5")])
@@ -47,8 +48,8 @@ def test_the_noise_of_an_example_does_not_depend_on_its_batch(tokenizer):
 def test_noise_perturbs_latent_inputs_and_no_text_inputs(tokenizer):
     examples = build_examples(tokenizer, make_problems(6, seed=3), LatentSFTConfig(answer_template="{answer}"))
     batch = collate(examples, CPU)
-    table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(0))
-    plain, perturbed = input_mixtures(batch, table), input_mixtures(batch, table, 0.5, 7, 2)
+    model = make_model(tokenizer, seed=0)
+    plain, perturbed = input_mixtures(batch, model), input_mixtures(batch, model, 0.5, 7, 2)
     latent = (batch.weights > 0).sum(-1) > 1
     assert not torch.equal(plain[latent], perturbed[latent])
     assert torch.equal(plain[~latent], perturbed[~latent])
@@ -60,7 +61,7 @@ def test_the_loss_is_the_divergence_to_the_target_and_its_gradient_is_right():
     head = torch.randn(11, 6, generator=generator)
     ids = torch.tensor([[2, 5], [4, 4], [7, 0]])
     weights = torch.tensor([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
-    loss = target_loss(hidden, head, ids, weights)
+    loss = target_loss(hidden, Head(head), ids, weights)
     log_probs = (hidden @ head.T).log_softmax(-1)
     expected = -log_probs[1, 4] - log_probs[2, 7]
     expected = expected + 0.5 * (torch.log(torch.tensor(0.5)) - log_probs[0, 2])
