@@ -101,11 +101,11 @@ def _check_object(model: Any) -> None:
         raise ModelError(f"{name} wraps a model with adapters; give model.merge_and_unload(), or its base and use_peft")
     if not all(hasattr(model, part) for part in ("get_input_embeddings", "get_output_embeddings", "base_model")):
         raise ModelError(f"{name} is no model of transformers; give an AutoModelForCausalLM")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} has an encoder and a decoder; latent reasoning needs a decoder-only model")
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is None or model.base_model is model:
         raise ModelError(f"{name} has no LM head; latent reasoning needs an AutoModelForCausalLM")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} has an encoder and a decoder; latent reasoning needs a decoder-only model")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{name} is on the meta device, without weights; load them first")
     table, weight = embedding_table(model), head.weight
@@ -172,6 +172,10 @@ def _measure(model: Any, ids: Tensor) -> Parts:
     tiny, one, huge = low[0].tolist()
     softcap = huge if abs(huge) < HUGE / 2**60 else None
     logit_scale = one if softcap is None else _tidy(tiny / TINY, 1e-6)
+    if logit_scale * hidden_scale <= 0 or (softcap is not None and softcap <= 0):
+        raise ModelError(
+            f"its logits are scaled by {logit_scale * hidden_scale:g} and capped at {softcap}: not positive"
+        )
     return Parts(scale, hidden_scale, logit_scale, softcap)
 
 
