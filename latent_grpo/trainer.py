@@ -49,8 +49,9 @@ from latent_grpo.saving.model_files import save_model
 from latent_grpo.seeds import derive_seed, rank_seed
 from latent_grpo.update.lora import add_adapters, without_adapters
 from latent_grpo.update.loss import (
+    entropy_share,
+    loss_mask,
     policy_advantages,
-    response_mask,
     share_of_update,
     step_logprob,
     update_loss,
@@ -317,15 +318,15 @@ class LatentGRPOTrainer:
         Collective: each rank replays its share of the rows, in micro-batches. The statistics are those of all ranks.
         """
         args = self.args
-        loss_mask = response_mask(batch.rollout, args.loss_on, args.max_latent_steps)
-        total = loss_mask[rows].sum()
+        active = loss_mask(args, batch.rollout)
+        total = active[rows].sum()
         sums = torch.zeros(1 + len(PolicyStats._fields), dtype=torch.float64)
         own = self.micro_batches(batch.rollout, share_of_rank(batch.rollout, rows, rank(), world_size()))
         for micro_batch, counts in pad_to_count(own, rows[:1], all_reduce_max(len(own))):
             rollout = batch.rollout.select(micro_batch)
             steps = rollout.mask.shape[1]
             # A filler has an empty mask: it takes part in the collectives and adds nothing.
-            mask = loss_mask[micro_batch, :steps] & counts
+            mask = active[micro_batch, :steps] & counts
             response_share = counts * len(micro_batch) / len(rows)
             loss, stats = call_inside(
                 self.model,
@@ -337,6 +338,7 @@ class LatentGRPOTrainer:
                 mask,
                 None if batch.ref_logprob is None else batch.ref_logprob[micro_batch, :steps],
                 args,
+                entropy_share(args, mask, total, response_share),
             )
             loss = loss * share_of_update(args, mask, total, response_share)
             self.updater.backward(loss)

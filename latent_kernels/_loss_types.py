@@ -58,7 +58,24 @@ class LossOptions(NamedTuple):
     objective: str = "clip"
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
+    kl_bias_correction: bool = False
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # these pairs: of positive and of other advantages
+    vespo_k: tuple[float, float] = (2.0, 3.0)
+    vespo_lambda: tuple[float, float] = (3.0, 2.0)
+    entropy_coef: float | Tensor = 0.0
+
+    @property
+    def reads_responses(self) -> bool:
+        """Whether the loss of a step depends on the log-probs of its whole response."""
+        return self.ratio == "sequence" or self.objective == "vespo"
+
+
+class ResponseTerms(NamedTuple):
+    """What the loss of steps [R, T] depends on their whole responses for."""
+
+    advantages: Tensor  # [R, T]; with "vespo" they are weighed
+    log_ratio: Tensor | None  # [R] mean log-ratio of a response, for ratio="sequence"
+    kl: Tensor | None  # [R] mean KL of a response, for ratio="sequence" with kl_bias_correction
 
 
 class LossSpec(NamedTuple):
@@ -72,7 +89,9 @@ class LossSpec(NamedTuple):
     ref_logprob: Tensor | None
     weights: Tensor  # [N], weight of a step in the loss
     sequence_log_ratio: Tensor | None  # mean log-ratio of the step's response, for ratio="sequence"
+    sequence_kl: Tensor | None  # mean KL of the step's response, for ratio="sequence" with kl_bias_correction
     options: LossOptions
+    bonus: Tensor | None = None  # [N], weight of the entropy of a text step, 0 on latent steps
 
     def select(self, steps: slice | Tensor) -> LossSpec:
         """Return the same for some of the steps."""

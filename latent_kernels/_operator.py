@@ -100,7 +100,7 @@ def _traced(name: str, arguments: dict[str, Any]) -> Any:
         elif isinstance(value, int) and not isinstance(value, bool):
             constant = INT
             ints.append(value)
-        elif value is not None and not isinstance(value, bool | str):
+        elif value is not None and not isinstance(value, bool | str | tuple):
             raise TypeError(f"{key} of {name} must not be {type(value).__name__} under torch.compile")
         text.append(f"{key!r}: {constant!r}")
     outputs = torch.ops.latent_kernels.call(name, wanted, tensors, ints, floats, "{" + ", ".join(text) + "}")

@@ -65,8 +65,15 @@ class AdvantageOptions:
         "With invalid zero, who can be the most probable correct response of first_token. all: cut-off ones too (the "
         "released code); if one of them is, no advantage above 0 is left at the first step.",
     )
+    mask_truncated_completions: bool = option(
+        False,
+        "Leave responses cut off by the limit out of the loss: out of its sums, KL and entropy, and out of the number "
+        "of tokens it divides by. What they do to the advantages of the others is up to invalid.",
+    )
     scale_rewards: Literal["group", "batch", "none"] = option(
-        "group", "Divide advantages by the standard deviation of the group's or of the batch's rewards, or not at all."
+        "group",
+        "Divide advantages by the standard deviation of the group's or of the batch's rewards, or not at all. true is "
+        "group, false is none.",
     )
 
 
@@ -74,12 +81,13 @@ class AdvantageOptions:
 class UpdateOptions:
     """The policy loss and its passes over a rollout."""
 
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = option(
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo"] = option(
         "dapo",
         "dapo: mean over the tokens of an update. bnpo: mean over the tokens of a forward and backward pass. grpo: "
         "mean over responses of their token means. dr_grpo: token sums over the limit. gspo: grpo with "
         "importance_sampling_level sequence. cispo: dapo with a clipped weight on the log-prob, so that no token loses "
-        "its gradient.",
+        "its gradient. sapo: grpo with a soft clip. luspo: mean over responses of their token sums, meant for "
+        "importance_sampling_level sequence. vespo: dapo with a soft weight of each response.",
     )
     loss_on: Literal["all", "latent", "text"] = option("all", "Response steps that carry the policy loss.")
     margin_gradient: Literal["aligned", "released", "none"] = option(
@@ -93,18 +101,35 @@ class UpdateOptions:
     epsilon: float = option(0.2, "Clip range below 1.", SHARE)
     epsilon_high: float | None = option(
         None,
-        "Clip range above 1. Default: epsilon. With cispo it is the largest weight itself; default 5.",
+        "Clip range above 1. Default: epsilon. With cispo it is the largest weight itself; ScaleRL takes 5.",
         NON_NEGATIVE,
     )
-    delta: float | None = option(3.0, "Dual clip of negative advantages. null is none.", Range(1, open_low=True))
+    delta: float | None = option(
+        3.0,
+        "Largest ratio of any loss with a clip: the dual clip of negative advantages, and below 1 + epsilon_high a "
+        "clip of positive ones. null is none.",
+        Range(1, open_low=True),
+    )
+    sapo_temperature_pos: float = option(1.0, "Steepness of sapo's clip where the advantage is positive.", POSITIVE)
+    sapo_temperature_neg: float = option(1.05, "Steepness of sapo's clip where it is not.", POSITIVE)
+    vespo_k_pos: float = option(2.0, "Power of the ratio in vespo's weight, advantage 0 or more.", NON_NEGATIVE)
+    vespo_lambda_pos: float = option(3.0, "Decay of vespo's weight, advantage 0 or more.", POSITIVE)
+    vespo_k_neg: float = option(3.0, "Power of the ratio in vespo's weight, advantage below 0.", NON_NEGATIVE)
+    vespo_lambda_neg: float = option(2.0, "Decay of vespo's weight, advantage below 0.", POSITIVE)
     beta: float = option(
         0.0, "Coefficient of the KL to the initial model, which is loaded only if this is above 0.", NON_NEGATIVE
+    )
+    use_bias_correction_kl: bool = option(
+        True,
+        "Multiply the KL by the ratio, with its gradient (DeepSeek-V3.2). The paper does not; its recipes give false.",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = option(
         "k3", "Estimate of the KL from samples: log-ratio, half its square, or k3 (positive, low variance)."
     )
     entropy_coef: float = option(
-        0.0, "Coefficient of the entropy of text tokens, a bonus that keeps them exploring.", NON_NEGATIVE
+        0.0,
+        "Coefficient of the mean entropy of text tokens, a bonus that keeps them exploring, whatever the loss_type.",
+        NON_NEGATIVE,
     )
     num_iterations: int = option(1, "Passes over a rollout (PPO epochs).", ONE_OR_MORE)
     micro_batch_tokens: int | None = option(
@@ -162,6 +187,8 @@ class LatentGRPOConfig(
     """Latent-GRPO. Defaults are the paper's, with a batch that fits a small card."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         self.check_run()
         self.check_latent_steps(self.max_completion_length)
         latent_without_noise = self.latent and self.noise == "none"
@@ -180,8 +207,10 @@ class LatentGRPOConfig(
         cap, recomputed = self.importance_sampling_cap, self.old_logprobs == "recompute"
         require(cap is None or recomputed, "importance_sampling_cap", cap, "it needs old_logprobs recompute")
         high = self.epsilon_high
-        bounded = self.loss_type != "cispo" or high is None or high >= 1
-        require(bounded, "epsilon_high", high, "cispo's largest weight is 1 or more")
+        weighs = self.loss_type != "cispo" or high is None or high > 0
+        require(weighs, "epsilon_high", high, "it is cispo's largest weight; give more than 0")
+        alone = self.loss_type != "vespo" or cap is None
+        require(alone, "importance_sampling_cap", cap, "loss_type vespo weighs responses already; give null")
         cache = self.soft_punish_cache
         fits = cache is None or cache <= self.max_completion_length
         require(fits, "soft_punish_cache", cache, "give at most max_completion_length, or null for a fifth of it")
@@ -190,8 +219,9 @@ class LatentGRPOConfig(
         """Raise ConfigError for the first option that does not go with a ratio for each component."""
         level, drawn = self.importance_sampling_level, self.latent and self.method == "multiplex"
         require(drawn, "importance_sampling_level", level, "only latent steps of method multiplex have such ratios")
-        whole = self.loss_type != "gspo"
-        require(whole, "importance_sampling_level", level, "loss_type gspo takes ratios of responses; give token")
+        whole = self.loss_type not in ("gspo", "vespo")
+        remedy = f"loss_type {self.loss_type} takes ratios of responses; give token"
+        require(whole, "importance_sampling_level", level, remedy)
         recomputed = self.old_logprobs == "recompute"
         require(recomputed, "importance_sampling_level", level, "it needs old_logprobs recompute")
 

@@ -19,31 +19,42 @@ AGGREGATIONS = {
     "dapo": "token-mean",
     "bnpo": "token-mean",
     "cispo": "token-mean",
+    "vespo": "token-mean",
     "grpo": "seq-mean-token-mean",
     "gspo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "luspo": "seq-mean-token-sum",
     "dr_grpo": "seq-mean-token-sum-norm",
 }
-CISPO_WEIGHT = 5.0  # default of the largest importance weight (ScaleRL, arXiv 2510.13786)
+TOKENS_OF_UPDATE = ("dapo", "cispo", "vespo")  # means over all tokens of an update
 
 
 def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
     """Translate the options of the trainer into the options of `fused_policy_loss`."""
-    cispo, high = args.loss_type == "cispo", args.epsilon_high
-    if high is None:
-        high = CISPO_WEIGHT if cispo else args.epsilon
+    objective = args.loss_type if args.loss_type in ("cispo", "sapo", "vespo") else "clip"
+    cispo, dual_clip = objective == "cispo", args.delta
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if objective == "clip" and dual_clip is not None:
+        # As in TRL: delta bounds the ratio, and the clipped ratio is one of two. So below 1 + epsilon_high, delta clips
+        # positive advantages, and 1 + epsilon_high bounds the negative ones.
+        high, dual_clip = min(high, dual_clip - 1.0), max(dual_clip, 1.0 + high)
     return dict(
         temperature=args.temperature,
         margin_gradient=args.margin_gradient,
         method=args.method,
-        dual_clip=args.delta,
+        dual_clip=dual_clip,
         aggregation=AGGREGATIONS[args.loss_type],
-        objective="cispo" if cispo else "clip",
+        objective=objective,
         # The weight of CISPO has no lower bound. Its upper bound is the weight itself, not its distance from 1.
         clip_low=1.0 if cispo else args.epsilon,
         clip_high=high - 1.0 if cispo else high,
         ratio="sequence" if args.loss_type == "gspo" else args.importance_sampling_level,
         kl_coef=args.beta,
         kl_estimator=args.kl_estimator,
+        kl_bias_correction=args.use_bias_correction_kl,
+        sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+        vespo_k=(args.vespo_k_pos, args.vespo_k_neg),
+        vespo_lambda=(args.vespo_lambda_pos, args.vespo_lambda_neg),
         entropy_coef=args.entropy_coef,
     )
 
@@ -56,8 +67,12 @@ def update_loss(
     mask: Tensor,  # [R, T] bool
     ref_logprob: Tensor | None,  # like old_logprob
     args: LatentGRPOConfig,
+    entropy_coef: float | Tensor,
 ) -> tuple[Tensor, PolicyStats]:
-    """Replay a rollout with gradients. Return its policy loss (0-d; Eq. 22-23) and statistics of the masked steps."""
+    """Replay a rollout with gradients. Return its policy loss (0-d; Eq. 22-23) and statistics of the masked steps.
+
+    entropy_coef: the coefficient of `entropy_share`, in place of the one in `args`.
+    """
     with recomputed(model, args.gradient_checkpointing):
         hidden = replay(model, rollout)
     head = head_of(model)
@@ -71,7 +86,7 @@ def update_loss(
         mask,
         ref_logprob=ref_logprob,
         **head.options(),
-        **loss_options(args),
+        **{**loss_options(args), "entropy_coef": entropy_coef},
     )
 
 
@@ -81,10 +96,29 @@ def share_of_update(args: LatentGRPOConfig, mask: Tensor, total: Tensor, respons
     mask [r, t] bool: the steps of the micro-batch that carry the loss. total: number of such steps in the whole update
     (0-d int64). responses: share of the update's responses that are in the micro-batch.
     """
-    if args.loss_type in ("dapo", "cispo"):  # a mean over the tokens of the update
+    if args.loss_type in TOKENS_OF_UPDATE:
         return mask.sum() / total.clamp_min(1)
     # dr_grpo divides token sums by the length limit. The aggregation divided by the t steps of the micro-batch.
     return responses * mask.shape[1] / args.max_completion_length if args.loss_type == "dr_grpo" else responses
+
+
+def entropy_share(args: LatentGRPOConfig, mask: Tensor, total: Tensor, responses: float) -> Tensor | float:
+    """Return the entropy coefficient of a micro-batch, whose loss is then multiplied by its `share_of_update`.
+
+    The bonus of an update is the mean over its micro-batches of their mean entropies, weighed by their responses. So
+    `entropy_coef` means the same for every loss type.
+    """
+    if not args.entropy_coef or args.loss_type not in (*TOKENS_OF_UPDATE, "dr_grpo"):
+        return args.entropy_coef
+    if args.loss_type == "dr_grpo":
+        return args.entropy_coef * args.max_completion_length / mask.shape[1]
+    return args.entropy_coef * responses * (total / mask.sum().clamp_min(1))
+
+
+def loss_mask(args: LatentGRPOConfig, rollout: Rollout) -> Tensor:
+    """Return the steps that carry the policy loss [R, T] bool by the options of a run."""
+    mask = response_mask(rollout, args.loss_on, args.max_latent_steps)
+    return mask & rollout.finished.unsqueeze(-1) if args.mask_truncated_completions else mask
 
 
 def batch_std(rewards: Tensor, counted: Tensor) -> Tensor:

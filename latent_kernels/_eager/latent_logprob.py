@@ -194,7 +194,13 @@ def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None, *, 
     with torch.set_grad_enabled(wants_gradient):
         logprob = logprob.detach().requires_grad_(wants_gradient)
         loss, terms = token_loss(
-            logprob, spec.old_logprob, spec.advantages, spec.ref_logprob, spec.sequence_log_ratio, spec.options
+            logprob,
+            spec.old_logprob,
+            spec.advantages,
+            spec.ref_logprob,
+            spec.sequence_log_ratio,
+            spec.sequence_kl,
+            spec.options,
         )
         total = (loss * weights).sum()
         gradient = torch.autograd.grad(total, logprob)[0] if wants_gradient else None

@@ -6,11 +6,11 @@ weights [R] float32 of R responses of T steps each. All arithmetic is in float32
     r = exp(clamp(logprob - old_logprob, -20, 20))
     l = max(-A r, -A clip(r, 1 - low, 1 + high)),   dl/dlogprob = -A r where r is not clipped, else 0
     l <- min(l, -A dual_clip) where A < 0,          dl/dlogprob = 0 where the bound holds
-    l <- l + kl_coef * kl
+    l <- l + kl_coef * kl, or l + kl_coef * r * kl
 
-"cispo" and the sequence ratio are those of `latent_kernels.policy_loss`. Outputs: the gradient of the weighted loss in
-the log-probs [N] float32, and one row of partial sums per program. The forward pass computes the gradient and saves
-only it; the backward pass scales it.
+The other objectives and the sequence ratio are those of `latent_kernels.policy_loss`. Outputs: the gradient of the
+weighted loss in the log-probs [N] float32, and one row of partial sums per program. The forward pass computes the
+gradient and saves only it; the backward pass scales it.
 
 Bytes: every input once and the gradient once. A program adds its steps up into one row of partial sums, and PyTorch
 adds up the rows. There are no atomics, so results repeat bit for bit.
@@ -33,6 +33,7 @@ LOG_RATIO_MAX = tl.constexpr(loss.LOG_RATIO_MAX)
 KL_MAX = tl.constexpr(loss.KL_MAX)
 BLOCK, NUM_WARPS = 1024, 4
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "vespo": 3}
 N_SUMS = tl.constexpr(len(SUMS))
 
 
@@ -44,10 +45,10 @@ def clamped(value, low, high):
 
 @triton.jit
 def policy_loss_kernel(
-    logprob_ptr, old_ptr, advantages_ptr, ref_ptr, mask_ptr, weights_ptr, sequence_ptr, gradient_ptr, sums_ptr,
-    N, T, lowest_ratio, highest_ratio, dual_clip, kl_coef,
-    HAS_MASK: tl.constexpr, SEQUENCE: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logprob_ptr, old_ptr, advantages_ptr, ref_ptr, mask_ptr, weights_ptr, sequence_ptr, sequence_kl_ptr,
+    gradient_ptr, sums_ptr, N, T, lowest_ratio, highest_ratio, dual_clip, kl_coef, positive_gate, negative_gate,
+    HAS_MASK: tl.constexpr, SEQUENCE: tl.constexpr, OBJECTIVE: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
+    CORRECTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program handles BLOCK steps, and stores sums in the order of SUMS."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -66,9 +67,19 @@ def policy_loss_kernel(
     ratio = tl.exp(tl.load(sequence_ptr + at // T, mask=keep, other=0.0) if SEQUENCE else log_ratio)
     clipped_ratio = clamped(ratio, lowest_ratio, highest_ratio)
     out = sums_ptr + tl.program_id(0) * N_SUMS
-    if CISPO:
+    if OBJECTIVE == 1:  # cispo
         clips = clipped_ratio != ratio
         gradient = -advantage * clipped_ratio  # the clipped ratio is a constant: only the log-prob has a gradient
+        loss = gradient * logprob
+    elif OBJECTIVE == 2:  # sapo
+        clips = keep & False
+        temperature = tl.where(advantage > 0, positive_gate, negative_gate)
+        gate = 1.0 / (1.0 + tl.exp(temperature * (1.0 - ratio)))
+        loss = -advantage * gate * 4.0 / temperature
+        gradient = tl.where(moving, -4.0 * advantage * gate * (1.0 - gate) * ratio, 0.0)
+    elif OBJECTIVE == 3:  # vespo: the advantages hold the weights of the responses
+        clips = keep & False
+        gradient = -advantage
         loss = gradient * logprob
     else:
         plain, clipped = -advantage * ratio, -advantage * clipped_ratio
@@ -86,7 +97,7 @@ def policy_loss_kernel(
     if KL > 0:
         ref = tl.load(ref_ptr + at, mask=keep, other=0.0).to(tl.float32)
         gap = clamped(ref - logprob, -LOG_RATIO_MAX, LOG_RATIO_MAX)
-        moving = tl.abs(ref - logprob) <= LOG_RATIO_MAX
+        kl_moving = tl.abs(ref - logprob) <= LOG_RATIO_MAX
         if KL == 1:
             kl = -gap
             kl_gradient = gap * 0.0 + 1.0  # a NaN stays a NaN
@@ -96,10 +107,15 @@ def policy_loss_kernel(
         else:
             kl = tl.exp(gap) - gap - 1.0
             kl_gradient = 1.0 - tl.exp(gap)
-            moving = moving & (kl <= KL_MAX)
-        kl_gradient = tl.where(moving | (kl != kl), kl_gradient, 0.0)
+            kl_moving = kl_moving & (kl <= KL_MAX)
+        kl_gradient = tl.where(kl_moving | (kl != kl), kl_gradient, 0.0)
         if KL == 3:
             kl = clamped(kl, -KL_MAX, KL_MAX)
+        if CORRECTED:
+            # The ratio of a response has a gradient at each of its steps, whose KL is in the mean of the response.
+            of_ratio = tl.load(sequence_kl_ptr + at // T, mask=keep, other=0.0) if SEQUENCE else kl
+            kl_gradient = ratio * (kl_gradient + tl.where(moving, of_ratio, 0.0))
+            kl = ratio * kl
         loss += kl_coef * kl
         gradient += kl_coef * kl_gradient
         tl.store(out + 5, tl.sum(tl.where(keep, kl * weight, 0.0), 0))
@@ -114,11 +130,13 @@ def policy_loss_kernel(
 
 def constants(spec: LossSpec, *, has_mask: bool) -> dict[str, int | bool]:
     """Return the constants of the kernel."""
-    options, cispo = spec.options, spec.options.objective == "cispo"
+    options = spec.options
     return {
-        "HAS_MASK": has_mask, "SEQUENCE": spec.sequence_log_ratio is not None, "CISPO": cispo,
-        "DUAL": options.dual_clip is not None and not cispo,
-        "KL": 0 if spec.ref_logprob is None else KL_ESTIMATORS[options.kl_estimator], "BLOCK": BLOCK,
+        "HAS_MASK": has_mask, "SEQUENCE": spec.sequence_log_ratio is not None,
+        "OBJECTIVE": OBJECTIVES[options.objective],
+        "DUAL": options.dual_clip is not None and options.objective == "clip",
+        "KL": 0 if spec.ref_logprob is None else KL_ESTIMATORS[options.kl_estimator],
+        "CORRECTED": options.kl_bias_correction, "BLOCK": BLOCK,
     }  # fmt: skip
 
 
@@ -144,9 +162,11 @@ def step_losses(
             mask_ptr=unused if mask is None else mask.contiguous().view(torch.int8),
             weights_ptr=spec.weights.contiguous(),
             sequence_ptr=spec.weights if spec.sequence_log_ratio is None else spec.sequence_log_ratio.contiguous(),
+            sequence_kl_ptr=spec.weights if spec.sequence_kl is None else spec.sequence_kl.contiguous(),
             gradient_ptr=gradient, sums_ptr=partial_sums, N=count, T=count // len(spec.weights),
             lowest_ratio=1.0 - options.clip_low, highest_ratio=1.0 + options.clip_high,
             dual_clip=options.dual_clip or 0.0, kl_coef=options.kl_coef,
+            positive_gate=options.sapo_temperatures[0], negative_gate=options.sapo_temperatures[1],
             **constants(spec, has_mask=mask is not None), num_warps=NUM_WARPS,
         )  # fmt: skip
     return StepLosses(gradient if wants_gradient else None, partial_sums.sum(0))

@@ -26,6 +26,7 @@ from latent_kernels._loss_types import (
     LogprobSpec,
     LossOptions,
     LossSpec,
+    ResponseTerms,
     RowForward,
     RowScores,
     StepLosses,
@@ -37,7 +38,7 @@ from latent_kernels._validate import check_head, check_range, check_tensor
 from latent_kernels.ops.latent_logprob import check_logprob_options, with_bias
 from latent_kernels.ops.policy_loss import RATIOS, check_loss_options, loss_result, loss_shapes
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
-from latent_kernels.reference.loss import aggregation_weights, sequence_log_ratio, used_components
+from latent_kernels.reference.loss import aggregation_weights, response_terms, used_components
 
 
 class RowKernels(NamedTuple):
@@ -82,18 +83,17 @@ def _chunk_losses_(
     ratios of components, that is the gradient of the log-prob times one number per row. So one pass over the product
     is enough: it stores the gradient of the log-prob, before the loss is known.
     """
-    entropy_coef = loss_spec.options.entropy_coef
     wants_gradient = stored_dtype is not None
-    if not entropy_coef and not logprob_spec.components:
+    if loss_spec.bonus is None and not logprob_spec.components:
         scores = kernels.logprob_rows_(product, logprob_spec, stored_dtype)
         gradient, sums = kernels.step_losses(scores.logprob, loss_spec, wants_gradient=wants_gradient)
         return ChunkLosses(scores.dlogits, gradient, sums, scores.crossed, None)
-    scored = kernels.forward_rows(product, logprob_spec, entropy=bool(entropy_coef))
+    scored = kernels.forward_rows(product, logprob_spec, entropy=loss_spec.bonus is not None)
     used = used_components(logprob_spec.ids) if logprob_spec.components else None
     gradient, sums = kernels.step_losses(scored.logprob, loss_spec, used, wants_gradient=wants_gradient)
     bonus = None
-    if scored.entropy is not None:
-        bonus = torch.where(is_hard(logprob_spec.ids), -entropy_coef * loss_spec.weights, 0.0)
+    if scored.entropy is not None and loss_spec.bonus is not None:
+        bonus = -loss_spec.bonus
         sums[0] += (bonus * scored.entropy).sum()
     dlogits = None
     if stored_dtype is not None:
@@ -212,7 +212,11 @@ def fused_policy_loss(
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
+    kl_bias_correction: bool = False,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    vespo_k: tuple[float, float] = (2.0, 3.0),
+    vespo_lambda: tuple[float, float] = (3.0, 2.0),
+    entropy_coef: float | Tensor = 0.0,
     bias: Tensor | None = None,  # [V]
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -220,31 +224,27 @@ def fused_policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """Compute the policy loss, its gradient and its statistics from hidden states, without [N, V] (Eq. 15-17, 22-23).
 
-    Replaces::
+    Replaces `latent_logprob` of the flattened steps and then `policy_loss`, whose other options it takes.
 
-        logprob = latent_logprob(hidden.flatten(0, 1), lm_head, ids.flatten(0, 1), scores.flatten(0, 1),
-                                 temperature=temperature, advantages=advantages.flatten(), ...)
-        loss, stats = policy_loss(logprob.view_as(mask), old_logprob, advantages, mask, ...)
-
-    Without `ref_logprob`, steps whose advantage is zero are left out. They change neither the loss nor its gradient,
-    but the statistics are means over the other steps. With ratio="sequence", whole responses without an advantage are
-    left out, and the log-probs of the others are computed once before the loss: one more product with the head.
+    Without `ref_logprob`, steps (with ratio="sequence" or objective="vespo": responses) without an advantage are left
+    out of the statistics; they change neither loss nor gradient. Those two cost one more product with the head.
 
     Args:
         ratio: "token" or "sequence", as in `policy_loss`, or "component": with the method "multiplex", each component
             of a latent step has a ratio and a clipped loss of its own (the released code of arXiv 2601.08808). The loss
             of the step is their sum. Statistics are means over components, a text step being one. Old and reference
             log-probs are then `latent_logprob(..., components=True)`, [R, T, K].
-        entropy_coef: subtract this much of the entropy of softmax(logits / T) at text steps, aggregated like the loss.
-            It also counts for text steps without an advantage. A chunk of logits is then read once more.
+        entropy_coef: subtract this much, a number or a 0-d tensor, of the mean entropy of softmax(logits / T) over all
+            text steps, whatever the aggregation. A chunk of logits is then read once more.
 
     Differentiable once, in `hidden`, `lm_head` and `bias`. Extra memory: one chunk of logits, dhidden, and [V, D] in
-    float32 if `lm_head` requires a gradient. The other options are those of `latent_logprob` and `policy_loss`. Masked
-    steps may hold anything. Raises ValueError or TypeError naming the argument; RuntimeError if `impl` cannot run.
+    float32 if `lm_head` requires a gradient. Masked steps may hold anything. Raises ValueError or TypeError naming the
+    argument; RuntimeError if `impl` cannot run.
     """
     options = LossOptions(
-        clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator, entropy_coef
-    )
+        clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator,
+        kl_bias_correction, sapo_temperatures, vespo_k, vespo_lambda, entropy_coef,
+    )  # fmt: skip
     head = HeadOptions(bias, logit_scale, softcap)
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, ratio == "component", head)
     _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
@@ -276,7 +276,10 @@ def _check_arguments(
     check_logprob_options(
         ids, scores, len(ids), hidden, spec.temperature, None, spec.margin_gradient, spec.method, spec.components
     )
-    check_range("entropy_coef", options.entropy_coef, 0.0)
+    if isinstance(options.entropy_coef, Tensor):
+        check_tensor("entropy_coef", options.entropy_coef, [], like=hidden)
+    else:
+        check_range("entropy_coef", options.entropy_coef, 0.0)
 
 
 def _loss_of_active_steps(
@@ -299,6 +302,9 @@ def _loss_of_active_steps(
     keep = mask.bool()
     weights = aggregation_weights(keep.to(dtype), options.aggregation).flatten()
     unit = weights.max() if weights.numel() else weights.new_zeros(())
+    bonus = _entropy_weights(keep, spec, options, dtype)
+    if bonus is not None and bonus.numel():
+        unit = torch.maximum(unit, bonus.max())
     if ref_logprob is None:  # with a reference, a step without an advantage still has a KL term
         keep = _steps_that_count(keep, spec, options)
     # The only wait for the device: the host must know how many rows there are to multiply.
@@ -308,24 +314,40 @@ def _loss_of_active_steps(
     spec = with_bias(spec, None if bias is None else bias.detach())
     old, ref = (None if x is None else x.to(dtype).flatten(0, 1) for x in (old_logprob, ref_logprob))
     assert old is not None
-    step_log_ratio = None
-    if options.ratio == "sequence":
+    response = ResponseTerms(advantages, None, None)
+    if options.reads_responses:
         logprob = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
         logprob.view(-1)[active] = _logprobs(hidden.detach(), lm_head.detach(), active, spec, kernels, dtype)
-        step_log_ratio = sequence_log_ratio(logprob, old.view_as(keep), keep).unsqueeze(-1).expand_as(keep).flatten()
+        references = None if ref is None else ref.view_as(keep)
+        response = response_terms(logprob, old.view_as(keep), advantages.view_as(keep), references, keep, options)
+    advantages = response.advantages.flatten()
+    log_ratio, kl = (None if x is None else x.unsqueeze(-1).expand_as(keep).flatten() for x in response[1:])
     if spec.components:
         advantages = advantages.unsqueeze(-1).expand_as(old)
-    loss_spec = LossSpec(old, advantages, ref, weights / unit, step_log_ratio, options)
+    bonus = None if bonus is None else bonus / unit
+    loss_spec = LossSpec(old, advantages, ref, weights / unit, log_ratio, kl, options, bonus)
     loss, *stats = _Fused.apply(hidden, lm_head, bias, active, unit, spec, loss_spec, kernels)
     return loss, PolicyStats(*stats)
+
+
+def _entropy_weights(keep: Tensor, spec: LogprobSpec, options: LossOptions, dtype: torch.dtype) -> Tensor | None:
+    """Return the weight of the entropy of every step [R * T]: entropy_coef over the number of active text steps.
+
+    It is 0 on other steps. The result is None without a coefficient.
+    """
+    coefficient = options.entropy_coef
+    if not isinstance(coefficient, Tensor) and not coefficient:
+        return None
+    text = (keep & is_hard(spec.ids.flatten(0, 1)).view_as(keep)).flatten().to(dtype)
+    return text * (coefficient / text.sum().clamp_min(1.0))
 
 
 def _steps_that_count(keep: Tensor, spec: LogprobSpec, options: LossOptions) -> Tensor:
     """Return the active steps [R, T] on which the loss without a KL, or its gradient, depends."""
     counts = keep & (spec.advantages != 0)
-    if options.ratio == "sequence":
+    if options.reads_responses:
         counts = keep & counts.any(-1, keepdim=True)
-    if options.entropy_coef:
+    if isinstance(options.entropy_coef, Tensor) or options.entropy_coef:
         counts |= keep & is_hard(spec.ids.flatten(0, 1)).view_as(keep)
     return counts
 

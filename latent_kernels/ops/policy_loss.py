@@ -13,11 +13,11 @@ from latent_kernels._operator import operator
 from latent_kernels._types import PolicyStats
 from latent_kernels._validate import check_choice, check_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
-from latent_kernels.reference.loss import policy_loss_ref, response_weights, sequence_log_ratio
+from latent_kernels.reference.loss import loss_of_options, response_terms, response_weights
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 RATIOS = ("token", "sequence")
-OBJECTIVES = ("clip", "cispo")
+OBJECTIVES = ("clip", "cispo", "sapo", "vespo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -43,12 +43,20 @@ def check_loss_options(
     if ref_logprob is not None:
         check_tensor("ref_logprob", ref_logprob, logprob_shape, like=like)
     check_tensor("mask", mask, shape, None, like=like)
-    check_range("clip_low", options.clip_low, 0.0, 1.0)
-    check_range("clip_high", options.clip_high, 0.0)
-    if options.dual_clip is not None:
-        check_range("dual_clip", options.dual_clip, 1.0, open_low=True)
     check_choice("aggregation", options.aggregation, AGGREGATIONS)
     check_choice("objective", options.objective, OBJECTIVES)
+    check_range("clip_low", options.clip_low, 0.0, 1.0)
+    check_range("clip_high", options.clip_high, -1.0 if options.objective == "cispo" else 0.0)
+    if options.dual_clip is not None:
+        check_range("dual_clip", options.dual_clip, 1.0, open_low=True)
+    for name in ("sapo_temperatures", "vespo_k", "vespo_lambda"):
+        pair = getattr(options, name)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{name} must be a pair (of positive advantages, of others), got {pair!r}")
+        for value in pair:
+            check_range(name, value, 0.0, open_low=name != "vespo_k")
+    if options.objective == "vespo" and options.ratio == "component":
+        raise ValueError("objective 'vespo' weighs responses by their ratio; give ratio 'token' or 'sequence'")
     check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
     check_range("kl_coef", options.kl_coef, 0.0)
     if options.kl_coef and ref_logprob is None:
@@ -87,6 +95,10 @@ def policy_loss(
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    vespo_k: tuple[float, float] = (2.0, 3.0),
+    vespo_lambda: tuple[float, float] = (3.0, 2.0),
     impl: str = "auto",
 ) -> tuple[Tensor, PolicyStats]:
     """Compute the clipped, dual-clipped policy loss and its statistics (Eq. 22-23).
@@ -100,8 +112,16 @@ def policy_loss(
             sums divided by the constant T).
         ratio: "token", or "sequence": r is exp of the response's mean log-ratio, and the gradient of step t is
             A_t r dlogprob_t (GSPO-token, arXiv 2507.18071, 4.3; GSPO itself if A is one number per response).
-        objective: "clip", or "cispo": l = -A stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) logprob, so that no
-            step loses its gradient (arXiv 2506.13585). With clip_low = 1, r has no lower bound. dual_clip is not read.
+        objective: "clip", or one of these, which do not read dual_clip.
+            "cispo": l = -A stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) logprob, so that no step loses its
+            gradient (arXiv 2506.13585). With clip_low = 1, r has no lower bound. clip_high may be down to -1.
+            "sapo": l = -A (4 / t) sigmoid(t (r - 1)), a soft clip (arXiv 2511.20347). t is sapo_temperatures[0] where
+            A > 0, else sapo_temperatures[1].
+            "vespo": l = -A stop_gradient(phi(w)) logprob with phi(w) = w^k exp(lambda (1 - w)), w being the product of
+            the ratios of a response (arXiv 2602.10693). k is vespo_k[0] and lambda is vespo_lambda[0] where A >= 0,
+            else the second of each pair.
+        kl_bias_correction: multiply the estimate of the KL by r, with its gradient, which makes the gradient that of
+            the KL of the policy at hand (arXiv 2512.02556).
         kl_estimator: with g = ref_logprob - logprob clamped to [-20, 20]: "k1" is -g (its gradient has mean zero
             on-policy), "k2" is g^2 / 2, "k3" is exp(g) - g - 1, at most 10 (Schulman 2020).
 
@@ -109,25 +129,14 @@ def policy_loss(
     Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("logprob", logprob, [None, None])
-    options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
+    options = LossOptions(
+        clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator,
+        kl_bias_correction, sapo_temperatures, vespo_k, vespo_lambda,
+    )  # fmt: skip
     check_loss_options(list(logprob.shape), logprob, old_logprob, advantages, mask, ref_logprob, options)
     if resolve("policy_loss", impl, logprob) == "triton":
         return _with_kernel(logprob, old_logprob, advantages, mask, ref_logprob, options)
-    return policy_loss_ref(
-        logprob,
-        old_logprob,
-        advantages,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        aggregation=aggregation,
-        ratio=ratio,
-        objective=objective,
-        ref_logprob=ref_logprob,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-    )
+    return loss_of_options(logprob, old_logprob, advantages, mask, ref_logprob, options)
 
 
 def _with_kernel(
@@ -144,8 +153,7 @@ def _with_kernel(
     keep = mask.bool()
     lengths = keep.sum(-1, dtype=torch.float32)
     weights = response_weights(lengths, mask.shape[1], options.aggregation)
-    response_log_ratio = None
-    if options.ratio == "sequence":
-        response_log_ratio = sequence_log_ratio(logprob.detach().float(), old_logprob.float(), keep)
-    spec = LossSpec(old_logprob, advantages, ref_logprob, weights, response_log_ratio, options)
+    ref = None if ref_logprob is None else ref_logprob.float()
+    response = response_terms(logprob.float(), old_logprob.float(), advantages.float(), ref, keep, options)
+    spec = LossSpec(old_logprob, response.advantages, ref_logprob, weights, response.log_ratio, response.kl, options)
     return policy_loss_triton(logprob, spec, keep, lengths.sum())

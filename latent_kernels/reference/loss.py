@@ -6,10 +6,12 @@ Equation numbers are those of arXiv 2604.27998.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from latent_kernels._loss_types import LossOptions
+from latent_kernels._loss_types import LossOptions, ResponseTerms
 from latent_kernels._types import GroupAdvantages, PolicyStats
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
 
@@ -17,6 +19,7 @@ EXPONENT_MAX = 40.0  # exp(40)^2 is finite in float32, so the norm of a gradient
 MARGIN_MAX = 1e4  # margin of a target that has probability zero under the policy: large, but finite
 LOG_RATIO_MAX = 20.0  # log-ratios are clamped to +- this, so that their exponentials are finite
 KL_MAX = 10.0  # largest value of the k3 estimate
+VESPO_LOG_RATIO_MIN = math.log(1e-8)  # of a response, as in its authors' code
 SOFT_EPSILON = 1e-6  # SofT-GRPO adds it to a probability before the logarithm
 SOFT_MARGIN_MIN, SOFT_MARGIN_MAX = -1.5, 3.0  # SofT-GRPO clamps its margins to the range of the clamped noise
 SOFT_LOGPROB_MIN = -3.0  # SofT-GRPO leaves out components whose log-prob is not above this
@@ -176,18 +179,60 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
     return (gap.exp() - gap - 1.0).clamp(-KL_MAX, KL_MAX)
 
 
+def vespo_weights(log_ratio: Tensor, advantages: Tensor, options: LossOptions) -> Tensor:
+    """Return phi = w^k exp(lambda (1 - w)) of every step [R, T], w being the ratio of its response (arXiv 2602.10693).
+
+    log_ratio [R]: the sum of the log-ratios of a response; w is at least 1e-8. k and lambda have one value for steps
+    with an advantage of 0 or more, and one for the others.
+    """
+    log_w = log_ratio.clamp(VESPO_LOG_RATIO_MIN, LOG_RATIO_MAX).unsqueeze(-1)
+    positive = advantages >= 0
+    k, decay = (by_sign(positive, log_w, pair) for pair in (options.vespo_k, options.vespo_lambda))
+    return (decay + k * log_w - decay * log_w.exp()).exp()
+
+
+def by_sign(positive: Tensor, like: Tensor, pair: tuple[float, float]) -> Tensor:
+    """Return the first number of the pair where `positive`, else the second, in the dtype of `like`."""
+    return torch.where(positive, like.new_full((), pair[0]), like.new_full((), pair[1]))
+
+
+def response_terms(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    ref_logprob: Tensor | None,
+    mask: Tensor,
+    options: LossOptions,
+) -> ResponseTerms:
+    """Return what the loss of steps [R, T] depends on their whole responses for. Masked steps may hold anything."""
+    logprob = logprob.detach()
+    log_ratio = sequence_log_ratio(logprob, old_logprob, mask) if options.reads_responses else None
+    kl = None
+    if options.objective == "vespo":
+        assert log_ratio is not None
+        advantages = advantages * vespo_weights(log_ratio * mask.sum(-1), advantages, options)
+    if options.ratio != "sequence":
+        log_ratio = None
+    elif ref_logprob is not None and options.kl_bias_correction:
+        steps = torch.where(mask, kl_estimate(logprob, ref_logprob, options.kl_estimator), 0.0)
+        kl = steps.sum(-1) / mask.sum(-1).clamp_min(1)
+    return ResponseTerms(advantages, log_ratio, kl)
+
+
 def token_loss(
     logprob: Tensor,
     old_logprob: Tensor,
     advantages: Tensor,
     ref_logprob: Tensor | None,
     response_log_ratio: Tensor | None,
+    response_kl: Tensor | None,
     options: LossOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of every step with its KL penalty (Eq. 22-23), and the terms of the statistics; any shape.
 
     `response_log_ratio`, if given, is the mean log-ratio of the step's response. It replaces the value of the step's
-    own log-ratio, but not its gradient: s_t = sg[s] pi(t) / sg[pi(t)] (GSPO-token, arXiv 2507.18071, 4.3).
+    own log-ratio, but not its gradient: s_t = sg[s] pi(t) / sg[pi(t)] (GSPO-token, arXiv 2507.18071, 4.3). With
+    "vespo", the advantages are those of `response_terms`.
     """
     own = (logprob - old_logprob).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
     terms = {"approx_kl": -own, "abs_log_ratio": own.abs()}
@@ -195,22 +240,39 @@ def token_loss(
     if response_log_ratio is not None:
         log_ratio = response_log_ratio.detach() + (own - own.detach())
     ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
-    if options.objective == "cispo":
-        loss = -advantages * clipped_ratio.detach() * logprob
-        terms["clip_fraction"] = clipped_ratio != ratio
+    if options.objective == "clip":
+        loss = _clipped_loss(ratio, advantages, options, terms)
+    elif options.objective == "sapo":
+        temperature = by_sign(advantages > 0, ratio, options.sapo_temperatures)
+        loss = -advantages * torch.sigmoid(temperature * (ratio - 1.0)) * 4.0 / temperature
+    elif options.objective == "vespo":
+        loss = -advantages * logprob
     else:
-        plain, clipped = -advantages * ratio, -advantages * clipped_ratio
-        loss = torch.maximum(plain, clipped)
-        terms["clip_fraction"] = clipped > plain
-        if options.dual_clip is not None:
-            bound = -advantages * options.dual_clip
-            terms["dual_clip_fraction"] = (advantages < 0) & (loss > bound)
-            loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
+        weight = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high).detach()
+        loss = -advantages * weight * logprob
+        terms["clip_fraction"] = weight != ratio
     if ref_logprob is not None:
-        terms["kl"] = kl_estimate(logprob, ref_logprob, options.kl_estimator)
-        loss = loss + options.kl_coef * terms["kl"]
+        kl = kl_estimate(logprob, ref_logprob, options.kl_estimator)
+        if options.kl_bias_correction:
+            # The ratio of a response has a gradient at each of its steps, whose KL is in the mean of the response.
+            of_ratio = kl if response_kl is None else response_kl
+            kl = kl * ratio.detach() + of_ratio.detach() * (ratio - ratio.detach())
+        terms["kl"] = kl
+        loss = loss + options.kl_coef * kl
     return loss, {name: term.detach().to(loss.dtype) for name, term in terms.items()}
+
+
+def _clipped_loss(ratio: Tensor, advantages: Tensor, options: LossOptions, terms: dict[str, Tensor]) -> Tensor:
+    """Return the clipped, dual-clipped loss of every step (Eq. 22-23), and add to the terms what was clipped."""
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
+    loss = torch.maximum(plain, clipped)
+    terms["clip_fraction"] = clipped > plain
+    if options.dual_clip is not None:
+        bound = -advantages * options.dual_clip
+        terms["dual_clip_fraction"] = (advantages < 0) & (loss > bound)
+        loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
+    return loss
 
 
 def response_weights(lengths: Tensor, steps: int, aggregation: str) -> Tensor:
@@ -262,20 +324,38 @@ def policy_loss_ref(
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    vespo_k: tuple[float, float] = (2.0, 3.0),
+    vespo_lambda: tuple[float, float] = (3.0, 2.0),
 ) -> tuple[Tensor, PolicyStats]:
     """Compute the clipped, dual-clipped policy loss and its statistics (Eq. 22-23).
 
     Masked steps may hold anything, NaN included.
     """
-    options = LossOptions(clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator)
+    options = LossOptions(
+        clip_low, clip_high, dual_clip, aggregation, ratio, objective, kl_coef, kl_estimator,
+        kl_bias_correction, sapo_temperatures, vespo_k, vespo_lambda,
+    )  # fmt: skip
+    return loss_of_options(logprob, old_logprob, advantages, mask, ref_logprob, options)
+
+
+def loss_of_options(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprob: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, PolicyStats]:
+    """Compute `policy_loss_ref` of tensors [R, T]."""
     dtype = compute_dtype(logprob)
     keep = mask.bool()
     logprob, old_logprob, advantages = (torch.where(keep, x.to(dtype), 0.0) for x in (logprob, old_logprob, advantages))
     if ref_logprob is not None:
         ref_logprob = torch.where(keep, ref_logprob.to(dtype), 0.0)
-    response_log_ratio = None
-    if ratio == "sequence":
-        response_log_ratio = sequence_log_ratio(logprob, old_logprob, keep).unsqueeze(-1)
-    loss, terms = token_loss(logprob, old_logprob, advantages, ref_logprob, response_log_ratio, options)
-    weights = aggregation_weights(keep.to(dtype), aggregation)
+    response = response_terms(logprob, old_logprob, advantages, ref_logprob, keep, options)
+    log_ratio, kl = (None if x is None else x.unsqueeze(-1) for x in response[1:])
+    loss, terms = token_loss(logprob, old_logprob, response.advantages, ref_logprob, log_ratio, kl, options)
+    weights = aggregation_weights(keep.to(dtype), options.aggregation)
     return (loss * weights).sum(), policy_stats(terms, keep.float(), weights)

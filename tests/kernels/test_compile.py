@@ -48,7 +48,8 @@ def loss(x: Tensor) -> tuple[Tensor, kernels.PolicyStats]:
 def fused(x: Tensor) -> tuple[Tensor, kernels.PolicyStats]:
     """Return the fused loss of one response."""
     data = IDS[None], SCORES[None], OLD[None, :, 0], ADVANTAGES[None, :, 0], torch.ones(1, ROWS)
-    return kernels.fused_policy_loss(x[None], x.tanh().repeat(10, 1), *data, temperature=0.7, entropy_coef=0.01)
+    soft = dict(objective="sapo", sapo_temperatures=(1.2, 0.9), entropy_coef=0.01)
+    return kernels.fused_policy_loss(x[None], x.tanh().repeat(10, 1), *data, temperature=0.7, **soft)
 
 
 CALLS = {

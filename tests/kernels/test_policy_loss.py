@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 from support import tolerances as tol
 from support.golden import policy_loss_options
 from support.kernels import NEEDS_TRITON, kernel, narrowed, precision, with_kernel
-from support.oracle_loss import PolicyLoss
 from support.oracle_loss import policy_loss as oracle_loss
+from support.policy_losses import assert_same, make_batch
 from torch import Tensor
 
 from latent_kernels import PolicyStats, policy_loss
@@ -22,38 +21,6 @@ from latent_kernels.reference.loss import policy_loss_ref
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 PUBLIC_AND_REFERENCE = with_kernel(policy_loss, policy_loss_ref)
 PUBLIC_AND_TRITON = with_kernel(policy_loss)
-
-
-def make_batch(rows: int = 10, steps: int = 9, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Return log-probs far enough apart that every branch of the loss is taken, ragged masks, one row fully masked."""
-    logprob = -2.0 * torch.rand(rows, steps, dtype=torch.float64)
-    lengths = torch.arange(rows).view(-1, 1) % (steps + 1)
-    advantages = 0.2 + torch.rand(rows, 1)
-    advantages[1::2] *= -1.0
-    return dict(
-        logprob=logprob.to(dtype),
-        old_logprob=(logprob + 1.2 * torch.randn(rows, steps)).to(dtype),
-        advantages=advantages.expand(rows, steps).to(dtype),
-        mask=torch.arange(steps) < lengths,
-        ref_logprob=(logprob + 0.8 * torch.randn(rows, steps)).to(dtype),
-    )
-
-
-def assert_same(
-    operator: Any, batch: dict[str, Tensor], options: dict[str, Any], *, rtol: float = 0.0
-) -> tuple[PolicyLoss, PolicyStats]:
-    """Loss, gradient and statistics of the operator are the oracle's. Return the oracle's result and the statistics."""
-    expected = oracle_loss(**narrowed(batch, torch.float64), **options)
-    rest = {name: value for name, value in batch.items() if name != "logprob"}
-    logprob = batch["logprob"].detach().requires_grad_()
-    loss, stats = operator(logprob, **rest, **options)
-    (gradient,) = torch.autograd.grad(loss, logprob)
-    exact = tol.EXACT[precision(operator)]
-    assert loss.item() == pytest.approx(expected.loss, abs=exact, rel=rtol)
-    torch.testing.assert_close(gradient.double(), expected.gradient, rtol=rtol, atol=exact)
-    for name, value in expected.stats.items():
-        assert getattr(stats, name).item() == pytest.approx(value, abs=tol.FLOAT32), name
-    return expected, stats
 
 
 @PUBLIC_AND_REFERENCE
@@ -170,7 +137,14 @@ def test_low_precision_is_computed_in_float32(operator, dtype, aggregation):
 @PUBLIC_AND_REFERENCE
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
-    "variant", [dict(), dict(ratio="sequence"), dict(objective="cispo", kl_estimator="k1")], ids=str
+    "variant",
+    [
+        dict(),
+        dict(ratio="sequence", kl_bias_correction=True),
+        dict(objective="cispo", kl_estimator="k1"),
+        dict(objective="vespo"),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_values_of_masked_steps_are_not_read(operator, junk, aggregation, variant):
@@ -305,7 +279,8 @@ def test_the_kernel_does_not_hide_nan():
     zero = torch.zeros(2, 2)
     broken = torch.tensor([[torch.nan, 0.0], [0.0, 0.0]], requires_grad=True)
     penalties = (dict(ref_logprob=zero, kl_coef=0.1, kl_estimator=kl) for kl in ("k1", "k2", "k3"))
-    for options in (dict(), dict(ratio="sequence"), dict(objective="cispo"), *penalties):
+    objectives = (dict(objective=name) for name in ("cispo", "sapo", "vespo"))
+    for options in (dict(), dict(ratio="sequence"), *objectives, *penalties):
         for advantage in (1.0, -1.0):
             loss, _ = kernel(policy_loss)(broken, zero, zero + advantage, torch.ones(2, 2), **options)
             assert torch.isnan(loss)
@@ -345,7 +320,11 @@ INVALID = {
     "dual-clip": (dict(dual_clip=1.0), ValueError, r"dual_clip must be in \(1, inf\], got 1.0"),
     "aggregation": (dict(aggregation="mean"), ValueError, "aggregation must be one of .* got 'mean'"),
     "ratio": (dict(ratio="response"), ValueError, "ratio must be one of 'token', 'sequence', got 'response'"),
-    "objective": (dict(objective="ppo"), ValueError, "objective must be one of 'clip', 'cispo', got 'ppo'"),
+    "objective": (dict(objective="ppo"), ValueError, "objective must be one of 'clip', .*'vespo', got 'ppo'"),
+    "sapo-pair": (dict(sapo_temperatures=1.0), ValueError, "sapo_temperatures must be a pair .* got 1.0"),
+    "sapo-zero": (dict(sapo_temperatures=(0.0, 1.0)), ValueError, "sapo_temperatures .* got 0.0"),
+    "vespo-lambda": (dict(vespo_lambda=(1.0, -1.0)), ValueError, "vespo_lambda .* got -1.0"),
+    "vespo-k": (dict(vespo_k=(-1.0, 1.0)), ValueError, "vespo_k .* got -1.0"),
     "kl-estimator": (dict(kl_estimator="k4"), ValueError, "kl_estimator must be one of .* got 'k4'"),
     "kl-coef": (dict(kl_coef=-1.0), ValueError, "kl_coef .* got -1.0"),
     "kl-without-ref": (dict(kl_coef=0.1), ValueError, "kl_coef is 0.1, but ref_logprob is None"),

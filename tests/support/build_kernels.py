@@ -290,26 +290,31 @@ def policy_loss_builds() -> Iterator[Build]:
     """Yield every combination of mask, reference and dual clip in float32; other dtypes, ratios, objectives and KLs."""
     default = LossOptions()
     modes = list(product((True, False), (True, False), (default, default._replace(dual_clip=None))))
-    others = product(("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"))
+    others = product(("token", "sequence"), ("clip", "cispo", "sapo", "vespo"), ("k1", "k2", "k3"))
     variants = [("fp32", *mode) for mode in modes] + [(dtype, *modes[0]) for dtype in ("bf16", "fp16")]
     variants += [
         ("fp32", True, True, default._replace(ratio=ratio, objective=objective, kl_estimator=kl))
         for ratio, objective, kl in others
         if (ratio, objective, kl) != ("token", "clip", "k3")
     ]
+    variants += [
+        ("fp32", True, True, default._replace(ratio=ratio, kl_bias_correction=True)) for ratio in ("token", "sequence")
+    ]
     zero = torch.zeros(1)
     for dtype, has_mask, has_ref, options in variants:
         of_response = zero if options.ratio == "sequence" else None
-        spec = LossSpec(zero, zero, zero if has_ref else None, zero, of_response, options)
+        spec = LossSpec(zero, zero, zero if has_ref else None, zero, of_response, of_response, options)
         chosen = policy_loss.constants(spec, has_mask=has_mask)
         pointers = ("logprob_ptr", "old_ptr", "advantages_ptr", "ref_ptr")
         types = {
             **dict.fromkeys(pointers, f"*{dtype}"),
             "mask_ptr": "*i8" if has_mask else f"*{dtype}",
-            **dict.fromkeys(("weights_ptr", "sequence_ptr", "gradient_ptr", "sums_ptr"), "*fp32"),
+            **dict.fromkeys(("weights_ptr", "sequence_ptr", "sequence_kl_ptr", "gradient_ptr", "sums_ptr"), "*fp32"),
             "N": "i32",
             "T": "i32",
-            **dict.fromkeys(("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef"), "fp32"),
+            **dict.fromkeys(
+                ("lowest_ratio", "highest_ratio", "dual_clip", "kl_coef", "positive_gate", "negative_gate"), "fp32"
+            ),
         }
         launch = {"num_warps": policy_loss.NUM_WARPS}
         name = f"policy_loss {dtype} mask={has_mask} ref={has_ref} {options}"

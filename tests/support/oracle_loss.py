@@ -84,6 +84,7 @@ class Sample(NamedTuple):
     advantage: float
     ref_logprob: float | None
     response_ratio: float | None  # of the whole response, where that is what is clipped
+    response_kl: float | None = None  # mean of the whole response, where its ratio weighs the KL
 
 
 def kl(sample: Sample, estimator: str) -> tuple[float, float]:
@@ -102,20 +103,43 @@ def kl(sample: Sample, estimator: str) -> tuple[float, float]:
     return min(value, KL_MAX), (1.0 - math.exp(gap)) * free * (value <= KL_MAX)
 
 
+def own_gap(sample: Sample) -> float:
+    """Return the clamped log-ratio of one step."""
+    return clamp(sample.logprob - sample.old_logprob, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+
+
+def own_ratio(sample: Sample) -> tuple[float, bool]:
+    """Return the ratio of one step, or of its response, and whether it moves with the log-prob."""
+    distance = sample.logprob - sample.old_logprob
+    free = abs(distance) <= LOG_RATIO_MAX  # beyond it the clamp makes the gradient of the ratio zero
+    if sample.response_ratio is not None:
+        return sample.response_ratio, free
+    return math.exp(own_gap(sample)), free
+
+
 def step_loss(
-    sample: Sample, *, clip_low: float, clip_high: float, dual_clip: float | None, objective: str
+    sample: Sample,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    objective: str,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
 ) -> tuple[float, float, bool, bool]:
     """Return the surrogate of one step, its gradient, and whether the clip and the dual clip hold it (Eq. 22-23).
 
     The ratio of a response takes the place of the step's own ratio but gives its gradient to the step's log-prob
-    (GSPO-token, arXiv 2507.18071, 4.3).
+    (GSPO-token, arXiv 2507.18071, 4.3). With "vespo" the advantage is that times the weight of the response.
     """
-    distance = sample.logprob - sample.old_logprob
-    free = abs(distance) <= LOG_RATIO_MAX  # beyond it the clamp makes the gradient of the ratio zero
-    ratio = math.exp(clamp(distance, -LOG_RATIO_MAX, LOG_RATIO_MAX))
-    if sample.response_ratio is not None:
-        ratio = sample.response_ratio
+    ratio, free = own_ratio(sample)
     advantage, held = sample.advantage, clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    if objective == "vespo":
+        return -advantage * sample.logprob, -advantage, False, False
+    if objective == "sapo":  # sigmoid(x) = (1 + tanh(x / 2)) / 2, whose derivative is 1 / (4 cosh(x / 2)^2)
+        t = sapo_temperatures[0] if advantage > 0 else sapo_temperatures[1]
+        half = t * (ratio - 1.0) / 2.0
+        slope = 0.0 if abs(half) > 300.0 else 1.0 / math.cosh(half) ** 2
+        return -advantage * 2.0 * (1.0 + math.tanh(half)) / t, -advantage * slope * ratio * free, False, False
     if objective == "cispo":
         return -advantage * held * sample.logprob, -advantage * held, held != ratio, False
     unclipped, clipped = -advantage * ratio, -advantage * held
@@ -128,15 +152,49 @@ def step_loss(
     return loss, gradient, clipped > unclipped, dual_clipped
 
 
-def response_ratios(logprob: list[list[float]], old: list[list[float]], mask: list[list[bool]]) -> list[float]:
-    """Return the ratio of every response: (pi(y) / pi_old(y))^(1/|y|) over its active steps."""
-    ratios = []
-    for row, old_row, active in zip(logprob, old, mask, strict=True):
-        gaps = [
-            clamp(x - y, -LOG_RATIO_MAX, LOG_RATIO_MAX) for x, y, on in zip(row, old_row, active, strict=True) if on
-        ]
-        ratios.append(math.exp(math.fsum(gaps) / max(len(gaps), 1)))
-    return ratios
+def penalty(sample: Sample, estimator: str, corrected: bool) -> tuple[float, float]:
+    """Return the KL term of one step, times the ratio if `corrected`, and its gradient in the log-prob."""
+    value, pull = kl(sample, estimator)
+    if not corrected:
+        return value, pull
+    ratio, free = own_ratio(sample)
+    return ratio * value, ratio * (pull + free * (value if sample.response_kl is None else sample.response_kl))
+
+
+def vespo_weight(gap: float, advantage: float, k: tuple[float, float], decay: tuple[float, float]) -> float:
+    """Return w^k exp(lambda (1 - w)) for a response whose log-ratios add up to `gap` (arXiv 2602.10693)."""
+    w = math.exp(clamp(gap, math.log(1e-8), LOG_RATIO_MAX))
+    i = 0 if advantage >= 0 else 1
+    return math.pow(w, k[i]) * math.exp(max(decay[i] * (1.0 - w), -700.0))
+
+
+def samples(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprob: Tensor | None,
+    ratio: str,
+    estimator: str,
+) -> list[list[Sample]]:
+    """Return what the loss of every step [R][T] depends on.
+
+    The ratio of a response is (pi(y) / pi_old(y))^(1/|y|) over its active steps, and its KL is the mean over them.
+    """
+    columns = (x.double().tolist() for x in (logprob, old_logprob, advantages))
+    reference = [[None] * mask.shape[1]] * len(mask) if ref_logprob is None else ref_logprob.tolist()
+    rows = []
+    for *values, active in zip(*columns, reference, mask.tolist(), strict=True):
+        row = [Sample(*step, None) for step in zip(*values, strict=True)]
+        used = [sample for sample, on in zip(row, active, strict=True) if on]
+        if ratio == "sequence":
+            whole = math.exp(math.fsum(map(own_gap, used)) / max(len(used), 1))
+            row = [sample._replace(response_ratio=whole) for sample in row]
+            if ref_logprob is not None:
+                mean = math.fsum(kl(sample, estimator)[0] for sample in used) / max(len(used), 1)
+                row = [sample._replace(response_kl=mean) for sample in row]
+        rows.append(row)
+    return rows
 
 
 def step_weights(mask: Tensor, aggregation: str) -> Tensor:
@@ -170,38 +228,43 @@ def policy_loss(
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    vespo_k: tuple[float, float] = (2.0, 3.0),
+    vespo_lambda: tuple[float, float] = (3.0, 2.0),
 ) -> PolicyLoss:
     """Return the clipped policy loss one step at a time, its gradient in the log-probs and its statistics (Eq. 22-23).
 
     Statistics are means over the active steps; the KL of `stats` is weighed as the loss is.
     """
     mask = mask.bool()
-    policy, old, gain = (x.double().tolist() for x in (logprob, old_logprob, advantages))
-    reference = None if ref_logprob is None else ref_logprob.tolist()
-    of_response = response_ratios(policy, old, mask.tolist()) if ratio == "sequence" else None
+    rows = samples(logprob, old_logprob, advantages, mask, ref_logprob, ratio, kl_estimator)
     weights, gradient = step_weights(mask, aggregation).tolist(), torch.zeros(mask.shape, dtype=torch.float64)
     means = ("clip_fraction", "dual_clip_fraction", "approx_kl", "abs_log_ratio")
     stats, total = dict.fromkeys((*means, "kl"), 0.0), 0.0
     active = mask.nonzero().tolist()
     for i, t in active:
-        sample = Sample(
-            policy[i][t],
-            old[i][t],
-            gain[i][t],
-            None if reference is None else reference[i][t],
-            None if of_response is None else of_response[i],
-        )
+        sample = rows[i][t]
+        if objective == "vespo":
+            whole = math.fsum(own_gap(rows[i][s]) for s in range(len(rows[i])) if mask[i, s])
+            phi = vespo_weight(whole, sample.advantage, vespo_k, vespo_lambda)
+            sample = sample._replace(advantage=sample.advantage * phi)
         loss, pull, clipped, dual_clipped = step_loss(
-            sample, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, objective=objective
+            sample,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            objective=objective,
+            sapo_temperatures=sapo_temperatures,
         )
         weight = weights[i][t]
-        if reference is not None:
-            penalty, penalty_pull = kl(sample, kl_estimator)
-            loss, pull = loss + kl_coef * penalty, pull + kl_coef * penalty_pull
-            stats["kl"] += weight * penalty
+        if sample.ref_logprob is not None:
+            term, term_pull = penalty(sample, kl_estimator, kl_bias_correction)
+            loss, pull = loss + kl_coef * term, pull + kl_coef * term_pull
+            stats["kl"] += weight * term
         total += weight * loss
         gradient[i, t] = weight * pull
-        gap = clamp(sample.logprob - sample.old_logprob, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+        gap = own_gap(sample)
         for name, term in zip(means, (clipped, dual_clipped, -gap, abs(gap)), strict=True):
             stats[name] += term / len(active)
     return PolicyLoss(total, gradient, stats)
@@ -233,7 +296,7 @@ def fused_policy_loss(
 ) -> FusedLoss:
     """Return the loss of a batch of responses and its gradients by the chain rule, over all logits of active steps.
 
-    An entropy bonus takes `entropy_coef` times the entropy of text steps, weighed as the loss is, off the loss.
+    An entropy bonus takes `entropy_coef` times the mean entropy of the text steps off the loss.
     `dtype` is that of the matrix products: in a coarse one, the result has the least error of a composition of PyTorch
     operations, which rounds logits and their gradient.
     """
@@ -256,10 +319,11 @@ def fused_policy_loss(
     dlogits = gradient[mask].unsqueeze(-1) * scored.gradient
     if entropy_coef:
         bonus = oracle.entropy(logits, ids, temperature)
-        weights = step_weights(mask, loss_options.get("aggregation", "token-mean"))[mask]
+        text = torch.tensor([oracle.is_text(row) for row in ids])
+        weights = text.double() / max(int(text.sum()), 1)
         loss -= entropy_coef * float(weights @ bonus.value)
         dlogits = dlogits - entropy_coef * weights.unsqueeze(-1) * bonus.gradient
-        stats["entropy"] = float(bonus.value[torch.tensor([oracle.is_text(row) for row in ids])].mean())
+        stats["entropy"] = float(bonus.value[text].mean())
     for_hidden = torch.zeros(batch["hidden"].shape, dtype=torch.float64)
     for_hidden[mask] = (dlogits.to(dtype) @ head).double()
     return FusedLoss(loss, for_hidden, (dlogits.to(dtype).T @ hidden).double(), stats)
@@ -272,6 +336,7 @@ def component_loss(
     aggregation: str = "token-mean",
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
     entropy_coef: float = 0.0,
     **clips: Any,
 ) -> FusedLoss:
@@ -290,18 +355,20 @@ def component_loss(
             logprob = float(oracle.log_softmax(row)[place])
             sample = Sample(logprob, old, float(batch["advantages"][i, t]), reference, None)
             value, pull, clipped, dual_clipped = step_loss(sample, **clips)
-            penalty, penalty_pull = kl(sample, kl_estimator)
+            term, term_pull = penalty(sample, kl_estimator, kl_bias_correction)
             weight, gap = float(weights[i, t]), clamp(logprob - old, -LOG_RATIO_MAX, LOG_RATIO_MAX)
-            loss += weight * (value + kl_coef * penalty)
+            loss += weight * (value + kl_coef * term)
             gradient = -torch.from_numpy(oracle.softmax(row))
             gradient[place] += 1.0
-            dlogits[i, t] += weight * (pull + kl_coef * penalty_pull) / (temperature if text else 1.0) * gradient
-            for name, term in zip(STATS, (clipped, dual_clipped, -gap, abs(gap), weight * penalty), strict=True):
-                stats[name] += term
+            dlogits[i, t] += weight * (pull + kl_coef * term_pull) / (temperature if text else 1.0) * gradient
+            for name, value in zip(STATS, (clipped, dual_clipped, -gap, abs(gap), weight * term), strict=True):
+                stats[name] += value
             count += 1
     bonus = oracle.entropy(logits.flatten(0, 1), batch["ids"].flatten(0, 1), temperature)
-    loss -= entropy_coef * float(weights.flatten() @ bonus.value)
-    dlogits -= entropy_coef * (weights.flatten().unsqueeze(-1) * bonus.gradient).view_as(dlogits)
+    text = batch["mask"].bool().flatten() & torch.tensor([oracle.is_text(row) for row in batch["ids"].flatten(0, 1)])
+    share = text.double() / max(int(text.sum()), 1)
+    loss -= entropy_coef * float(share @ bonus.value)
+    dlogits -= entropy_coef * (share.unsqueeze(-1) * bonus.gradient).view_as(dlogits)
     means = {name: value if name == "kl" else value / count for name, value in stats.items()}
     head, states = batch["lm_head"].detach().double(), batch["hidden"].detach().double()
     return FusedLoss(loss, dlogits @ head, dlogits.flatten(0, 1).T @ states.flatten(0, 1), means)

@@ -19,7 +19,7 @@ FOUR_MICRO_BATCHES = dict(per_device_train_batch_size=4, gradient_accumulation_s
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, warm, tmp_path):
-    for loss_type in ("dapo", "grpo", "dr_grpo", "gspo", "cispo"):
+    for loss_type in ("dapo", "grpo", "dr_grpo", "gspo", "cispo", "sapo", "luspo", "vespo"):
         results = []
         for split in ({}, FOUR_MICRO_BATCHES):
             options = dict(loss_type=loss_type, first_token="all", invalid="keep", **split)
@@ -45,18 +45,28 @@ def textbook_loss(
     if loss_type == "gspo":
         sequence = (((logprob - old) * mask).sum(-1) / lengths).exp()
         return torch.maximum(-advantages[:, 1] * sequence, -advantages[:, 1] * sequence.clamp(0.8, 1.3)).mean()
+    if loss_type == "sapo":
+        steep = torch.where(advantages > 0, 1.0, 1.05)
+        soft = -advantages * (steep * (ratio - 1)).sigmoid() * 4 / steep
+        return ((soft * mask).sum(-1) / lengths).mean()
+    if loss_type == "vespo":
+        whole = ((logprob - old) * mask).sum(-1, keepdim=True).exp().detach()
+        weight = torch.where(advantages >= 0, whole**2 * (3 - 3 * whole).exp(), whole**3 * (2 - 2 * whole).exp())
+        return -(weight * advantages * logprob * mask).sum() / mask.sum()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.3)) * mask
     if loss_type == "cispo":
         loss = -ratio.detach().clamp(max=1.3) * advantages * logprob * mask
     if loss_type == "bnpo":
         chunks = zip(loss.split(size), mask.split(size), strict=True)
         return sum(chunk.sum() / active.sum() for chunk, active in chunks) / (len(loss) // size)
+    if loss_type == "luspo":
+        return loss.sum(-1).mean()
     if loss_type == "grpo":
         return (loss.sum(-1) / lengths).mean()
     return loss.sum() / len(loss) / limit if loss_type == "dr_grpo" else loss.sum() / mask.sum()
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo"])
 def test_every_loss_type_is_the_textbook_formula(tokenizer, warm, tmp_path, loss_type):
     options = dict(loss_type=loss_type, first_token="all", invalid="keep", delta=None, margin_gradient="none")
     options["epsilon_high"] = 1.3 if loss_type == "cispo" else 0.3
@@ -70,7 +80,7 @@ def test_every_loss_type_is_the_textbook_formula(tokenizer, warm, tmp_path, loss
     loss = textbook_loss(loss_type, logprob, batch.old_logprob, batch.advantages, batch.rollout.mask, 4, 8)
     loss.backward()
     assert batch.rollout.mask.sum(-1).unique().numel() > 1  # or several of the means would be the same
-    assert 0.1 < stats["clip_fraction"] < 1
+    assert (0.1 < stats["clip_fraction"] < 1) == (loss_type not in ("sapo", "vespo"))
     assert stats["loss"] == pytest.approx(loss.item(), abs=tol.FLOAT32)
     assert_same_gradients(actual, gradients(trainer.model))
 
@@ -82,7 +92,13 @@ def test_every_loss_type_is_the_textbook_formula(tokenizer, warm, tmp_path, loss
         (dict(epsilon=0.1, epsilon_high=0.28, delta=4.0), dict(clip_low=0.1, clip_high=0.28, dual_clip=4.0)),
         (dict(loss_type="gspo"), dict(ratio="sequence", aggregation="seq-mean-token-mean")),
         (dict(importance_sampling_level="sequence"), dict(ratio="sequence", aggregation="token-mean")),
-        (dict(loss_type="cispo"), dict(objective="cispo", clip_low=1.0, clip_high=4.0)),
+        (dict(epsilon=0.3, delta=1.1), dict(clip_high=pytest.approx(0.1), dual_clip=1.3)),
+        (dict(delta=None), dict(clip_high=0.2, dual_clip=None)),
+        (dict(loss_type="cispo"), dict(objective="cispo", clip_low=1.0, clip_high=-0.8)),
+        (dict(loss_type="sapo", sapo_temperature_pos=2.0), dict(objective="sapo", sapo_temperatures=(2.0, 1.05))),
+        (dict(loss_type="vespo", vespo_k_neg=2.5), dict(vespo_k=(2.0, 2.5), vespo_lambda=(3.0, 2.0))),
+        (dict(loss_type="luspo"), dict(objective="clip", aggregation="seq-mean-token-sum")),
+        (dict(use_bias_correction_kl=False), dict(kl_bias_correction=False)),
         (dict(loss_type="cispo", epsilon_high=2.5), dict(objective="cispo", clip_low=1.0, clip_high=1.5)),
         (dict(method="soft_grpo", noise="two_sided"), dict(method="soft_grpo", ratio="token")),
         (dict(COMPONENT, beta=0.1), dict(method="multiplex", ratio="component", kl_coef=0.1)),
@@ -106,10 +122,11 @@ def test_options_of_the_loss_reach_the_operator(tokenizer, warm, tmp_path, monke
     assert {name: calls[0][name] for name in expected} == expected
 
 
-def test_the_entropy_bonus_is_a_mean_over_text_tokens_as_the_loss_is(tokenizer, warm, tmp_path):
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "luspo"])
+def test_the_entropy_bonus_is_a_mean_over_text_tokens_whatever_the_loss(tokenizer, warm, tmp_path, loss_type):
     by_coef = {}
     for coef in (0.0, 0.1):
-        trainer = grpo(tmp_path, tokenizer, even, warm, entropy_coef=coef, **FOUR_MICRO_BATCHES)
+        trainer = grpo(tmp_path, tokenizer, even, warm, loss_type=loss_type, entropy_coef=coef, **FOUR_MICRO_BATCHES)
         batch, _ = trainer.collect()
         trainer.accumulate(batch, ALL_ROWS)
         by_coef[coef] = gradients(trainer.model)
@@ -117,13 +134,28 @@ def test_the_entropy_bonus_is_a_mean_over_text_tokens_as_the_loss_is(tokenizer, 
     rollout = batch.rollout
     logits = replay(trainer.model, rollout) @ trainer.model.get_output_embeddings().weight.T
     log_p = (logits / trainer.args.temperature).log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)[rollout.mask & ~rollout.is_latent].sum() / rollout.mask.sum()
-    (-0.1 * entropy).backward()
+    text = rollout.mask & ~rollout.is_latent
+    entropies = torch.where(text, -(log_p.exp() * log_p).sum(-1), 0.0)
+    (-0.1 * sum(entropies[rows].sum() / text[rows].sum() for rows in ALL_ROWS.split(4)) / 4).backward()
     expected = gradients(trainer.model)
     assert expected.abs().max() > 0
     scale = float(by_coef[0.1].abs().max())  # of the gradients whose difference is taken
     torch.testing.assert_close(by_coef[0.1] - by_coef[0.0], expected, rtol=1e-3, atol=1e-5 * scale)
     assert trainer.update(batch)["entropy"] > 0
+
+
+@pytest.mark.parametrize(("loss_type", "share"), [("dapo", 1.0), ("bnpo", 1.0), ("grpo", 0.5)])
+def test_masked_truncated_responses_are_in_no_sum_and_in_no_denominator(tokenizer, warm, tmp_path, loss_type, share):
+    """Of 16 responses 8 are cut off. A mean over tokens is that of the others, one over responses is half of theirs."""
+    options = dict(loss_type=loss_type, invalid="keep", beta=0.1, mask_truncated_completions=True)
+    trainer = grpo(tmp_path, tokenizer, even, warm, **options)
+    batch, _ = trainer.collect()
+    batch.rollout.finished[:] = ALL_ROWS >= 8
+    trainer.accumulate(batch, ALL_ROWS)
+    masked = gradients(trainer.model)
+    trainer.model.zero_grad()
+    trainer.accumulate(batch, ALL_ROWS[8:])
+    assert_same_gradients(masked, share * gradients(trainer.model))
 
 
 def test_the_losses_on_latent_and_on_text_steps_add_up_to_the_loss_on_all(tokenizer, warm, tmp_path):
