@@ -133,6 +133,8 @@ def _prove(model: Any) -> Parts:
     try:
         parts = _measure(model, ids)
         _check_log_probs(model, ids, parts)
+        if parts.logit_scale * parts.hidden_scale <= 0 or (parts.softcap or 1.0) <= 0:
+            raise ModelError(f"the scale of its logits or their soft cap is not positive ({parts})")
         _check_rows(model, ids, parts)
     except ModelError as error:
         raise ModelError(f"{name} cannot be used: {error}") from error
@@ -172,10 +174,6 @@ def _measure(model: Any, ids: Tensor) -> Parts:
     tiny, one, huge = low[0].tolist()
     softcap = huge if abs(huge) < HUGE / 2**60 else None
     logit_scale = one if softcap is None else _tidy(tiny / TINY, 1e-6)
-    if logit_scale * hidden_scale <= 0 or (softcap is not None and softcap <= 0):
-        raise ModelError(
-            f"its logits are scaled by {logit_scale * hidden_scale:g} and capped at {softcap}: not positive"
-        )
     return Parts(scale, hidden_scale, logit_scale, softcap)
 
 
