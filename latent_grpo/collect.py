@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
@@ -23,6 +24,7 @@ from latent_grpo.prompts import PromptFormat, encode_prompts
 from latent_grpo.rewards.columns import reward_columns
 from latent_grpo.rewards.scoring import reward_names, score
 from latent_grpo.rollout.generate import generate_latent
+from latent_grpo.rollout.response_text import response_texts
 from latent_grpo.rollout.samples import Samples, concatenate_samples
 from latent_grpo.rollout.slot_cache import rows_within
 from latent_grpo.rollout.trajectory import Rollout, concatenate, latent_share, mixture_entropy, visible_text
@@ -34,7 +36,7 @@ class Groups:
     """R responses, group after group, with their rewards and texts."""
 
     rollout: Rollout
-    rewards: Tensor  # [R] float32
+    rewards: Tensor  # [R] float32; NaN without one
     samples: Samples
 
     def select(self, rows: Tensor) -> Groups:
@@ -67,6 +69,7 @@ class Collector:
     Attributes:
         prompts_per_batch: prompts of one rollout, P. Each has `args.num_generations` responses.
         prompts_seen, generations: prompts and rollouts sampled so far. A checkpoint keeps both.
+        state: the progress of the run, which reward functions get as `trainer_state`. The trainer keeps it up to date.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Collector:
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
         self.prompts_seen = self.generations = 0
         self.columns = reward_columns(rows)  # of the data
+        self.state = TrainerState()
 
     def collect(self, model: Any, step: int) -> tuple[Groups, dict[str, float]]:
         """Return the groups for update number `step`, and the metrics of their rollouts.
@@ -93,11 +97,13 @@ class Collector:
         args, started = self.args, time.perf_counter()
         kept: list[Groups] = []
         all_rewards: list[Tensor] = []
+        all_samples: list[Samples] = []
         kept_count = 0
         # Dynamic sampling: new prompts replace the groups that agree, from which nothing can be learnt.
         for _ in range(args.max_generation_batches):
             groups = self.sample(model)
             all_rewards.append(groups.rewards)
+            all_samples.append(groups.samples)
             keep = self.groups_to_keep(groups.rewards, self.prompts_per_batch - kept_count)
             kept_count += int(keep.sum())
             if keep.any():
@@ -113,12 +119,15 @@ class Collector:
                     stacklevel=2,
                 )
         batch = concatenate_groups(kept or [groups])
+        everything = concatenate_samples(all_samples)
+        batch.samples.metrics = everything.metrics
         seconds = time.perf_counter() - started
         # The metrics are of all responses. The filter would hide prompts that are always or never solved.
         by_group = torch.cat(all_rewards).view(-1, args.num_generations)
         values = {
-            "reward": float(by_group.mean()),
-            "reward_std": float(by_group.std(-1).mean()),
+            "reward": float(by_group.nanmean()),
+            "reward_std": float(_group_std(by_group).nanmean()),
+            **function_metrics(everything.rewards),
             "groups_kept": kept_count / len(by_group),
             **rollout_metrics(batch.rollout),
             "time_rollout": seconds,
@@ -129,10 +138,12 @@ class Collector:
     def groups_to_keep(self, rewards: Tensor, limit: int) -> Tensor:
         """Return which groups of rewards [R] to keep, one bool per group: the first `limit` groups that disagree.
 
-        A group of equal rewards has no advantages. Without `group_filter`, every group counts as one that disagrees.
+        A group of equal rewards has no advantages; a response without a reward takes no part. Without `group_filter`,
+        every group counts as one that disagrees.
         """
         groups = rewards.view(-1, self.args.num_generations)
-        keep = (groups != groups[:, :1]).any(-1) | (not self.args.group_filter)
+        lowest, highest = groups.nan_to_num(torch.inf).amin(-1), groups.nan_to_num(-torch.inf).amax(-1)
+        keep = (lowest < highest) | (not self.args.group_filter)
         return keep & (keep.cumsum(0) <= limit)
 
     def sample(self, model: Any) -> Groups:
@@ -182,24 +193,29 @@ class Collector:
         """Return the rewards [R] float32 and the texts of responses. rows [R]: the data row of each response.
 
         Reward functions get what TRL gives them: prompts, completions (messages if the prompt is a list of messages),
-        `completion_ids`, and every other column of the data, with None where a row lacks it. `soft_overlong` also needs
-        two options.
+        `completion_ids`, `trainer_state`, and every other column of the data, with None where a row lacks it. Besides,
+        they get `visible_text`, and two options that `soft_overlong` needs.
         """
         args = self.args
         texts = visible_text(self.tokenizer, rollout, self.prompt_format.end_marker)
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.columns}
+        columns |= {"trainer_state": self.state, "visible_text": texts}
         columns["completion_ids"] = [
             token[mask].tolist() for token, mask in zip(rollout.token, rollout.mask, strict=True)
         ]
         columns |= {name: getattr(args, name) for name in ("max_completion_length", "soft_punish_cache")}
+        given = texts
+        if args.reward_completions == "response":
+            given = response_texts(self.tokenizer, rollout, self.prompt_format, texts, args.latent)
         completions: list[Any] = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for text, row in zip(texts, rows, strict=True)
+            for text, row in zip(given, rows, strict=True)
         ]
         prompts = [row["prompt"] for row in rows]
         scores = score(self.reward_funcs, args.reward_weights, prompts, completions, columns)
         by_function = dict(zip(reward_names(self.reward_funcs), scores.per_function, strict=True))
-        samples = Samples(prompts, texts, [row.get("answer") for row in rows], by_function)
+        answers = [row.get("answer") for row in rows]
+        samples = Samples(prompts, texts, answers, by_function, scores.extra, scores.metrics)
         return torch.tensor(scores.total, dtype=torch.float32, device=rollout.token.device), samples
 
     def next_prompts(self) -> list[int]:
@@ -214,6 +230,28 @@ class Collector:
             indices.append(order[offset])
         self.prompts_seen += self.prompts_per_batch
         return indices
+
+
+def function_metrics(rewards: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+    """Return mean and standard deviation of each function's rewards, without its weight, where it applies.
+
+    A function that applies nowhere has none. The deviation has Bessel's correction.
+    """
+    values: dict[str, float] = {}
+    for name, given in rewards.items():
+        applied = torch.tensor([reward for reward in given if reward is not None], dtype=torch.float64)
+        if len(applied):
+            values[f"rewards/{name}/mean"] = float(applied.mean())
+            values[f"rewards/{name}/std"] = float(applied.std()) if len(applied) > 1 else 0.0
+    return values
+
+
+def _group_std(rewards: Tensor) -> Tensor:
+    """Return the standard deviation of each group of rewards [P, G] with Bessel's correction, without NaN rewards."""
+    scored = ~rewards.isnan()
+    centred = torch.where(scored, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
+    count = scored.sum(-1)
+    return torch.where(count > 1, (centred.square().sum(-1) / (count - 1).clamp_min(1)).sqrt(), torch.nan)
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

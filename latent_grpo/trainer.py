@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from latent_grpo.collect import Collector
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
@@ -39,8 +39,8 @@ from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, rows_of_groups, share_of_rank
 from latent_grpo.prompts import resolve_format, without_long_prompts
-from latent_grpo.rewards.functions import RewardFunc
-from latent_grpo.rewards.scoring import resolve_reward
+from latent_grpo.rewards.resolve import RewardFuncs, resolve_rewards
+from latent_grpo.rewards.scoring import metric_means
 from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.checkpoint import Checkpoints
@@ -64,8 +64,6 @@ from latent_grpo.watching.metrics import Metrics, progress_bar
 from latent_grpo.watching.response_log import print_completions, write_completions
 from latent_kernels import PolicyStats
 
-RewardFuncs = str | RewardFunc | Sequence[str | RewardFunc]
-
 
 @dataclass
 class Batch:
@@ -73,7 +71,7 @@ class Batch:
 
     rollout: Rollout
     group: Tensor  # [R] int64, the group of each response
-    rewards: Tensor  # [R] float32
+    rewards: Tensor  # [R] float32; NaN for a response that no reward function applies to
     old_logprob: Tensor  # [R, T] or, of components, [R, T, K] float32, under the policy before the update
     ref_logprob: Tensor | None  # the same under the reference model; None without a KL penalty
     advantages: Tensor  # [R, T] float32
@@ -87,13 +85,15 @@ class LatentGRPOTrainer:
 
     Args:
         model: a Hugging Face causal LM, or its folder or Hub name. A given model is trained in place.
-        reward_funcs: one or several reward functions with TRL's signature, or their names (see `resolve_reward`).
-            Default: `args.reward_funcs`.
+        reward_funcs: one or several reward functions with TRL's signature, reward models, or their names (see
+            `resolve_reward`). Default: `args.reward_funcs`.
         args: the options. Default: `LatentGRPOConfig()`.
         train_dataset: rows (dicts, or a `datasets.Dataset`) with the column `prompt`. The reward functions get the
             other columns.
         eval_dataset: rows with `prompt` and `answer`. Needed if `args.eval_steps` is set.
         processing_class: the tokenizer. Default: the tokenizer in the model's folder.
+        reward_processing_classes: the tokenizer of a reward model, or a list with an entry for each of `reward_funcs`,
+            None for a function. Default: the tokenizer beside the reward model.
 
     Attributes:
         model: the trained model, sharded if there are several processes.
@@ -113,6 +113,7 @@ class LatentGRPOTrainer:
         train_dataset: Sequence[Any] | None = None,
         eval_dataset: Sequence[Any] | None = None,
         processing_class: Any = None,
+        reward_processing_classes: Any = None,
     ) -> None:
         self.args = args = args or LatentGRPOConfig()
         self.output_dir = Path(args.output_dir)
@@ -123,7 +124,8 @@ class LatentGRPOTrainer:
         self.tokenizer = processing_class or load_tokenizer(source)
         self.model = load_model(model, args.dtype, args.device) if isinstance(model, str) else model
         self.device = self.model.device
-        self.reward_funcs = _resolve_rewards(args, reward_funcs)
+        chosen = args.reward_funcs if reward_funcs is None else reward_funcs
+        self.reward_funcs = resolve_rewards(chosen, args.reward_weights, reward_processing_classes, self.device)
         require(not args.eval_steps or bool(eval_dataset), "eval_steps", args.eval_steps, "it needs an eval_dataset")
         if not train_dataset:
             raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
@@ -208,6 +210,8 @@ class LatentGRPOTrainer:
                 probe = start_probe(self.full_model, batch.rollout, args, self.step + 1)
                 values |= self.update(batch)
                 values |= probe()
+                assert batch.samples is not None
+                values |= metric_means(batch.samples.metrics, values)
                 self.step += 1
                 if args.eval_steps and self.step % args.eval_steps == 0:
                     values |= self.evaluate()
@@ -222,11 +226,19 @@ class LatentGRPOTrainer:
 
     def collect(self) -> tuple[Batch, dict[str, float]]:
         """Return a batch to learn from, and the metrics of its rollout."""
+        self.collector.state = self.state()
         groups, values = self.collector.collect(self.full_model, self.step + 1)
         started = time.perf_counter()
         batch, gap = self.prepare(groups.rollout, groups.rewards)
         batch.samples = groups.samples
         return batch, {**values, **gap, "time_old_logprob": time.perf_counter() - started}
+
+    def state(self) -> TrainerState:
+        """Return the progress of the run, as reward functions get it: finished steps, their number, epoch, metrics."""
+        state = TrainerState(global_step=self.step, max_steps=self.total_steps)
+        state.epoch = self.collector.prompts_seen / len(self.rows)
+        state.log_history = list(self.metrics.history) if hasattr(self, "metrics") else []
+        return state
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout, rewards: Tensor) -> tuple[Batch, dict[str, float]]:
@@ -378,17 +390,3 @@ class LatentGRPOTrainer:
         self.step, position, history = self.checkpoints.resume(choice)
         self.collector.prompts_seen, self.collector.generations = position["prompts_seen"], position["generations"]
         return history
-
-
-def _resolve_rewards(args: LatentGRPOConfig, given: RewardFuncs | None) -> list[RewardFunc]:
-    """Return the reward functions, given or named by the options; ConfigError if one or its weight is missing."""
-    functions = given if given is not None else args.reward_funcs
-    chosen = [functions] if isinstance(functions, str) or callable(functions) else list(functions)
-    try:
-        resolved = [resolve_reward(function) for function in chosen]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    weights, count = args.reward_weights, len(resolved)
-    fits = weights is None or len(weights) == count
-    require(fits, "reward_weights", weights, f"give one for each of the {count} rewards")
-    return resolved

@@ -17,9 +17,16 @@ class RewardOptions:
     """What a response is worth."""
 
     reward_funcs: list[str] = option(
-        ["accuracy"], "Rewards: accuracy, exact_match, soft_overlong (DAPO), module:function, file.py:function."
+        ["accuracy"],
+        "Rewards: accuracy, exact_match, soft_overlong (DAPO), module:function, file.py:function, or the folder "
+        "or Hub name of a reward model.",
     )
     reward_weights: list[float] | None = option(None, "Weights of the rewards. Default: 1 each.")
+    reward_completions: Literal["response", "visible"] = option(
+        "response",
+        "What rewards get as completions: the whole response as in TRL, each latent step written as its most probable "
+        "token, or only the visible text. They always get the latter as visible_text, too.",
+    )
     soft_punish_cache: int | None = option(
         None,
         "Last steps before the limit, over which soft_overlong falls from 0 to -1. Default: a fifth of the limit.",

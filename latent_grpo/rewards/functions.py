@@ -1,7 +1,9 @@
 """Reward functions for verifiable answers.
 
 A reward function has TRL's signature, ``f(prompts, completions, **columns) -> list[float | None]``, and is called by
-keyword. A completion is a string, or in conversational form ``[{"role": "assistant", "content": str}]``.
+keyword. A completion is a string, or in conversational form ``[{"role": "assistant", "content": str}]``. The trainer
+gives the whole response as completion, and as ``visible_text`` what follows the latent run, where answers are looked
+for.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from latent_grpo.rewards.answers import Completion, completion_text, is_correct,
 RewardFunc = Callable[..., Sequence[float | None]]
 
 
-def accuracy_reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float]:
+def accuracy_reward(
+    completions: Sequence[Completion], answer: Sequence[Any], visible_text: Sequence[str] | None = None, **kwargs: Any
+) -> list[float]:
     """Return 1.0 for each completion whose answer equals the reference, else 0.0.
 
     The rules of reading and comparing answers are in `rewards/answers.py`.
@@ -22,24 +26,27 @@ def accuracy_reward(completions: Sequence[Completion], answer: Sequence[Any], **
     Args:
         completions: N completions, as strings or in conversational form.
         answer: N references, as strings or numbers.
+        visible_text: N texts, in which the answer is looked for. Default: the completions.
         kwargs: the other columns, which are not used.
 
     Raises:
         ValueError: a reference is empty, or the number of references is not the number of completions.
     """
-    pairs = zip(completions, answer, strict=True)
+    pairs = zip(completions if visible_text is None else visible_text, answer, strict=True)
     return [
         float(is_correct(completion_text(completion), reference_text(reference))) for completion, reference in pairs
     ]
 
 
-def exact_match_reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float]:
+def exact_match_reward(
+    completions: Sequence[Completion], answer: Sequence[Any], visible_text: Sequence[str] | None = None, **kwargs: Any
+) -> list[float]:
     """Return 1.0 for each completion whose whole visible text equals the reference, both stripped, else 0.0.
 
     The arguments and errors are those of ``accuracy_reward``. The visible text is what follows the last ``</think>``,
     or the whole completion without one.
     """
-    pairs = zip(completions, answer, strict=True)
+    pairs = zip(completions if visible_text is None else visible_text, answer, strict=True)
     return [float(completion_text(completion) == reference_text(reference)) for completion, reference in pairs]
 
 

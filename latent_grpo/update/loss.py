@@ -154,7 +154,11 @@ def step_logprob(logprob: Tensor) -> Tensor:
 def policy_advantages(
     args: LatentGRPOConfig, rollout: Rollout, rewards: Tensor, group: Tensor, old_logprob: Tensor
 ) -> Tensor:
-    """Return the advantage of every response step [R, T] from rewards [R], groups [R], old log-probs [R, T]."""
+    """Return the advantage of every response step [R, T] from rewards [R], groups [R], old log-probs [R, T].
+
+    A response whose reward is NaN has none: it gets no advantage, and no part in those of its group.
+    """
+    rewards, group, compared = without_unscored(rewards, group)
     result = group_advantages(
         rewards,
         group,
@@ -168,13 +172,26 @@ def policy_advantages(
     )
     advantages = step_advantages(result.advantages, result.first_step, old_logprob.shape[1])
     if args.scale_rewards == "batch":
-        counted = rollout.finished if args.invalid == "exclude" else torch.ones_like(rollout.finished)
+        counted = compared & (rollout.finished | (args.invalid != "exclude"))
         advantages = advantages / batch_std(rewards, counted)
     if args.importance_sampling_cap is not None:
         # Truncated importance sampling: the sampler's log-probs are not exactly those of the trainer.
         weights = (old_logprob - rollout.logprob).exp().clamp_max(args.importance_sampling_cap)
         advantages = advantages * torch.where(rollout.mask, weights, 1.0)
     return advantages
+
+
+def without_unscored(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rewards [R], groups [R] and which responses are compared [R] bool, for rewards that may be NaN.
+
+    A response without a reward becomes a group of its own, of reward 0, which has no advantage. So does a response that
+    is the only one of its group with a reward, because there is nothing to compare it with.
+    """
+    scored = ~rewards.isnan()
+    same = group.unsqueeze(0) == group.unsqueeze(1)
+    compared = scored & (((same & scored).sum(-1) > 1) | (same & ~scored).sum(-1).eq(0))
+    own = len(rewards) + torch.arange(len(rewards), device=group.device)
+    return torch.where(compared, rewards, 0.0), torch.where(compared, group, group.max() + 1 + own), compared
 
 
 def step_advantages(advantages: Tensor, first_step: Tensor, steps: int) -> Tensor:

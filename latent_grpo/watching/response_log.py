@@ -3,7 +3,8 @@
 `output_dir/completions/completions_00012.parquet` holds the responses that step 12 trained on, one row per response.
 Columns: step, prompt, answer (the true one), completion (the visible text), reward, `reward/NAME` of every reward
 function, advantage (at the last step of the response), advantage_first_step, finished, response_length, latent_share
-(of latent steps among all steps of the responses to the prompt), latent_steps.
+(of latent steps among all steps of the responses to the prompt), latent_steps, and the columns that reward functions
+add with `log_extra`.
 `latent_steps` holds, for each latent step, the TOP heaviest tokens with their weights in the mixture.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latent_grpo.errors import ConfigError
+from latent_grpo.errors import ConfigError, RewardError
 from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout, latent_share
 from latent_grpo.saving.atomic_files import replaced_whole
@@ -48,10 +49,24 @@ def write_completions(
         "latent_share": latent_share(rollout)[rollout.prompt_index].tolist(),
         "latent_steps": latent_steps_array(tokenizer, rollout),
     }
+    for name, values in samples.extra.items():
+        if name in columns:
+            raise RewardError(f"log_extra({name!r}, ...) has the name of a column of the log; choose another name")
+        columns[name] = arrow_array(values)
     path = file_of(output_dir, step)
     with replaced_whole(path) as partial:
         parquet.write_table(pyarrow.table(columns), partial, compression="zstd")
     return path
+
+
+def arrow_array(values: list[Any]) -> Any:
+    """Return values of any kind as an Arrow array: of their own type if they share one, else of their texts."""
+    import pyarrow
+
+    try:
+        return pyarrow.array(values)
+    except pyarrow.ArrowException:
+        return pyarrow.array([None if value is None else str(value) for value in values], pyarrow.string())
 
 
 def print_completions(

@@ -12,7 +12,8 @@ import torch
 
 from latent_grpo.errors import RewardError
 from latent_grpo.rewards.functions import accuracy_reward, exact_match_reward
-from latent_grpo.rewards.scoring import resolve_reward, score
+from latent_grpo.rewards.resolve import resolve_reward
+from latent_grpo.rewards.scoring import score
 
 
 def test_resolve_reward(tmp_path: Path) -> None:
@@ -65,9 +66,10 @@ def test_score_weighs_the_functions() -> None:
 
     columns = {"answer": ["4", "5"], "completion_ids": [[1], [2, 3]]}
     scores = score([accuracy_reward, length, as_tensor], [1.0, 0.25, -1.0], ["a", "b"], ["4", "5"], columns)
-    assert scores.per_function == [[1.0, 1.0], [0.0, 2.0], [1.0, 0.0]]
+    assert scores.per_function == [[1.0, 1.0], [None, 2.0], [1.0, 0.0]]
     assert scores.total == [0.0, 1.5]
-    assert score([length], None, ["a", "b"], ["4", "5"], columns).total == [0.0, 2.0]
+    with pytest.warns(UserWarning, match="1 of 2 completions"):
+        assert score([length], None, ["a", "b"], ["4", "5"], columns).total[1] == 2.0
     assert score([], None, [], [], {}).total == []
 
 
@@ -79,7 +81,7 @@ def raises_on_bad(completions: list[str], tag: list[int], **columns: Any) -> lis
 
 FAILING: dict[str, tuple[Any, int, list[str]]] = {
     "raises": (raises_on_bad, 2, ["'raises_on_bad'", "KeyError", "inner"]),
-    "partial raises": (partial(raises_on_bad), 2, ["'partial'", "KeyError"]),
+    "partial raises": (partial(raises_on_bad), 2, ["'raises_on_bad'", "KeyError"]),
     "nan": (lambda **columns: [0.0, float("nan"), 0.0], 1, ["nan", "not a finite number"]),
     "infinite": (lambda **columns: [0.0, 0.0, float("inf")], 2, ["inf", "not a finite number"]),
     "not a number": (lambda **columns: [0.0, "1", 0.0], 1, ["'1'", "not a finite number"]),
