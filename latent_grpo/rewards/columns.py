@@ -12,6 +12,7 @@ LEFT_OUT = ("prompt", "completion", "completion_ids")
 ARGUMENTS = (
     "prompts",
     "completions",
+    "visible_text",
     "trainer_state",
     "log_extra",
     "log_metric",

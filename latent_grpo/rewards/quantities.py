@@ -15,6 +15,8 @@ from typing import NamedTuple
 _RELATIVE_TOLERANCE = Fraction(1, 10**6)
 _ABSOLUTE_TOLERANCE = Fraction(1, 10**3)
 
+_CHARACTERS = 500  # of the longest quantity that is read; Python refuses integers of some thousand digits
+
 # `DECIMAL` accepts a comma only between groups of three digits.
 DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 _POWER_OF_TEN = r"10\^(?:\{\s*(?:[-+]?\d{1,3})\s*\}|[-+]?\d{1,3})"
@@ -149,7 +151,7 @@ def _close(value: Fraction, expected: Fraction) -> bool:
 @lru_cache(maxsize=8192)
 def read_quantity(text: str) -> Quantity | None:
     """Return the quantity that a text is, or None if it is none. The text is as `notation.tidy` and `bare` leave it."""
-    match = _QUANTITY.fullmatch(text)
+    match = _QUANTITY.fullmatch(text) if len(text) <= _CHARACTERS else None
     if match is None or (match["sign"] and match["sign_after"]):
         return None
     value = number_value(match["number"])

@@ -38,3 +38,10 @@ def test_the_forms_that_were_reported() -> None:
 def test_degenerate_text_is_no_answer(text: str) -> None:
     references = ["18", r"12\pi", "B", "3:30", r"1, 2, \ldots, n"]
     assert accuracy_reward([text] * len(references), references) == [0.0] * len(references)
+
+
+@pytest.mark.parametrize("digits", [400, 3000, 6000])
+def test_long_numbers_are_no_error(digits: int) -> None:
+    number = "7" * digits
+    short = float(digits < 500)
+    assert accuracy_reward([rf"\boxed{{{number}}}", rf"\boxed{{{number}8}}"], [number] * 2) == [short, 0.0]
