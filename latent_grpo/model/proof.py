@@ -108,6 +108,10 @@ def _check_object(model: Any) -> None:
         raise ModelError(f"{name} has no LM head; latent reasoning needs an AutoModelForCausalLM")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{name} is on the meta device, without weights; load them first")
+    for part, module in (("embedding", model.get_input_embeddings()), ("LM head", head)):
+        # An adapter that was just made changes nothing yet, so a comparison of numbers would not see it.
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            raise ModelError(f"{name} has an adapter on its {part}, which is never read; merge it or leave it out")
     table, weight = embedding_table(model), head.weight
     if not (weight.is_floating_point() and table.is_floating_point()):
         raise ModelError(f"{name} has a quantised table ({weight.dtype}); leave embedding and LM head unquantised")

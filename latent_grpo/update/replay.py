@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from latent_grpo.model import body, embed, embedding_scale, embedding_table, head_of, positions
 from latent_grpo.rollout.trajectory import Rollout
-from latent_kernels import UNUSED_ID, latent_logprob, mix_embeddings
+from latent_kernels import latent_logprob, mix_embeddings
 
 
 def replay(model: Any, rollout: Rollout) -> Tensor:
@@ -47,15 +47,27 @@ def replay(model: Any, rollout: Rollout) -> Tensor:
 def recorded_inputs(model: Any, ids: Tensor, scores: Tensor, tau: float) -> Tensor:
     """Return what the model was fed for recorded steps [N, D], of ids [N, K] and scores [N, K] (Eq. 1).
 
-    Differentiable in the embedding table, but for the padding token as text: the model's own module leaves it out.
+    Differentiable in the embedding table.
     """
-    embeds = mix_embeddings(ids, scores, embedding_table(model), tau=tau)
-    padding = getattr(model.get_input_embeddings(), "padding_idx", None)
-    if padding is not None and embeds.requires_grad:
-        is_padding = (ids[:, :1] == padding) & (ids[:, 1:2] == UNUSED_ID)
-        embeds = torch.where(is_padding, embeds.detach(), embeds)
-    scale = embedding_scale(model)
+    embeds, scale = mix_embeddings(ids, scores, input_table(model), tau=tau), embedding_scale(model)
     return embeds if scale == 1.0 else embeds * scale
+
+
+def input_table(model: Any) -> Tensor:
+    """Return the embedding table [V, D], through which the padding token gets no gradient, as in the model itself."""
+    table = embedding_table(model)
+    padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+    if padding is None or not (table.requires_grad and torch.is_grad_enabled()):
+        return table
+
+    def without_padding(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[padding] = 0.0
+        return gradient
+
+    view = table.view_as(table)
+    view.register_hook(without_padding)
+    return view
 
 
 def replay_logprob(

@@ -124,6 +124,14 @@ def test_a_peft_model_is_refused() -> None:
     assert "merge_and_unload" in refusal(model)
 
 
+@pytest.mark.parametrize(("target", "part"), [("lm_head", "LM head"), ("embed_tokens", "embedding")])
+def test_a_new_adapter_on_a_table_is_refused(target: str, part: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny("llama", tie_word_embeddings=False)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=[target]), model)
+    assert f"adapter on its {part}" in refusal(model)
+
+
 def test_every_way_in_refuses_an_object(tokenizer: Any, tmp_path: Any) -> None:
     from support.trainers import ROWS, grpo
 
