@@ -19,7 +19,7 @@ import json
 
 def record(prompts, completions, completion_ids, **columns):
     with open({path!r}, "a") as file:
-        file.write(json.dumps(columns) + chr(10))
+        file.write(json.dumps(columns, default=str) + chr(10))
     return [float(i % 4) for i in range(len(prompts))]
 """
 
