@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from latent_grpo.errors import ModelError
+from latent_grpo.prompts import PromptFormat, longest_prompt
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 REMEDY = "use a decoder whose layers all are attention with keys and values, such as Llama or Qwen3"
@@ -90,6 +91,33 @@ def check_length(config: Any, tokens: int) -> None:
             "positions beyond it are untrained",
             stacklevel=2,
         )
+
+
+def check_prompt_lengths(
+    config: Any, tokenizer: Any, rows: Sequence[Any] | None, prompt_format: PromptFormat, steps: int
+) -> None:
+    """Raise ModelError if the longest prompt of `rows` with a response of `steps` steps is too long for the model.
+
+    Only where the model has a limit are the prompts tokenised for it. A warning waits for the prompt that deserves it.
+    """
+    if any(length_limits(text_config(config))):
+        check_length(config, longest_prompt(tokenizer, rows or (), prompt_format) + steps)
+
+
+def check_own_masks(config: Any, tokens: int) -> None:
+    """Raise ModelError for sequences of `tokens` tokens that need another mask than layers of the model would take.
+
+    Given a mask [B, 1, L, L], layers of every kind use it as it is, also those that would see only a window of it.
+    """
+    config = text_config(config)
+    windows = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
+    for kind in sorted(attention_kinds(config) & set(windows)):
+        if tokens > (size := getattr(config, windows[kind])):
+            raise ModelError(
+                f"sequences have up to {tokens} tokens, but layers of model type {config.model_type!r} see {size} "
+                f"({windows[kind]}), and encode masks them in another way; shorten the examples, or use a model whose "
+                "layers see all tokens"
+            )
 
 
 def length_limits(config: Any) -> Iterator[tuple[int, str]]:

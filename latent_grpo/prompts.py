@@ -267,6 +267,11 @@ def without_long_prompts(
     return kept
 
 
+def longest_prompt(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat) -> int:
+    """Return the number of tokens of the longest prompt of rows with the key "prompt"; 0 without rows."""
+    return max((len(ids) for _, ids in _with_ids(tokenizer, rows, prompt_format)), default=0)
+
+
 def _with_ids(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat) -> Iterator[tuple[Any, list[int]]]:
     """Yield each row with the ids of its prompt. A tokenizer works faster on many prompts at a time."""
     for start in range(0, len(rows), BATCH):

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerState, set_seed
 
+from latent_grpo.architecture import check_prompt_lengths
 from latent_grpo.collect import Collector
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
+from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.errors import ConfigError, require
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import (
-    check_compatible,
     check_vocabulary,
     end_marker_ids,
     eos_ids,
@@ -117,12 +118,11 @@ class LatentGRPOTrainer:
     ) -> None:
         self.args = args = args or LatentGRPOConfig()
         self.output_dir = Path(args.output_dir)
-        if not isinstance(model, str):
-            check_compatible(model)
         set_seed(args.seed)  # new adapters start from random values
         source = model if isinstance(model, str) else model.config._name_or_path
         self.tokenizer = processing_class or load_tokenizer(source)
         self.model = load_model(model, args.dtype, args.device) if isinstance(model, str) else model
+        check_decoding(self.model)
         self.device = self.model.device
         chosen = args.reward_funcs if reward_funcs is None else reward_funcs
         self.reward_funcs = resolve_rewards(chosen, args.reward_weights, reward_processing_classes, self.device)
@@ -135,6 +135,9 @@ class LatentGRPOTrainer:
         if args.long_prompts == "drop":
             limit = args.max_prompt_length or 0
             self.rows = without_long_prompts(self.tokenizer, train_dataset, self.prompt_format, limit)
+        for rows in (self.rows, eval_dataset):
+            given = (self.model.config, self.tokenizer, rows, self.prompt_format)
+            check_prompt_lengths(*given, args.max_completion_length)
         self.sampling = self._sampling_options()
         self.collector = Collector(
             args, self.sampling, self.rows, self.tokenizer, self.reward_funcs, self.prompt_format

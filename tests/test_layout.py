@@ -47,6 +47,7 @@ TRAINER_ROOMS = (
     "rollout",
     "parallel",
     "update",
+    "decoding_proof",
     "collect",
     "saving",
     "watching",

@@ -22,6 +22,7 @@ from latent_grpo.commands.options import (
 )
 from latent_grpo.commands.prompt_view import show_row, spelled
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
+from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.errors import ModelError
 from latent_grpo.model import (
     check_vocabulary,
@@ -77,6 +78,7 @@ def model_checks(
     """Check compatibility (while loading), vocabulary, end marker, and parity of a trajectory with its replay."""
     ids = end_marker_ids(tokenizer, prompt_format.end_marker)
     model = load_model(path, dtype)
+    check_decoding(model)
     check_vocabulary(model, tokenizer, prompt_format, True, data)
     gap = parity(model, tokenizer, prompt_format, ids[0])
     parameters = sum(p.numel() for p in model.parameters())

@@ -179,6 +179,7 @@ def run_evaluation(args: argparse.Namespace) -> int:
     """Evaluate on every rank and report from rank 0."""
     from dataclasses import asdict, replace
 
+    from latent_grpo.architecture import check_prompt_lengths
     from latent_grpo.data.benchmarks import load_benchmarks
     from latent_grpo.evaluation import evaluate
     from latent_grpo.parallel.process_group import rank
@@ -203,6 +204,9 @@ def run_evaluation(args: argparse.Namespace) -> int:
     model, tokenizer, sampling, own_format = load_for_sampling(one)
     keep_format = prompt_options(args) != PromptOptions() or has_format(args.model)
     settings = {label: setting_for(args, plan, own_format, keep_format=keep_format) for label, plan in plans.items()}
+    for label, rows in data.items():  # before the first response to any of them
+        setting = settings[label]
+        check_prompt_lengths(model.config, tokenizer, rows, setting.prompt_format, setting.max_new_tokens)
     parts = []
     for scale in scales:
         results = {}

@@ -223,6 +223,7 @@ def prompt_options(args: argparse.Namespace) -> PromptOptions:
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Return model, tokenizer, sampling options and prompt format for the flags of `sampling_flags`."""
+    from latent_grpo.decoding_proof import check_decoding
     from latent_grpo.model import check_vocabulary, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
     from latent_grpo.prompts import resolve_format
 
@@ -235,6 +236,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     prompt_format = resolve_format(prompt_options(args), args.model)
     sampling.end_token_id = end_marker_ids(tokenizer, prompt_format.end_marker)[0] if latent else None
     model = load_model(args.model, args.dtype, args.device)
+    check_decoding(model)
     check_vocabulary(model, tokenizer, prompt_format, latent)
     sampling.eos_token_id = eos_ids(model, tokenizer)
     vocab = len(lm_head(model))

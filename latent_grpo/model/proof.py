@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import DynamicCache
 
+from latent_grpo.architecture import check_architecture
 from latent_grpo.errors import ModelError, first_line
 from latent_grpo.model.access import body, embedding_table, positions
 from latent_grpo.model.head import HALF, Head
@@ -106,6 +107,7 @@ def _check_object(model: Any) -> None:
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is None or model.base_model is model:
         raise ModelError(f"{name} has no LM head; latent reasoning needs an AutoModelForCausalLM")
+    check_architecture(model.config)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{name} is on the meta device, without weights; load them first")
     for part, module in (("embedding", model.get_input_embeddings()), ("LM head", head)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from latent_grpo.architecture import check_length
 from latent_grpo.config import LatentSampling
 from latent_grpo.model import body, check_compatible, embed, positions
 from latent_grpo.rollout.decoder import LATENT, MIXED, TEXT, Decoder, decoder_for
@@ -57,13 +58,15 @@ def generate_latent(
 
     Raises:
         ValueError: latent responses need `sampling.end_token_id`, or `max_rows` is below 1.
-        ModelError: `check_compatible` refuses the model, or it has layers that keep no key-value cache per token.
+        ModelError: `check_compatible` refuses the model, it has layers that keep no key-value cache per token, or
+            rows are too long for it.
     """
     if sampling.latent and sampling.end_token_id is None:
         raise ValueError("latent sampling needs end_token_id; set it to the first id of end_marker_ids(...)")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}; give 1 or more, or None for all rows at once")
     check_compatible(model)
+    check_length(model.config, int(attention_mask.sum(-1).max()) + sampling.max_new_tokens)
     rows = len(input_ids) * num_generations
     streams = torch.arange(rows, device=input_ids.device) if row_ids is None else row_ids
     prompt_index = torch.arange(rows, device=input_ids.device) // num_generations

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_grpo.config import EncodeConfig
+from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.model import (
     body,
-    check_compatible,
     embed,
     embedding_scale,
     embedding_table,
@@ -49,7 +49,7 @@ class ChainModel(nn.Module):
     ) -> None:
         super().__init__()
         for model in (encoder, decoder):
-            check_compatible(model)
+            check_decoding(model)
         table = embedding_table(encoder).detach()
         self.encoder, self.decoder, self.trained_parts, self.args = encoder, decoder, trained, args
         self.compress_token = nn.Parameter(

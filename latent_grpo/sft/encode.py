@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
 
+from latent_grpo.architecture import check_length, check_own_masks
 from latent_grpo.config import PHASES, EncodeConfig
 from latent_grpo.errors import ConfigError, require
 from latent_grpo.model import check_vocabulary, embedding_table, end_marker_ids, load_model
@@ -30,7 +31,7 @@ from latent_grpo.saving.run_identity import FREE_OPTIONS
 from latent_grpo.sft.chain_model import ChainModel
 from latent_grpo.sft.examples import check_examples
 from latent_grpo.sft.loop import Term, UpdateLoop
-from latent_grpo.sft.pieces import ChainExample, chain_batch, chain_example, chain_examples
+from latent_grpo.sft.pieces import ChainExample, chain_batch, chain_example, chain_examples, encoder_rows
 from latent_grpo.sft.soft_labels import SoftLabels, hashed_prompts, join_rows, read_soft_labels, write_soft_labels
 from latent_grpo.watching.metrics import progress_bar
 
@@ -164,6 +165,9 @@ class Phase(UpdateLoop):
         check_vocabulary(model.decoder, tokenizer, prompt_format, latent=True)
         examples, count = chain_examples(tokenizer, rows, args, prompt_format), args.read_back_rows
         check_examples(tokenizer, examples, len(embedding_table(model.decoder)))
+        longest = max(max(len(encoder_rows(example)[0]), example.length) for example in examples)
+        for check in (check_length, check_own_masks):
+            check(model.decoder.config, longest)
         fitting = f"{len(examples)} rows fit the limits of length; give fewer, so that some are trained on"
         require(count < len(examples), "read_back_rows", count, fitting)
         held_out = {number * len(examples) // count for number in range(count)}

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from latent_grpo.architecture import check_length
 from latent_grpo.config import LatentSFTConfig
+from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.model import (
     body,
-    check_compatible,
     check_vocabulary,
     embedding_table,
     end_marker_ids,
@@ -56,13 +57,14 @@ class LatentSFTTrainer(UpdateLoop):
     args: LatentSFTConfig
 
     def __init__(self, model: Any, args: LatentSFTConfig, train_dataset: Sequence[Any], processing_class: Any) -> None:
-        check_compatible(model)
+        check_decoding(model)
         set_seed(args.seed)  # new adapters start from random values
         prompt_format = resolve_format(args, args.model_name_or_path)
         check_vocabulary(model, processing_class, prompt_format, latent=True)
         data = (processing_class, train_dataset, args, prompt_format)
         examples = build_examples(*data, labels_of(model, *data) if args.soft_labels else None)
         check_examples(processing_class, examples, len(embedding_table(model)))
+        check_length(model.config, max(len(example.prompt) + example.elements for example in examples))
         self.end_id = end_marker_ids(processing_class, prompt_format.end_marker)[0]
         self.failed, self.warned = 0, False  # rows of the step whose noise was drawn in vain
         if args.use_peft:
