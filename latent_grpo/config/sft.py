@@ -26,7 +26,11 @@ class WarmStartOptions(RunOptions):
         "Text of the visible answer, a Python format of {answer}. A row with an answer text of its own keeps that.",
     )
     lora_dropout: float = option(0.0, "Share of the inputs of LoRA adapters that training drops.", BELOW_ONE)
-    freeze_embeddings: bool = option(False, "Keep the embedding table (and a tied head) as it is.")
+    freeze_embeddings: bool = option(
+        False,
+        "Keep the embedding table (and a tied head with its bias) as it is. False: train it, with the gradients of the "
+        "head and of the inputs; in `encode`, the latent steps' mixtures give it none.",
+    )
 
     def check_warm_start(self) -> None:
         """Raise ConfigError for the first option that cannot be used."""

@@ -155,7 +155,11 @@ class UpdateOptions:
         "Weigh advantages by the recomputed over the sampled probability, at most this (TIS). null is none.",
         POSITIVE,
     )
-    freeze_embeddings: bool = option(True, "Keep the embedding table (and a tied head) as it is.")
+    freeze_embeddings: bool = option(
+        True,
+        "Keep the embedding table (and a tied head with its bias) as it is. False: train it, with the gradients of the "
+        "head and of all inputs.",
+    )
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Training jobs for tests of several processes: `python -m support.ranks FILE`, by itself or under torchrun.
 
-FILE is a JSON list of jobs: {"kind": "train", "sft" or "encode", "model": a folder or {options of the tiny model},
-"options": {...}, "resume": a checkpoint folder or null}. Every rank runs every job. In the `output_dir` of a job, rank
-0 adds `parameters.safetensors`, the full parameters of the trained model, and `held.json`, how many of them a rank
-held.
+FILE is a JSON list of jobs: {"kind": "train", "sft" or "encode", "model": a folder, {options of the tiny model} or
+{"architecture": one of `support.models`}, "options": {...}, "resume": a checkpoint folder or null}. Every rank runs
+every job. In the `output_dir` of a job, rank 0 adds `parameters.safetensors`, the full parameters of the trained model,
+and `held.json`, how many of them a rank held.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from latent_grpo.quickstart.toy_task import make_model, make_problems, make_toke
 from latent_grpo.sft.chain_model import ChainModel
 from latent_grpo.sft.encode import Phase
 from latent_grpo.sft.soft_labels import SoftLabels, join_rows, write_soft_labels
+from support.models import tiny
 
 ROWS = make_problems(30, seed=1)
 
@@ -53,7 +54,12 @@ def run(job: dict[str, Any]) -> None:
     tokenizer = make_tokenizer()
     given, options, out = job["model"], dict(job["options"]), Path(job["options"]["output_dir"])
     dtype = options.get("dtype", "float32")
-    model = load_model(given, dtype) if isinstance(given, str) else make_model(tokenizer, seed=0, **given)
+    if isinstance(given, str):
+        model = load_model(given, dtype)
+    elif "architecture" in given:
+        model = tiny(given["architecture"], len(tokenizer))
+    else:
+        model = make_model(tokenizer, seed=0, **given)
     # An update has the same size on any number of ranks.
     options["per_device_train_batch_size"] = options["per_device_train_batch_size"] // world_size()
     if job["kind"] == "train":

@@ -24,14 +24,23 @@ from support.processes import (
 from latent_grpo.model import load_model
 from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
 
+TWO_STEPS = {
+    "penalty": train_job({}, beta=0.04, num_iterations=2, max_steps=2),
+    # A tied table that is trained, with a scale and a soft cap; a head with a bias, of which both are trained.
+    "gemma2": train_job({"architecture": "gemma2"}, freeze_embeddings=False, gradient_checkpointing=True, max_steps=2),
+    "gptj": train_job({"architecture": "gptj"}, freeze_embeddings=False, max_steps=2),
+    "gptj, frozen": train_job({"architecture": "gptj"}, latent=False, max_steps=2),
+}
+
 
 def test_two_processes_take_two_steps_as_one_process_does(tmp_path: Path) -> None:
-    job = train_job({}, beta=0.04, num_iterations=2, max_steps=2)
-    ranks.run(at(job, tmp_path / "1", tmp_path))
-    launch(tmp_path, 2, [at(job, tmp_path / "2", tmp_path)])
-    assert_same_run(tmp_path / "2", tmp_path / "1")
-    assert any(row["loss"] != 0 for row in metrics(tmp_path / "1"))
-    assert_half_is_held(tmp_path / "2")
+    for name, job in TWO_STEPS.items():
+        ranks.run(at(job, tmp_path / "1" / name, tmp_path))
+    launch(tmp_path, 2, [at(job, tmp_path / "2" / name, tmp_path) for name, job in TWO_STEPS.items()])
+    for name in TWO_STEPS:
+        assert_same_run(tmp_path / "2" / name, tmp_path / "1" / name)
+        assert any(row["loss"] != 0 for row in metrics(tmp_path / "1" / name))
+        assert_half_is_held(tmp_path / "2" / name)
 
 
 @pytest.mark.slow
