@@ -48,6 +48,7 @@ from latent_grpo.saving.checkpoint import Checkpoints
 from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
 from latent_grpo.saving.model_files import save_model
 from latent_grpo.seeds import derive_seed, rank_seed
+from latent_grpo.update.length import run_length
 from latent_grpo.update.lora import add_adapters, without_adapters
 from latent_grpo.update.loss import (
     entropy_share,
@@ -61,7 +62,7 @@ from latent_grpo.update.micro_batches import micro_batches
 from latent_grpo.update.optimizer import Updater
 from latent_grpo.update.probe import start_probe
 from latent_grpo.update.replay import replay_logprob
-from latent_grpo.watching.metrics import Metrics, progress_bar
+from latent_grpo.watching.metrics import CONSOLE, Metrics, progress_bar
 from latent_grpo.watching.response_log import print_completions, write_completions
 from latent_kernels import PolicyStats
 
@@ -100,7 +101,7 @@ class LatentGRPOTrainer:
         model: the trained model, sharded if there are several processes.
         full_model: the model that samples, scores and is saved. With one process it is `model` itself.
         reference: the model of the KL penalty, or None. With LoRA it is `full_model`, used with disabled adapters.
-        step: number of finished steps. One step is one rollout with all its updates.
+        step: number of finished steps. One step is one rollout with all its updates; `max_steps` counts the updates.
 
     Raises:
         ConfigError, ModelError, DataError: an option, model or data set cannot be used; one line with the remedy.
@@ -143,10 +144,14 @@ class LatentGRPOTrainer:
             args, self.sampling, self.rows, self.tokenizer, self.reward_funcs, self.prompt_format
         )
         self.update_size = args.update_size(world_size())
-        self.total_steps = self._count_steps()
+        prompts, remedy = self.collector.prompts_per_batch, "{} processes share its {} prompts; give each one or more"
+        shared = remedy.format(world_size(), prompts)
+        require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, shared)
+        self.length = run_length(args, len(self.rows), self.update_size)
+        self.total_steps = self.length.rollouts
         self._prepare_models(source if isinstance(model, str) else None)
         written = (args, self.model, self.full_model, self.tokenizer, self.prompt_format)
-        self.checkpoints = Checkpoints("train", *written, self.updater, self.rows, self.total_steps)
+        self.checkpoints = Checkpoints("train", *written, self.updater, self.rows, self.length.updates)
         self.step = 0
         set_seed(rank_seed(args.seed, rank()))  # reward functions may draw
         self.metrics: Metrics
@@ -161,28 +166,16 @@ class LatentGRPOTrainer:
             require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
         return sampling
 
-    def _count_steps(self) -> int:
-        """Return the number of steps of the run; ConfigError if there are more processes than prompts per rollout."""
-        args, prompts = self.args, self.collector.prompts_per_batch
-        remedy = f"{world_size()} processes share its {prompts} prompts; give each one or more"
-        require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, remedy)
-        if args.max_steps > 0:
-            return args.max_steps
-        steps_per_epoch = max(1, len(self.rows) // prompts)
-        return max(1, round(steps_per_epoch * args.num_train_epochs))
-
     def _prepare_models(self, path: str | None) -> None:
         """Add adapters, shard the model, and make the optimizer and the reference model.
 
         path: where the initial model can be loaded from again; None if it was given as an object.
         """
         args = self.args
-        # The last update of an epoch may be smaller than the others.
-        updates_per_step = args.num_iterations * -(-args.generation_batch_size // self.update_size)
         if args.use_peft:
             add_adapters(self.model, args)
         self.full_model = shard(self.model, sampling=True)
-        self.updater = Updater(self.model, args, self.total_steps * updates_per_step, args.freeze_embeddings)
+        self.updater = Updater(self.model, args, self.length.updates, args.freeze_embeddings)
         self.reference = None  # a second model in memory, so only for a KL penalty
         if args.beta > 0 and args.use_peft:
             self.reference = self.full_model
@@ -208,10 +201,12 @@ class LatentGRPOTrainer:
         self.metrics = Metrics(args, history)
         values: dict[str, float] = dict(history[-1]) if history else {}
         with graceful_interrupt() as interrupt, progress_bar("Latent-GRPO", self.total_steps, self.step) as bar:
-            while self.step < self.total_steps:
+            if self.length.note() and rank() == 0:
+                CONSOLE.print(self.length.note(), soft_wrap=True, markup=False)
+            while not self.length.reached(self.step, self.updater.updates):
                 batch, values = self.collect()
                 probe = start_probe(self.full_model, batch.rollout, args, self.step + 1)
-                values |= self.update(batch)
+                values |= self.update(batch, self.length.updates_left(self.updater.updates))
                 values |= probe()
                 assert batch.samples is not None
                 values |= metric_means(batch.samples.metrics, values)
@@ -292,10 +287,11 @@ class LatentGRPOTrainer:
                 stacklevel=2,
             )
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch, limit: int | None = None) -> dict[str, float]:
         """Train `num_iterations` epochs on a batch, in mini-batches of whole groups. Return the metrics of the updates.
 
-        The metrics are means over the updates. Only `learning_rate` and `skipped_updates` are the last values.
+        limit: most updates, 1 or more. Default: all of the batch. The metrics are means over the updates. Only
+        `learning_rate` and `skipped_updates` are the last values.
         """
         args, started = self.args, time.perf_counter()
         sums: dict[str, float] = {}
@@ -306,6 +302,8 @@ class LatentGRPOTrainer:
             generator = torch.Generator().manual_seed(derive_seed(args.seed, self.step, epoch, args.num_iterations))
             groups = torch.randperm(len(batch.rewards) // args.num_generations, generator=generator)
             for rows in rows_of_groups(groups, args.num_generations).to(self.device).split(self.update_size):
+                if updates == limit:
+                    break
                 stats = self.accumulate(batch, rows)
                 if updates == 0 and args.old_logprobs == "rollout":
                     # Before the first update the policy is the one that sampled: any log-ratio is a numerical gap.

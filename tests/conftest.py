@@ -153,7 +153,7 @@ def short_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
         module,
         "grpo_config",
         lambda *a: replace(
-            grpo(*a), max_steps=4, generation_batch_size=16, per_device_train_batch_size=16, eval_steps=2
+            grpo(*a), max_rollouts=4, generation_batch_size=16, per_device_train_batch_size=16, eval_steps=2
         ),
     )
     monkeypatch.setattr(module, "TRAIN_PROBLEMS", 200)

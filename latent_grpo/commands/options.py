@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from latent_grpo.config import LatentGRPOConfig, LatentSampling, PromptOptions, check_options, groups_of
+from latent_grpo.config import LatentGRPOConfig, LatentSampling, PromptOptions, check_options, default_of, groups_of
 from latent_grpo.errors import ConfigError, require, unknown_key
 
 INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -118,11 +118,6 @@ def flag_settings(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is dict:
         return {"type": mapping, "metavar": "JSON"}
     return {"type": kind, "metavar": kind.__name__.upper()}
-
-
-def default_of(item: Field[Any]) -> Any:
-    """Return the default of a dataclass field."""
-    return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
 def help_of(item: Field[Any]) -> str:

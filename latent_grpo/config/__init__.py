@@ -6,7 +6,7 @@ need, and `--help` and docs/options.md show the options in the same groups. Afte
 `saving/run_identity.py`.
 """
 
-from latent_grpo.config.fields import Range, check_options, groups_of, option
+from latent_grpo.config.fields import Range, check_options, default_of, groups_of, option
 from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.sampling import LatentSampling, SamplingOptions
 from latent_grpo.config.sft import PHASES, EncodeConfig, LatentSFTConfig, WarmStartOptions
@@ -41,6 +41,7 @@ __all__ = [
     "WarmStartOptions",
     "WatchingOptions",
     "check_options",
+    "default_of",
     "groups_of",
     "option",
 ]

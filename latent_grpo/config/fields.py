@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Real
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -51,6 +51,11 @@ def option(default: Any, help: str, range: Range | None = None) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def default_of(item: Field[Any]) -> Any:
+    """Return the default of a dataclass field."""
+    return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
 def check_options(config: Any) -> None:

@@ -98,8 +98,12 @@ class RunOptions(OptimizerOptions):
 
     output_dir: str = option("runs/latent", "Folder for checkpoints and metrics.")
     seed: int = option(0, "Seed of data order, sampling and noise.", Range(0, 2**32, open_high=True))
-    max_steps: int = option(-1, "Steps. -1 goes by num_train_epochs.")
-    num_train_epochs: float = option(1.0, "Passes over the data where max_steps is -1.", POSITIVE)
+    max_steps: int = option(
+        -1, "Optimizer steps after which training ends, in the middle of a rollout if need be. -1 sets no limit."
+    )
+    num_train_epochs: float = option(
+        1.0, "Passes over the data. They count where max_steps (of train: and max_rollouts) is -1.", POSITIVE
+    )
     max_prompt_length: int | None = option(
         None, "Longest prompt in tokens. sft drops rows with a longer one; train goes by long_prompts."
     )

@@ -40,6 +40,9 @@ class RolloutOptions:
 
     num_generations: int = option(8, "Responses per prompt, G.", Range(2))
     generation_batch_size: int = option(64, "Responses per rollout: prompts times G.", ONE_OR_MORE)
+    max_rollouts: int = option(
+        -1, "Rollouts, each with all its updates, after which training ends. Give it or max_steps. -1 sets no limit."
+    )
     long_prompts: Literal["error", "drop"] = option(
         "error", "What becomes of a prompt over max_prompt_length. drop leaves it out of the training data."
     )
@@ -212,6 +215,9 @@ class LatentGRPOConfig(
             self.check_component_ratios()
         bounded = self.long_prompts == "error" or self.max_prompt_length is not None
         require(bounded, "long_prompts", self.long_prompts, "it needs max_prompt_length")
+        require(self.max_rollouts != 0, "max_rollouts", self.max_rollouts, "give 1 or more, or -1 for no limit")
+        one_limit = self.max_steps < 0 or self.max_rollouts < 0
+        require(one_limit, "max_rollouts", self.max_rollouts, f"max_steps is {self.max_steps}; give only one")
         whole_groups = self.generation_batch_size % self.num_generations == 0
         remedy = f"give a multiple of num_generations {self.num_generations}"
         require(whole_groups, "generation_batch_size", self.generation_batch_size, remedy)

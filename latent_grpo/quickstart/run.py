@@ -58,7 +58,7 @@ def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
         loss_on=loss_on,
         latent_top_k=2,  # a latent step stands for two chain tokens
         # With the loss on latent steps only, nothing keeps the end of the latent run in its place for long: few steps.
-        max_steps=50,
+        max_rollouts=50,
         learning_rate=1e-4,
         lr_scheduler_type="linear",
         num_generations=8,

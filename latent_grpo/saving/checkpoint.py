@@ -18,12 +18,13 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latent_grpo.config import RunOptions
+from latent_grpo.config import RunOptions, default_of
 from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank
@@ -120,7 +121,7 @@ class Checkpoints:
         # Rank 0 chooses, since all ranks must resume the same checkpoint.
         folder = on_rank_zero(lambda: find_checkpoint(self.output_dir, choice))
         state = read_state(folder)
-        check_identity(folder, state, self._identity())
+        check_identity(folder, state, self._identity(), {item.name: default_of(item) for item in fields(self.args)})
         # A checkpoint from elsewhere would continue into the metrics of the run that is here.
         if folder.resolve().parent != self.output_dir.resolve() and (self.output_dir / "metrics.jsonl").exists():
             raise ConfigError(

@@ -14,6 +14,8 @@ from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import world_size
 from latent_grpo.prompts import PromptFormat
 
+# What versions without an option did, where the option's default is something else.
+EARLIER = {"use_bias_correction_kl": False}
 FINGERPRINT_ROWS = 1000  # hashed rows of the training data at most, spread over all of it
 
 # Options that a resumed run may change. Options of the evaluation (`eval_...`) are free too.
@@ -27,7 +29,7 @@ FREE_OPTIONS = frozenset(
         # A run may move to another machine.
         "device",
         # They set the number of steps, which `total_steps` compares if the learning rate depends on it.
-        *("max_steps", "num_train_epochs"),
+        *("max_steps", "max_rollouts", "num_train_epochs"),
         # They name the training data, whose rows `data` compares: a file may have moved.
         *("dataset", "dataset_split", "prompt_column", "answer_column", "chain_column", "limit"),
         *("expected_columns", "deduplicate", "repeated_prompts", "long_prompts"),
@@ -60,22 +62,28 @@ def run_identity(
     return dict(json.loads(json.dumps(identity)))
 
 
-def check_identity(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise ConfigError that names the first difference between the run of a checkpoint and this run."""
-    for difference in _differences(saved, own):
+def check_identity(folder: Path, saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise ConfigError that names the first difference between the run of a checkpoint and this run.
+
+    defaults: those of the run's options.
+    """
+    for difference in _differences(saved, own, defaults):
         remedy = "resume with what it was written with, or start anew in another output_dir"
         raise ConfigError(f"checkpoint {str(folder)!r} {difference}; {remedy}")
 
 
-def _differences(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
+def _differences(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
     """Say in which respects the identities of a checkpoint and of this run differ."""
     if saved["kind"] != own["kind"]:
         yield f"is of {saved['kind']!r} training, this is {own['kind']!r}"
     written, given = saved["options"], own["options"]
-    # Options that only one of them has come from another version of this package.
-    for name in sorted(written.keys() & given.keys() - FREE_OPTIONS):
-        if written[name] != given[name] and not name.startswith("eval_"):
-            yield f"was written with {name} {written[name]!r}, this run has {given[name]!r}"
+    # An option that the checkpoint does not have is newer than the checkpoint.
+    for name in sorted(given.keys() - FREE_OPTIONS):
+        value = written.get(name, EARLIER.get(name, defaults[name]))
+        if value != given[name] and not name.startswith("eval_"):
+            yield f"was written with {name} {value!r}, this run has {given[name]!r}"
+    if saved["kind"] == "train" and "max_rollouts" not in written and given["max_steps"] > 0:
+        yield "is of a version whose max_steps counted rollouts, as max_rollouts does now"
     # Checkpoints of earlier versions hold no prompt format.
     for name, value in saved.get("prompt_format", {}).items():
         if value != own["prompt_format"].get(name):

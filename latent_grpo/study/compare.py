@@ -145,7 +145,9 @@ def make_plan(args: CompareConfig, sft: LatentSFTConfig | None = None, grpo: Lat
     grpo = grpo or replace(grpo_config(Path(), 0, "all"), first_token="best_of_correct")
     # Folder and seed are a run's own. Zeros keep them out of what `claim_folder` compares.
     sft = replace(sft, output_dir="", seed=0, max_steps=args.sft_steps or sft.max_steps)
-    grpo = replace(grpo, output_dir="", seed=0, save_steps=0, max_steps=args.grpo_steps or grpo.max_steps)
+    grpo = replace(grpo, output_dir="", seed=0, save_steps=0)
+    if args.grpo_steps:
+        grpo = replace(grpo, max_steps=-1, max_rollouts=args.grpo_steps)
     plan = Plan(args, sft, grpo)
     if not plan.embedded and not (sft.dataset and grpo.dataset and grpo.eval_dataset):
         raise ConfigError("a comparison needs data: set dataset in sft_config, dataset and eval_dataset in grpo_config")

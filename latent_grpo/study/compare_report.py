@@ -114,9 +114,11 @@ def task_line(plan: Plan, records: dict[str, list[dict[str, Any]]]) -> str:
     threads = f"{plan.args.threads} thread{'s' * (plan.args.threads > 1)}"
     seeds = f"seed{'s' * (len(plan.args.seeds) > 1)} {', '.join(map(str, plan.args.seeds))}"
     task = "the quickstart's toy task" if plan.embedded else f"{plan.grpo.eval_dataset}"
+    rollouts, updates = plan.grpo.max_rollouts, plan.grpo.max_steps
+    length = f"{rollouts} rollouts" if rollouts > 0 else f"{updates} updates on rollouts"
     return (
         f"{problems} held-out problems of {task}, {seeds}: warm starts of "
-        f"{plan.sft.max_steps} steps shared by the arms of a seed, then {plan.grpo.max_steps} steps of "
+        f"{plan.sft.max_steps} steps shared by the arms of a seed, then {length} of "
         f"{plan.grpo.generation_batch_size} responses; {place['device']}, {threads} per run, torch {place['torch']}"
     )
 

@@ -18,7 +18,7 @@ class CompareConfig:
     sft_config: str | None = option(None, "YAML of the warm starts, options of `sft`. Default: the quickstart's.")
     grpo_config: str | None = option(None, "YAML of the reinforcement, options of `train`. Give it with sft_config.")
     sft_steps: int = option(0, "Steps of a warm start. 0 takes the configured number.", NON_NEGATIVE)
-    grpo_steps: int = option(0, "Steps of a reinforced run. 0 takes the configured number.", NON_NEGATIVE)
+    grpo_steps: int = option(0, "Rollouts of a reinforced run. 0 takes the configured length.", NON_NEGATIVE)
     train_problems: int = option(20_000, "Problems of the toy task to train on.", ONE_OR_MORE)
     held_out_problems: int = option(1000, "Problems of the toy task to evaluate on.", ONE_OR_MORE)
     watched_problems: int = option(

@@ -66,6 +66,11 @@ class Updater:
         """The current learning rate."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def updates(self) -> int:
+        """The number of updates so far, skipped ones included. A checkpoint keeps it."""
+        return int(self.scheduler.last_epoch)
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` (0-d) to those of earlier micro-batches; losses of the ranks are added up."""
         # A sharded model averages the gradients over the ranks, so the factor makes the average a sum.

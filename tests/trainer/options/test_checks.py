@@ -73,7 +73,9 @@ def test_an_option_that_cannot_be_used_is_one_line_with_name_value_and_remedy(op
     ("options", "name", "other"),
     [
         (dict(importance_sampling_cap=2.0, old_logprobs="rollout"), "importance_sampling_cap is 2.0", "old_logprobs"),
-        (dict(loss_type="cispo", epsilon_high=0.5), "epsilon_high is 0.5", "cispo"),
+        (dict(loss_type="cispo", epsilon_high=0.0), "epsilon_high is 0.0", "cispo"),
+        (dict(loss_type="vespo", importance_sampling_cap=2.0), "importance_sampling_cap is 2.0", "vespo"),
+        (dict(max_steps=3, max_rollouts=2), "max_rollouts is 2", "max_steps is 3; give only one"),
         (dict(method="soft_grpo"), "noise is 'one_sided'", "give two_sided"),
         (dict(importance_sampling_level="component"), "importance_sampling_level is 'component'", "multiplex"),
         (dict(COMPONENT, latent=False), "importance_sampling_level is 'component'", "latent steps"),

@@ -31,7 +31,7 @@ from latent_grpo.update.optimizer import make_optimizer
     ids=str,
 )
 def test_batch_size_accumulation_and_iterations_set_the_updates_per_rollout(options, expected, make_trainer):
-    trainer = make_trainer("train", **options)  # rollouts of eight responses
+    trainer = make_trainer("train", max_steps=-1, max_rollouts=1, **options)  # rollouts of eight responses
     steps = record_optimizer_steps(trainer)
     trainer.train()
     assert len(steps) == expected
@@ -72,11 +72,24 @@ def test_the_learning_rate_follows_its_schedule(options, shares, kind, make_trai
 
 
 def test_a_schedule_spans_every_pass_over_every_rollout(make_trainer):
-    options = dict(max_steps=2, num_iterations=2, per_device_train_batch_size=4)
+    options = dict(max_steps=-1, max_rollouts=2, num_iterations=2, per_device_train_batch_size=4)
     trainer = make_trainer("train", lr_scheduler_type="linear", **options)
     steps = record_optimizer_steps(trainer)
     trainer.train()
     assert [rate for rate, _ in steps] == pytest.approx([LEARNING_RATE * (8 - step) / 8 for step in range(8)])
+
+
+@pytest.mark.parametrize(("max_steps", "rollouts"), [(1, 1), (3, 1), (4, 1), (6, 2)])
+def test_max_steps_counts_optimizer_steps_as_in_trl(max_steps, rollouts, make_trainer, capsys):
+    options = dict(max_steps=max_steps, num_iterations=2, per_device_train_batch_size=4)  # four updates a rollout
+    trainer = make_trainer("train", lr_scheduler_type="linear", **options)
+    steps = record_optimizer_steps(trainer)
+    trainer.train()
+    expected = [LEARNING_RATE * (max_steps - step) / max_steps for step in range(max_steps)]
+    assert [rate for rate, _ in steps] == pytest.approx(expected)
+    assert trainer.step == rollouts
+    note = f"max_steps {max_steps} counts optimizer steps: about {rollouts} rollouts; max_rollouts counts rollouts"
+    assert (note in capsys.readouterr().err) == (max_steps > rollouts)
 
 
 @BOTH_TRAINERS
@@ -131,7 +144,8 @@ def test_the_embedding_table_is_trained_unless_frozen(frozen, kind, make_trainer
         ("train", dict(num_train_epochs=2.5), 20),
         ("train", dict(num_train_epochs=0.5), 4),
         ("train", dict(num_train_epochs=0.01), 1),
-        ("train", dict(num_train_epochs=2.5, max_steps=3), 3),
+        ("train", dict(num_train_epochs=2.5, max_rollouts=3), 3),
+        ("train", dict(num_train_epochs=2.5, max_steps=3), 2),  # two updates a rollout
         ("sft", dict(num_train_epochs=1.0), 4),  # 16 examples, 4 per step
         ("sft", dict(num_train_epochs=2.5), 10),
         ("sft", dict(num_train_epochs=0.01), 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -113,6 +114,28 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
     grpo(run, lr_scheduler_type="linear").train()
     longer = grpo(run, lr_scheduler_type="linear", max_steps=4)
     assert_refused(longer, run, "has a linear schedule over 2 steps, this run has one over 4")
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "match"),
+    [
+        (
+            "method",
+            dict(method="multiplex", latent_top_p=1.0),
+            "written with method 'latent_grpo', this run",
+        ),
+        ("use_bias_correction_kl", {}, "written with use_bias_correction_kl False, this run has True"),
+        ("max_rollouts", {}, "a version whose max_steps counted rollouts, as max_rollouts does now"),
+    ],
+)
+def test_an_option_that_a_checkpoint_is_older_than_has_its_earlier_meaning(missing, options, match, run):
+    for path in run.glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(path.read_text())
+        del state["options"][missing]
+        if missing == "method":
+            state["options"] |= {name: value for name, value in options.items() if name != "method"}
+        path.write_text(json.dumps(state))
+    assert_refused(grpo(run, **options), run, match)
 
 
 def test_a_checkpoint_of_another_model_is_refused(run):

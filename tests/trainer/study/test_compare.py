@@ -99,7 +99,7 @@ def test_the_full_method_is_the_papers_and_ablations_change_one_thing(tmp_path):
 def test_the_recipe_runs_every_arm_over_three_seeds():
     args = CompareConfig(**read_yaml("compare-world", CompareConfig))
     assert len(all_runs(args)) == 3 * len(ARMS)
-    assert make_plan(args).grpo.max_steps == args.grpo_steps > 0
+    assert make_plan(args).grpo.max_rollouts == args.grpo_steps > 0
 
 
 def test_warm_starts_come_first_and_only_where_needed():
@@ -174,7 +174,7 @@ def test_a_comparison_is_written_kept_and_finished(tmp_path, capsys, request, wo
     assert {path for path, when in kept.items() if path.stat().st_mtime_ns != when} == {again / "result.json"}
 
     assert main([*command, "--grpo_steps", "3"]) == 2
-    assert "grpo.max_steps 2, now 3" in capsys.readouterr().err
+    assert "grpo.max_rollouts 2, now 3" in capsys.readouterr().err
     assert results(out) == second
 
 
