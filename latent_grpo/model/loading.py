@@ -60,11 +60,14 @@ def load_model(path: str, dtype: str = "float32", device: str | None = None) -> 
     transformers_logging.disable_progress_bar()
     config = load_config(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error
+    # Transformers gives such weights random values, with a warning.
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(f"the files of {path!r} lack {len(missing)} weights of the model, such as {missing[0]!r}")
     model = model.to(device)
     check_compatible(model)
     return model

@@ -137,11 +137,13 @@ def _prove(model: Any) -> Parts:
     """Measure the parts of a model and prove them."""
     name, ids = type(model).__name__, _contexts(model)
     try:
-        parts = _measure(model, ids)
-        _check_log_probs(model, ids, parts)
+        scale, own = _embedding_scale(model, ids), _own_logits(model, ids)
+        hidden = _hidden(model, ids, scale)
+        parts = _measure(model, ids, scale, _ratio(own[0], hidden))
+        _check_log_probs(model, ids, parts, hidden, *own)
         if parts.logit_scale * parts.hidden_scale <= 0 or (parts.softcap or 1.0) <= 0:
             raise ModelError(f"the scale of its logits or their soft cap is not positive ({parts})")
-        _check_rows(model, ids, parts)
+        _check_rows(model, ids, parts, hidden)
     except ModelError as error:
         raise ModelError(f"{name} cannot be used: {error}") from error
     # Whatever a class of models raises when it is called in another way than it supports.
@@ -165,12 +167,9 @@ def _contexts(model: Any) -> Tensor:
     return ids.view(CONTEXTS, LENGTH).to(table.device)
 
 
-def _measure(model: Any, ids: Tensor) -> Parts:
-    """Return the numbers of a model, measured in its own forward pass."""
-    scale = _embedding_scale(model, ids)
-    given, _, _ = _own_logits(model, ids)
-    hidden_scale = _ratio(given, _hidden(model, ids, scale))
-    # The model's own arithmetic behind the head, applied to numbers of our choice.
+def _measure(model: Any, ids: Tensor, scale: float, hidden_scale: float) -> Parts:
+    """Return the numbers of a model: two that are known, and those of its own arithmetic behind the head."""
+    # That arithmetic is applied to numbers of our choice.
     vocabulary, width = len(embedding_table(model)), 3
     probe = torch.tensor([TINY, 1.0, HUGE], device=ids.device).view(1, width, 1).expand(1, width, vocabulary)
     _, _, answer = _own_logits(model, ids[:1, :width], probe)
@@ -257,13 +256,16 @@ def _tidy(value: float, tolerance: float) -> float:
     return value
 
 
-def _check_log_probs(model: Any, ids: Tensor, parts: Parts) -> None:
-    """Raise ModelError unless the log-probs of the parts are those of the model's own forward pass."""
-    module = model.get_output_embeddings()
-    given, output, own = _own_logits(model, ids)
+def _check_log_probs(
+    model: Any, ids: Tensor, parts: Parts, hidden: Tensor, given: Tensor, output: Tensor, own: Tensor
+) -> None:
+    """Raise ModelError unless the log-probs of the parts are those of the model's own forward pass.
+
+    hidden: the body's last hidden states. given, output and own: the result of `_own_logits`.
+    """
+    module, head = model.get_output_embeddings(), _head(model.get_output_embeddings(), parts)
     if not torch.isfinite(own).all():
         raise ModelError(f"its logits are not finite in {given.dtype}; choose another dtype")
-    hidden, head = _hidden(model, ids, parts.embedding_scale), _head(module, parts)
     ours = head.finish(_product(hidden, head.weight))
     gap = _nats(ours, own)
     product = _product(given, module.weight, getattr(module, "bias", None))
@@ -285,8 +287,11 @@ def _check_log_probs(model: Any, ids: Tensor, parts: Parts) -> None:
     raise ModelError(f"between its body and its LM head it does more than scale hidden states, by up to {gap:.2g} nats")
 
 
-def _check_rows(model: Any, ids: Tensor, parts: Parts) -> None:
-    """Raise ModelError unless rows of unequal length, padded and cached, have the numbers that each has alone."""
+def _check_rows(model: Any, ids: Tensor, parts: Parts, hidden: Tensor) -> None:
+    """Raise ModelError unless rows of unequal length, padded and cached, have the numbers that each has alone.
+
+    hidden: the last hidden states of `ids`, without padding and without a cache.
+    """
     head = _head(model.get_output_embeddings(), parts)
     ids, mask = ids[:2].clone(), torch.ones_like(ids[:2])
     mask[1, : LENGTH - SHORTER] = 0
@@ -295,9 +300,9 @@ def _check_rows(model: Any, ids: Tensor, parts: Parts) -> None:
     states = [body(model, embeds[:, first], mask[:, first], place[:, first], cache)]
     states += [body(model, embeds[:, rest], mask, place[:, rest], cache)]
     together = torch.cat(states, 1)
-    for row, length in enumerate((LENGTH, SHORTER)):
-        alone = _hidden(model, ids[row : row + 1, -length:], parts.embedding_scale)
-        a, b = (head.finish(_product(states, head.weight)) for states in (together[row, -length:], alone[0]))
+    shorter = _hidden(model, ids[1:, -SHORTER:], parts.embedding_scale)
+    for row, alone in ((together[0], hidden[0]), (together[1, -SHORTER:], shorter[0])):
+        a, b = (head.finish(_product(states, head.weight)) for states in (row, alone))
         gap = _nats(a, b)
         exact = a.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
         if not (gap <= ROWS_BOUND if head.weight.dtype not in HALF and exact else _within_rounding(a, b)):

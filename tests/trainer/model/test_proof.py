@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from latent_grpo import LatentSampling, LatentSFTConfig, LatentSFTTrainer, generate_latent
 from latent_grpo.errors import ModelError
-from latent_grpo.model import check_compatible
+from latent_grpo.model import check_compatible, load_model
 
 
 def altered(**methods: Any) -> Any:
@@ -116,6 +116,14 @@ def test_what_is_no_causal_model_with_weights_is_refused() -> None:
     assert "no model of transformers" in refusal(torch.nn.Linear(2, 2))
     t5 = dict(vocab_size=48, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     assert "encoder and a decoder" in refusal(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **t5)))
+
+
+def test_a_folder_without_the_weights_of_its_head_is_refused(tmp_path: Any) -> None:
+    model = tiny("llama", tie_word_embeddings=False)
+    kept = {name: value for name, value in model.state_dict().items() if "lm_head" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(ModelError, match=r"lack 1 weights of the model, such as 'lm_head\.weight'"):
+        load_model(str(tmp_path))
 
 
 def test_a_peft_model_is_refused() -> None:
