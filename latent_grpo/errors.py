@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from latent_grpo.trl_names import HINTS
+
 
 class ConfigError(ValueError):
     """An option or a configuration file cannot be used. The message names the option, its value and the remedy."""
@@ -30,6 +32,8 @@ def require(holds: bool, name: str, value: Any, remedy: str) -> None:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """Return a sentence about an unknown key, with the nearest known one."""
+    if key in HINTS:
+        return f"unknown option {key!r}, a name of TRL: {HINTS[key]}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 

@@ -35,6 +35,7 @@ KERNEL_ROOMS = (
 )
 NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:10])  # and NumPy; the other rooms may need Triton
 TRAINER_ROOMS = (
+    "trl_names",
     "errors",
     "config",
     "seeds",

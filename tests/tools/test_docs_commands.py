@@ -31,6 +31,7 @@ ELSEWHERE = {
     ("python", "-m", "pytest"): ".ci/run",
     ("python", "docs/figures.py"): "tests/tools/test_docs.py",
     ("python", "docs/options.py"): "tests/tools/test_docs.py",
+    ("python", "docs/trl.py"): "tests/tools/test_trl_page.py",
     ("python", "-m", "bench", "gpu-report"): "tests/tools/test_gpu_report.py",
     ("python", "-m", "bench.before_after"): "tests/tools/test_before_after.py",
     ("python", "-m", "bench.planner"): "tests/trainer/commands/test_memory_plan.py",
@@ -184,7 +185,7 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, short_quickstart: 
         assert "mine_test.jsonl" in Path("runs/mine/eval.md").read_text()
         assert all(Path("runs", name).exists() for name in ("mine/eval.json", "mine-lora/model.safetensors", "low"))
         assert Path("curves.png").is_file()
-    assert number_run or page.name in ("method.md", "options.md")  # these pages only name commands
+    assert number_run or page.name in ("method.md", "options.md", "trl.md")  # these pages only name commands
 
 
 @pytest.mark.parametrize("file", sorted({*ELSEWHERE.values()}))
