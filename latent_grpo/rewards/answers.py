@@ -43,6 +43,9 @@ _PAIR = re.compile(r"0*(\d+):0*(\d+)(?::0*(\d+))?(?:\s*([ap])\.?\s?m\.?)?", re.I
 _SET_BUILDER = re.compile(r"\\\{([^|]+)\|(.+)\\\}")
 # Words that are no names of functions.
 _PROSE = re.compile(r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|frac|arc\w+|pi|max|min|lcm|gcd)\b)\b[A-Za-z]{2,}")
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![A-Za-z])")
+_INTERVAL = re.compile(r"[(\[].+,.+[)\]]|\\mathbb|\\mid|\|")
+_NAME_BEFORE = re.compile(r"[^=<>]*?(?<![<>!])(?:=|\\in(?![A-Za-z]))\s*")
 _ASSIGNMENT = re.compile(r"\\?[A-Za-z]\w*(?:_\{?\w+\}?)?\s*(?:=|\\approx)\s*(?=\S)")
 
 
@@ -81,8 +84,9 @@ def _same_answer(answer: str, reference: str) -> bool:
         found = read_quantity(_ASSIGNMENT.sub("", plain, count=1))
         if found:
             return same_quantity(found, quantity)
-        if _PROSE.search(re.sub(r"\\[A-Za-z]+", " ", plain)):
-            return False  # "20 or more": math-verify leaves the words out
+        # "20 or more", "5,5": math-verify leaves words out, and makes a set of a list.
+        if _PROSE.search(re.sub(r"\\[A-Za-z]+", " ", plain)) or _bracket(plain):
+            return False
     by_text = _same_by_text(plain, expected)
     return same_expression(unwrapped(answer), unwrapped(reference)) if by_text is None else by_text
 
@@ -100,9 +104,12 @@ def _same_by_text(answer: str, expected: str) -> bool | None:
         return _same_sequence(answer, expected)
     if _RANGE.fullmatch(expected) or _DATE.fullmatch(expected) or "--" in answer or "--" in expected:
         return answer.replace("--", "-").replace(" ", "") == expected.replace("--", "-").replace(" ", "")
-    kinds = [_bracket(text) for text in (answer, expected)]
-    if all(kinds) and kinds[0] != kinds[1] and "{" in kinds:
-        return False  # math-verify finds the pair (1,2) and the set {1,2} equal
+    related = [_RELATION.search(text) is not None for text in (answer, expected)]
+    if related[0] != related[1] and not _INTERVAL.search(expected if related[0] else answer):
+        return False  # math-verify leaves the sign of "> 5" out
+    kinds = {_bracket(text) for text in (answer, expected)} - {""}
+    if len(kinds) == 2 and "(" in kinds:
+        return False  # math-verify finds the pair (1,2), the set {1,2} and the list 1,2 equal
     builders = [_SET_BUILDER.fullmatch(normalised(text)) for text in (answer, expected)]
     if any(builders):  # of which math-verify compares only the beginning
         found, wanted = builders
@@ -116,10 +123,21 @@ def _same_by_text(answer: str, expected: str) -> bool | None:
 
 
 def _bracket(text: str) -> str:
-    """Return the kind of bracket, one of "{" and "(", around a bare answer, or "" without one."""
+    r"""Return the kind of a bare answer with a comma: "{" for a set, "(" for a tuple or an interval, "," for a list.
+
+    Other answers have none: "". The name before an equals sign or ``\in`` does not count.
+    """
+    text = _NAME_BEFORE.sub("", text, count=1)
+    if "," not in text or "\\begin" in text:
+        return ""
     if text.startswith("\\{") and text.endswith("\\}"):
         return "{"
-    return "(" if text[:1] in "([" and text[-1:] in ")]" and "," in text else ""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if depth == 0:  # the first bracket closes here
+            return "(" if position == len(text) - 1 and position > 0 else ","
+    return ","
 
 
 def _same_sequence(answer: str, expected: str) -> bool:

@@ -28,13 +28,14 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\[^A-Za-z]")
 _PART_OF_A_FORMULA_BEFORE = re.compile(r"(?:[\^_{(]|\\[A-Za-z]+\s*|[A-Za-z]\(?)$")
 _PART_OF_A_FORMULA_BEHIND = re.compile(
-    r"\s*(?:\\(?!\\|[,;:!. )\]$%]|text|quad|mathrm)|[\^_])|(?!\w{3})[a-z](?![A-Za-z])"
+    r"\s*(?:\\(?!\\|[,;:!. )\]$%]|text|quad|mathrm)|[\^_]|[+*/-]\s*[A-Za-z\\](?![A-Za-z]))|(?!\w{3})[a-z](?![A-Za-z])"
 )
 
 _CHOICE_ANSWER = re.compile(r"[\s(*\[{]*([A-J])(?:\s*[]}).:*].*)?", re.IGNORECASE | re.DOTALL)
 _LETTER = r"[:=*($\s\[{\"']*(?:\\(?:text|mathrm|textbf|mathbf|boxed)\s*\{)?\(?([A-J])(?![A-Za-z'])"
 _SEVERAL = re.compile(r"[\s)*$\]}.]*(?:,|/|&|\bor\b|\band\b)\s*(?:option\s+|choice\s+)?[\s(*$\[{]*[A-J](?![A-Za-z'])")
-_NEGATED = re.compile(r"\bnot\b[\s(*$\[{]*$", re.IGNORECASE)
+_ONE_OF_SEVERAL = re.compile(r"(?<![A-Za-z])[A-J][\s)*$.]*(?:,|/|&|\bn?or\b|\band\b)[\s(*$]*(?:and|or)?[\s(*$]*$")
+_NEGATED = re.compile(r"(?:\bnot|\bcannot|n't|\bneither|\bnever)(?:\s+be)?\s*[\s(*$\[{]*$", re.IGNORECASE)
 # Tried in this order. The last match of the first pattern that matches is the choice.
 _CHOICE_IN_TEXT = (
     re.compile(rf"(?i:answer(?:\s+choice)?(?:\s+is)?){_LETTER}"),
@@ -75,9 +76,11 @@ def choice_letter(text: str, marked: str | None) -> str | None:
         matches = list(pattern.finditer(text))
         if matches:
             # "B or C" and "not B" choose none.
-            unclear = _SEVERAL.match(text, matches[-1].end(1)) or _NEGATED.search(text[: matches[-1].start(1)][-20:])
+            before, end = text[: matches[-1].start(1)][-40:], matches[-1].end(1)
+            unclear = _SEVERAL.match(text, end) or _NEGATED.search(before) or _ONE_OF_SEVERAL.search(before)
             return None if unclear else matches[-1][1]
-    return None
+    start = re.match(r"[\s(*]*([A-J])[).:]+\**\s", text)  # "B) because"
+    return start[1] if start and "\n" not in text.strip() else None
 
 
 def unmarked_answer(text: str, reference: str) -> str | None:
@@ -120,10 +123,14 @@ def _last_formula(text: str) -> str | None:
 def _last_number(text: str) -> str | None:
     """Return the last number of a text; where it is a part of a formula, the formula."""
     formulas = [match for match in _FORMULA.finditer(text) if not has_words(_contents(match))]
-    numbers = list(_NUMBER_IN_TEXT.finditer(text))
+    numbers = [match for match in _NUMBER_IN_TEXT.finditer(text) if not _NEGATED.search(text[: match.start()][-20:])]
     if not numbers:
         return None
     number = numbers[-1]
+    if len(numbers) > 1 and text[: number.start()].endswith(("^", "^{")):
+        with_unit = text[numbers[-2].start() : number.end()].replace("^{", "^")
+        if len(with_unit) <= ANSWER_CHARACTERS and read_quantity(bare(with_unit)):
+            return with_unit  # the power of a unit: 36 cm^2
     for formula in formulas:
         if formula.start() <= number.start() and number.end() <= formula.end():
             return _right_side(_contents(formula))
