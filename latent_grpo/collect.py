@@ -28,7 +28,7 @@ from latent_grpo.rollout.response_text import response_texts
 from latent_grpo.rollout.samples import Samples, concatenate_samples
 from latent_grpo.rollout.slot_cache import rows_within
 from latent_grpo.rollout.trajectory import Rollout, concatenate, latent_share, mixture_entropy, visible_text
-from latent_grpo.seeds import derive_seed
+from latent_grpo.seeds import derive_seed, shuffle_seed
 
 
 @dataclass
@@ -149,8 +149,8 @@ class Collector:
     def sample(self, model: Any) -> Groups:
         """Return scored responses to the next prompts. Collective: every rank must call it, and gets all responses."""
         rows = [self.rows[i] for i in self.next_prompts()]
-        prompts, limit = [row["prompt"] for row in rows], self.args.max_prompt_length
-        ids, mask = encode_prompts(self.tokenizer, prompts, model.device, limit, self.prompt_format)
+        prompts = [row["prompt"] for row in rows]
+        ids, mask = encode_prompts(self.tokenizer, prompts, model.device, self.prompt_format)
         sampling = replace(self.sampling, seed=derive_seed(self.args.seed, self.generations))
         self.generations += 1
         if world_size() == 1:
@@ -225,7 +225,7 @@ class Collector:
         for position in range(self.prompts_seen, self.prompts_seen + self.prompts_per_batch):
             epoch, offset = divmod(position, len(self.rows))
             if not indices or offset == 0:  # a batch may reach over the end of an epoch
-                generator = torch.Generator().manual_seed(derive_seed(self.args.seed, epoch))
+                generator = torch.Generator().manual_seed(shuffle_seed(derive_seed(self.args.seed, epoch)))
                 order = torch.randperm(len(self.rows), generator=generator).tolist()
             indices.append(order[offset])
         self.prompts_seen += self.prompts_per_batch

@@ -12,10 +12,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -105,7 +104,7 @@ class PromptFormat:
                 text: str = tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
                 )
-            except (TemplateError, TypeError) as error:
+            except Exception as error:  # a template is a program, which may raise anything
                 raise ModelError(
                     f"the chat template refuses the prompt {str(prompt)[:60]!r}: {first_line(error)}; choose another "
                     "instruction_role, or --chat_template false"
@@ -224,23 +223,13 @@ def encode_prompts(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     device: torch.device,
-    max_length: int | None = None,
     prompt_format: PromptFormat | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the left-padded ids and the mask of P prompts, both int64 [P, L] on `device`.
 
     prompt_format: the default is the tokenizer's chat template, if it has one, around the bare question.
-
-    Raises:
-        ModelError: a prompt has more than `max_length` tokens.
     """
     rows = (prompt_format or PromptFormat()).ids(tokenizer, prompts)
-    for row, prompt in zip(rows, prompts, strict=True):
-        if max_length is not None and len(row) > max_length:
-            raise ModelError(
-                f"a prompt has {len(row)} tokens, over max_prompt_length {max_length}: {str(prompt)[:60]!r}; "
-                "raise max_prompt_length, shorten the data, or train with --long_prompts drop"
-            )
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
@@ -250,20 +239,27 @@ def encode_prompts(
     return ids.to(device), mask.to(device)
 
 
-def without_long_prompts(
-    tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat, max_length: int
-) -> list[Any]:
-    """Return the rows whose prompt has at most `max_length` tokens, and warn of how many have more.
+def short_enough(lengths: Sequence[int], max_length: int | None, long_prompts: str) -> list[int]:
+    """Return the indices of the prompts with at most `max_length` tokens; all of them without a limit.
+
+    lengths: the tokens of each prompt. long_prompts: "drop" leaves longer ones out, with a warning of how many.
 
     Raises:
-        DataError: no prompt is short enough.
+        DataError: a prompt is longer, unless they are dropped; or no prompt is short enough.
     """
-    kept = [row for row, ids in _with_ids(tokenizer, rows, prompt_format) if len(ids) <= max_length]
+    kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
+    if len(kept) == len(lengths):
+        return kept
+    count, first = len(lengths) - len(kept), next(i for i, length in enumerate(lengths) if length > (max_length or 0))
+    if long_prompts != "drop":
+        raise DataError(
+            f"{count:,} of {len(lengths):,} prompts are over max_prompt_length {max_length}, the first in row "
+            f"{first + 1} with {lengths[first]} tokens; raise it, or leave such rows out with --long_prompts drop"
+        )
     if not kept:
         raise DataError(f"no prompt has {max_length} tokens or fewer; raise max_prompt_length")
-    if len(kept) < len(rows):
-        left_out = f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out"
-        warnings.warn(f"{left_out}: their prompts have more than {max_length} tokens", stacklevel=2)
+    left_out = f"{count:,} of {len(lengths):,} rows are left out"
+    warnings.warn(f"{left_out}: their prompts have more than {max_length} tokens", stacklevel=2)
     return kept
 
 
@@ -272,11 +268,69 @@ def longest_prompt(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFor
     return max((len(ids) for _, ids in _with_ids(tokenizer, rows, prompt_format)), default=0)
 
 
+def with_short_prompts(rows: Any, lengths: Sequence[int], max_length: int | None, long_prompts: str) -> Any:
+    """Return the rows of a data set, or None for none, that `short_enough` keeps."""
+    kept = short_enough(lengths, max_length, long_prompts)
+    return rows if len(kept) == len(lengths) else [rows[i] for i in kept]
+
+
 def _with_ids(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat) -> Iterator[tuple[Any, list[int]]]:
-    """Yield each row with the ids of its prompt. A tokenizer works faster on many prompts at a time."""
+    """Yield each row with the ids of its prompt. A tokenizer works faster on many prompts at a time.
+
+    Raises:
+        DataError: a row has no prompt, or one that is neither a text nor messages, or not what the first row has.
+        ModelError: the chat template refuses a prompt. Both name the row.
+    """
     for start in range(0, len(rows), BATCH):
         several = [rows[i] for i in range(start, min(start + BATCH, len(rows)))]
-        yield from zip(several, prompt_format.ids(tokenizer, [row["prompt"] for row in several]), strict=True)
+        prompts = [required_prompt(row, number) for number, row in enumerate(several, start + 1)]
+        for number, prompt in enumerate(prompts, start + 1):
+            same = isinstance(prompt, str) == isinstance(rows[0]["prompt"], str)
+            require_row(same, number, "has messages and the first row a text, or the reverse; write all in one form")
+        try:
+            ids = prompt_format.ids(tokenizer, prompts)
+        except (DataError, ModelError) as error:
+            raise refused_prompt(tokenizer, prompts, prompt_format, start + 1) or error from error
+        yield from zip(several, ids, strict=True)
+
+
+def required_prompt(row: Any, number: int) -> Prompt:
+    """Return the prompt of row `number`. DataError if it has none that is a text or messages with role and content."""
+    has_prompt = isinstance(row, Mapping) and "prompt" in row
+    require_row(has_prompt, number, f"is {row!r:.60}; give a mapping with the key 'prompt'")
+    prompt = row["prompt"]
+    messages = prompt if isinstance(prompt, list | tuple) else [{"role": "user", "content": prompt}]
+    require_row(bool(messages), number, "has an empty list of messages as prompt; give at least one")
+    for message in messages:
+        parts = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
+        is_text = all(isinstance(part, str) for part in parts)
+        require_row(is_text, number, f"has the prompt {prompt!r:.60}; give a text, or messages with role and content")
+        try:
+            "".join(map(str, parts)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = str(error.object[error.start])
+            raise DataError(
+                f"row {number}: the prompt holds {half!r}, which is half a character; correct it"
+            ) from error
+    return cast(Prompt, prompt)
+
+
+def require_row(holds: bool, number: int, fault: str) -> None:
+    """Raise DataError that names a row and its fault unless `holds`."""
+    if not holds:
+        raise DataError(f"row {number} {fault}")
+
+
+def refused_prompt(
+    tokenizer: Any, prompts: Sequence[Prompt], prompt_format: PromptFormat, number: int
+) -> DataError | ModelError | None:
+    """Return the error of the first prompt that cannot be put into its form, with its row. number: of the first."""
+    for place, prompt in enumerate(prompts, number):
+        try:
+            prompt_format.render(tokenizer, prompt)
+        except (DataError, ModelError) as error:
+            return type(error)(f"row {place}: {error}")
+    return None
 
 
 def fits_table(tokenizer: Any, table_rows: int) -> bool:
@@ -298,12 +352,18 @@ def check_ids(tokenizer: Any, ids: Iterable[int], table_rows: int, place: str) -
             )
 
 
-def check_prompts(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat, table_rows: int) -> None:
-    """Raise ModelError for the first row whose "prompt" has an id without a row in the embedding table.
+def check_prompts(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat, table_rows: int) -> list[int]:
+    """Return the number of tokens of the prompt of each row. Every prompt is put into its form and tokenised once.
 
-    A tokenizer that has no such id costs nothing. Otherwise every prompt is tokenised once.
+    Raises:
+        DataError, ModelError: a prompt cannot be put to the model, has no token, or has one without a row in the
+            embedding table. The message names the row.
     """
-    if fits_table(tokenizer, table_rows):
-        return
+    lengths = []
     for number, (row, ids) in enumerate(_with_ids(tokenizer, rows, prompt_format), 1):
-        check_ids(tokenizer, ids, table_rows, f"row {number}, the prompt {str(row['prompt'])[:60]!r}")
+        place = f"row {number}, the prompt {str(row['prompt'])[:60]!r}"
+        if not ids:
+            raise ModelError(f"{place}: has no token; remove the row, or give an instruction or a template")
+        check_ids(tokenizer, ids, table_rows, place)
+        lengths.append(len(ids))
+    return lengths

@@ -16,6 +16,15 @@ def derive_seed(seed: int, count: int, epoch: int = 0, epochs: int = 1) -> int:
     return ((seed * EVENTS + count) * epochs + epoch) % LIMIT
 
 
+def shuffle_seed(seed: int) -> int:
+    """Return the seed in [0, 2^32) of a PyTorch generator on the CPU, which reads only 32 bits of what it is given.
+
+    seed: in [0, 2^63), of `derive_seed`. A seed below 2^32 is kept.
+    """
+    high, low = divmod(seed, 2**32)
+    return low ^ (high * 0x9E3779B1 % 2**32)  # an odd factor: different high bits give different products
+
+
 def rank_seed(seed: int, rank: int) -> int:
     """Return the seed in [0, 2^32) of the global random streams of a rank, from which rewards and dropout may draw."""
     # NumPy accepts 32 bits, which `seed` may fill.

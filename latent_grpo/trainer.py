@@ -39,7 +39,7 @@ from latent_grpo.model import (
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, rows_of_groups, share_of_rank
-from latent_grpo.prompts import resolve_format, without_long_prompts
+from latent_grpo.prompts import resolve_format, with_short_prompts
 from latent_grpo.rewards.resolve import RewardFuncs, resolve_rewards
 from latent_grpo.rewards.scoring import metric_means
 from latent_grpo.rollout.samples import Samples
@@ -47,7 +47,7 @@ from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.checkpoint import Checkpoints
 from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
 from latent_grpo.saving.model_files import save_model
-from latent_grpo.seeds import derive_seed, rank_seed
+from latent_grpo.seeds import derive_seed, rank_seed, shuffle_seed
 from latent_grpo.update.length import run_length
 from latent_grpo.update.lora import add_adapters, without_adapters
 from latent_grpo.update.loss import (
@@ -130,13 +130,14 @@ class LatentGRPOTrainer:
         require(not args.eval_steps or bool(eval_dataset), "eval_steps", args.eval_steps, "it needs an eval_dataset")
         if not train_dataset:
             raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
-        self.rows, self.eval_rows = train_dataset, eval_dataset
         self.prompt_format = resolve_format(args, model if isinstance(model, str) else args.model_name_or_path)
-        check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, train_dataset, eval_dataset)
-        if args.long_prompts == "drop":
-            limit = args.max_prompt_length or 0
-            self.rows = without_long_prompts(self.tokenizer, train_dataset, self.prompt_format, limit)
-        for rows in (self.rows, eval_dataset):
+        data = (train_dataset, eval_dataset)
+        lengths = check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, *data)
+        self.rows, self.eval_rows = (
+            with_short_prompts(rows, tokens, args.max_prompt_length, args.long_prompts)
+            for rows, tokens in zip(data, lengths, strict=True)
+        )
+        for rows in (self.rows, self.eval_rows):
             given = (self.model.config, self.tokenizer, rows, self.prompt_format)
             check_prompt_lengths(*given, args.max_completion_length)
         self.sampling = self._sampling_options()
@@ -200,7 +201,7 @@ class LatentGRPOTrainer:
         history = self.resume(choice) if choice else None
         self.metrics = Metrics(args, history)
         values: dict[str, float] = dict(history[-1]) if history else {}
-        with graceful_interrupt() as interrupt, progress_bar("Latent-GRPO", self.total_steps, self.step) as bar:
+        with graceful_interrupt() as interrupt, progress_bar(args.label(), self.total_steps, self.step) as bar:
             if self.length.note() and rank() == 0:
                 CONSOLE.print(self.length.note(), soft_wrap=True, markup=False)
             while not self.length.reached(self.step, self.updater.updates):
@@ -299,7 +300,8 @@ class LatentGRPOTrainer:
         updates = 0
         for epoch in range(args.num_iterations):
             # On the CPU, so that every rank and every device draws the same order.
-            generator = torch.Generator().manual_seed(derive_seed(args.seed, self.step, epoch, args.num_iterations))
+            seed = shuffle_seed(derive_seed(args.seed, self.step, epoch, args.num_iterations))
+            generator = torch.Generator().manual_seed(seed)
             groups = torch.randperm(len(batch.rewards) // args.num_generations, generator=generator)
             for rows in rows_of_groups(groups, args.num_generations).to(self.device).split(self.update_size):
                 if updates == limit:

@@ -61,7 +61,7 @@ def eval_parser(prog: str) -> Parser:
     data.add_argument("--data", nargs="+", required=True, metavar="SOURCE", help=SOURCES)
     data.add_argument("--split", default="test", help="Split of Hub data sets that are no benchmarks. [default: test]")
     data.add_argument("--limit", type=int, help="Use only the first rows of each data set.")
-    add_flags_named(data, COLUMNS)
+    add_flags_named(data, (*COLUMNS, "max_prompt_length", "long_prompts"))
     protocol_flags(parser.add_argument_group("How it is evaluated"))
     parser.set_defaults(**dict.fromkeys(("end_rule", "top_k", "seed", LIMIT_FLAG)))  # None: not given
     return parser
@@ -116,6 +116,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     require(args.batch_size >= 1, "batch_size", args.batch_size, "give 1 or more")
+    longest = args.max_prompt_length
+    require(longest is None or longest >= 1, "max_prompt_length", longest, "give 1 or more")
     limit, released = args.max_completion_length, args.protocol == RELEASED
     require(limit is None or limit >= 1, LIMIT_FLAG, limit, "give 1 or more")
     text = args.pass_at or "1"
@@ -175,11 +177,24 @@ def setting_for(
     return Setting(limit, args.pass_at, own_format, **chosen)
 
 
+def checked_rows(args: argparse.Namespace, rows: list[Any], setting: Setting, model: Any, tokenizer: Any) -> list[Any]:
+    """Return the rows of a data set whose prompts are short enough. Errors are those of the checks before a run."""
+    from latent_grpo.architecture import check_prompt_lengths
+    from latent_grpo.model import embedding_table
+    from latent_grpo.prompts import check_prompts, with_short_prompts
+
+    kept = rows
+    if args.max_prompt_length is not None:
+        lengths = check_prompts(tokenizer, rows, setting.prompt_format, len(embedding_table(model)))
+        kept = with_short_prompts(rows, lengths, args.max_prompt_length, args.long_prompts)
+    check_prompt_lengths(model.config, tokenizer, kept, setting.prompt_format, setting.max_new_tokens)
+    return kept
+
+
 def run_evaluation(args: argparse.Namespace) -> int:
     """Evaluate on every rank and report from rank 0."""
     from dataclasses import asdict, replace
 
-    from latent_grpo.architecture import check_prompt_lengths
     from latent_grpo.data.benchmarks import load_benchmarks
     from latent_grpo.evaluation import evaluate
     from latent_grpo.parallel.process_group import rank
@@ -204,9 +219,8 @@ def run_evaluation(args: argparse.Namespace) -> int:
     model, tokenizer, sampling, own_format = load_for_sampling(one)
     keep_format = prompt_options(args) != PromptOptions() or has_format(args.model)
     settings = {label: setting_for(args, plan, own_format, keep_format=keep_format) for label, plan in plans.items()}
-    for label, rows in data.items():  # before the first response to any of them
-        setting = settings[label]
-        check_prompt_lengths(model.config, tokenizer, rows, setting.prompt_format, setting.max_new_tokens)
+    # All of them before the first response to any.
+    data = {label: checked_rows(args, rows, settings[label], model, tokenizer) for label, rows in data.items()}
     parts = []
     for scale in scales:
         results = {}

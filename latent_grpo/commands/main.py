@@ -9,7 +9,9 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from latent_grpo.commands.options import FAILURE, INPUT_ERROR, INTERRUPTED, Parser, PrintVersion
 from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError
@@ -38,9 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
         main_parser().error(f"unknown command {command!r}; {remedy}")
     prog = f"latent-grpo {command}"
+    with warnings_in_one_line():
+        return run_command(command, prog, argv[1:])
+
+
+def run_command(command: str, prog: str, argv: Sequence[str]) -> int:
+    """Run a command and return its exit code. An error that one line explains is printed without a traceback."""
     try:
         module = importlib.import_module(f"latent_grpo.commands.{COMMANDS[command][0]}")
-        return int(module.run(prog, argv[1:]))
+        return int(module.run(prog, argv))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -50,6 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{prog}: {error}", file=sys.stderr)
         return code
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print Python warnings as `warning: MESSAGE`, without the place in the code that raised them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def main_parser() -> Parser:

@@ -134,7 +134,10 @@ def add_flags(target: Any, config_class: type, items: Iterable[Field[Any]]) -> N
     kinds = get_type_hints(config_class)
     for item in items:
         name, default = item.name, default_of(item)
-        target.add_argument(f"--{name}", default=default, help=help_of(item), **flag_settings(kinds[name]))
+        settings = flag_settings(kinds[name])
+        if default == []:
+            settings["nargs"] = "*"  # so that a flag can empty the list of a configuration file
+        target.add_argument(f"--{name}", default=default, help=help_of(item), **settings)
         if kinds[name] is bool and default:
             off = f"Same as --{name} false."
             target.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=off)

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Real
+from os import PathLike, fspath
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -75,13 +76,28 @@ def check_options(config: Any) -> None:
         for container, words in ((list, "a list"), (dict, "a mapping")):
             wanted = any(get_origin(part) is container for part in alternatives)
             require(not wanted or isinstance(value, container), name, value, f"give {words}")
+        value = _plain(config, name, value)
+        require(bool not in alternatives or isinstance(value, bool), name, value, "give true or false")
+        # A text option may have further kinds, as a list.
+        is_text = str in alternatives and not any(get_origin(part) is list for part in alternatives)
+        require(not is_text or isinstance(value, str), name, value, "give a text")
         allowed = item.metadata.get("range")
         if allowed is not None:
-            if isinstance(value, Real) and hasattr(value, "item"):
-                value = value.item()  # a NumPy number, which no checkpoint could write as JSON
-                setattr(config, name, value)
             is_number = isinstance(value, Real) and not isinstance(value, bool)
             require(is_number and allowed.holds(value), name, value, f"give a number, {allowed}")
+        whole = int in alternatives and float not in alternatives and isinstance(value, Real)
+        require(not whole or isinstance(value, int), name, value, "give a whole number")
+
+
+def _plain(config: Any, name: str, value: Any) -> Any:
+    """Return an option as a type that a checkpoint can write as JSON, and set it: NumPy's numbers, and paths."""
+    if isinstance(value, Real) and hasattr(value, "item"):
+        value = value.item()
+        setattr(config, name, value)
+    elif isinstance(value, PathLike):
+        value = fspath(value)
+        setattr(config, name, value)
+    return value
 
 
 def groups_of(config_class: type) -> Iterator[tuple[type, list[Field[Any]]]]:

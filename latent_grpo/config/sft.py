@@ -25,6 +25,9 @@ class WarmStartOptions(RunOptions):
         "\\boxed{{{answer}}}",
         "Text of the visible answer, a Python format of {answer}. A row with an answer text of its own keeps that.",
     )
+    missing_chains: Literal["error", "drop"] = option(
+        "error", "What becomes of rows without a chain of thought. drop leaves them out, error ends the run."
+    )
     lora_dropout: float = option(0.0, "Share of the inputs of LoRA adapters that training drops.", BELOW_ONE)
     freeze_embeddings: bool = option(
         False,
@@ -35,7 +38,13 @@ class WarmStartOptions(RunOptions):
     def check_warm_start(self) -> None:
         """Raise ConfigError for the first option that cannot be used."""
         self.check_run()
-        require("{answer}" in self.answer_template, "answer_template", self.answer_template, "it must hold {answer}")
+        template = self.answer_template
+        require("{answer}" in template, "answer_template", template, "it must hold {answer}")
+        try:
+            holds = "\0" in template.format(answer="\0")
+        except (LookupError, ValueError, AttributeError):
+            holds = False
+        require(holds, "answer_template", template, "give a Python format with {answer} and no other field")
 
 
 @dataclass

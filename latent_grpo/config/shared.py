@@ -55,7 +55,7 @@ class DataOptions:
     prompt_column: str | None = option(None, "Column of the question, for data in an unknown format.")
     answer_column: str | None = option(None, "Column of the answer, for data in an unknown format.")
     chain_column: str | None = option(None, "Column of the chain of thought, for data in an unknown format.")
-    limit: int | None = option(None, "Use only the first rows.")
+    limit: int | None = option(None, "Use only the first rows.", ONE_OR_MORE)
     expected_columns: list[str] = option([], "Columns without which dataset is another set than was meant, an error.")
     deduplicate: bool = option(False, "Keep only the first row of each prompt of dataset.")
     repeated_prompts: float = option(
@@ -99,13 +99,18 @@ class RunOptions(OptimizerOptions):
     output_dir: str = option("runs/latent", "Folder for checkpoints and metrics.")
     seed: int = option(0, "Seed of data order, sampling and noise.", Range(0, 2**32, open_high=True))
     max_steps: int = option(
-        -1, "Optimizer steps after which training ends, in the middle of a rollout if need be. -1 sets no limit."
+        -1,
+        "Optimizer steps after which training ends, in the middle of a rollout if need be. -1 sets no limit.",
+        Range(-1),
     )
     num_train_epochs: float = option(
         1.0, "Passes over the data. They count where max_steps (of train: and max_rollouts) is -1.", POSITIVE
     )
     max_prompt_length: int | None = option(
-        None, "Longest prompt in tokens. sft drops rows with a longer one; train goes by long_prompts."
+        None, "Longest prompt in tokens. Longer ones are counted before the first step.", ONE_OR_MORE
+    )
+    long_prompts: Literal["error", "drop"] = option(
+        "error", "What becomes of prompts over max_prompt_length. drop leaves their rows out, error ends the run."
     )
     max_completion_length: int = option(128, "Limit of a response, latent and text steps together.", ONE_OR_MORE)
     logging_steps: int = option(1, "Steps between lines of metrics.", ONE_OR_MORE)
@@ -133,5 +138,7 @@ class RunOptions(OptimizerOptions):
         one_warmup = not (self.warmup_steps and self.warmup_ratio)
         require(one_warmup, "warmup_ratio", self.warmup_ratio, f"warmup_steps is {self.warmup_steps}; give only one")
         require(self.max_steps != 0, "max_steps", self.max_steps, "give 1 or more, or -1 to go by epochs")
+        bounded = self.long_prompts == "error" or self.max_prompt_length is not None
+        require(bounded, "long_prompts", self.long_prompts, "it needs max_prompt_length")
         for sink in self.report_to:
             require(sink in SINKS, "report_to", sink, f"choose from {', '.join(SINKS)}")

@@ -41,10 +41,9 @@ class RolloutOptions:
     num_generations: int = option(8, "Responses per prompt, G.", Range(2))
     generation_batch_size: int = option(64, "Responses per rollout: prompts times G.", ONE_OR_MORE)
     max_rollouts: int = option(
-        -1, "Rollouts, each with all its updates, after which training ends. Give it or max_steps. -1 sets no limit."
-    )
-    long_prompts: Literal["error", "drop"] = option(
-        "error", "What becomes of a prompt over max_prompt_length. drop leaves it out of the training data."
+        -1,
+        "Rollouts, each with all its updates, after which training ends. Give it or max_steps. -1 sets no limit.",
+        Range(-1),
     )
     rollout_memory: float | None = option(
         None,
@@ -171,7 +170,7 @@ class WatchingOptions:
 
     eval_dataset: str | None = option(None, "Evaluation data, given like dataset.")
     eval_steps: int = option(0, "Steps between evaluations. 0 evaluates never.", NON_NEGATIVE)
-    eval_limit: int | None = option(None, "Use only the first evaluation rows.")
+    eval_limit: int | None = option(None, "Use only the first evaluation rows.", ONE_OR_MORE)
     log_completions: bool = option(
         False, "Write the responses of every logged step to output_dir/completions, as Parquet."
     )
@@ -213,8 +212,6 @@ class LatentGRPOConfig(
         require(self.temperature > 0, "temperature", self.temperature, "training needs sampled text; give more than 0")
         if self.importance_sampling_level == "component":
             self.check_component_ratios()
-        bounded = self.long_prompts == "error" or self.max_prompt_length is not None
-        require(bounded, "long_prompts", self.long_prompts, "it needs max_prompt_length")
         require(self.max_rollouts != 0, "max_rollouts", self.max_rollouts, "give 1 or more, or -1 for no limit")
         one_limit = self.max_steps < 0 or self.max_rollouts < 0
         require(one_limit, "max_rollouts", self.max_rollouts, f"max_steps is {self.max_steps}; give only one")
@@ -241,6 +238,11 @@ class LatentGRPOConfig(
         require(whole, "importance_sampling_level", level, remedy)
         recomputed = self.old_logprobs == "recompute"
         require(recomputed, "importance_sampling_level", level, "it needs old_logprobs recompute")
+
+    def label(self) -> str:
+        """Return the name of the method, for a progress bar."""
+        names = {"latent_grpo": "Latent-GRPO", "soft_grpo": "SofT-GRPO", "multiplex": "Multiplex Thinking"}
+        return names[self.method] if self.latent else "text GRPO"
 
     def sampling(self) -> LatentSampling:
         """Return the sampling options alone."""

@@ -131,11 +131,16 @@ def eos_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
 
 def check_vocabulary(
     model: Any, tokenizer: Any, prompt_format: PromptFormat, latent: bool, *data: Sequence[Any] | None
-) -> None:
-    """Raise ModelError for the first id that a run would need and that has no row in the embedding table.
+) -> list[list[int]]:
+    """Check every id that a run needs before its first step. Return the lengths of the prompts of each data set.
 
-    These are the end of a sequence, padding, the end marker if responses are latent, and the prompts of `data`: rows
-    with the key "prompt". An end marker that would end the response is an error too.
+    data: rows with the key "prompt".
+
+    Raises:
+        ModelError: the end of a sequence, padding, the end marker (if responses are latent) or a prompt has an id
+            without a row in the embedding table, the end marker would end the response, or a chat template refuses a
+            prompt.
+        DataError: a row has no prompt that can be put to a model.
     """
     prepare_tokenizer(tokenizer)
     table_rows = len(embedding_table(model))
@@ -150,5 +155,4 @@ def check_vocabulary(
                 f"the end marker {marker!r} holds {tokenizer.decode([token])!r}, which ends a response; "
                 "choose another --end_marker"
             )
-    for rows in data:
-        check_prompts(tokenizer, rows or (), prompt_format, table_rows)
+    return [check_prompts(tokenizer, rows or (), prompt_format, table_rows) for rows in data]

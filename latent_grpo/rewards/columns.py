@@ -16,7 +16,7 @@ ARGUMENTS = (
     "trainer_state",
     "log_extra",
     "log_metric",
-    "environments",
+    "visible_text",
     "max_completion_length",
     "soft_punish_cache",
 )

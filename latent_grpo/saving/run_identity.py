@@ -32,7 +32,7 @@ FREE_OPTIONS = frozenset(
         *("max_steps", "max_rollouts", "num_train_epochs"),
         # They name the training data, whose rows `data` compares: a file may have moved.
         *("dataset", "dataset_split", "prompt_column", "answer_column", "chain_column", "limit"),
-        *("expected_columns", "deduplicate", "repeated_prompts", "long_prompts"),
+        *("expected_columns", "deduplicate", "repeated_prompts", "long_prompts", "missing_chains"),
         # They give the prompt format, which is compared as a whole: the model's own may come in their place.
         *(item.name for item in fields(PromptOptions)),
         # They give the size of an update, together with the number of processes. `update_size` compares the product.

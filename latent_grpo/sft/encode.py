@@ -29,7 +29,7 @@ from latent_grpo.saving.checkpoint import checkpoints_in
 from latent_grpo.saving.model_files import save_model
 from latent_grpo.saving.run_identity import FREE_OPTIONS
 from latent_grpo.sft.chain_model import ChainModel
-from latent_grpo.sft.examples import check_examples
+from latent_grpo.sft.examples import check_examples, with_chains
 from latent_grpo.sft.loop import Term, UpdateLoop
 from latent_grpo.sft.pieces import ChainExample, chain_batch, chain_example, chain_examples, encoder_rows
 from latent_grpo.sft.soft_labels import SoftLabels, hashed_prompts, join_rows, read_soft_labels, write_soft_labels
@@ -59,6 +59,7 @@ def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str,
     choice = str(args.resume_from_checkpoint or "")
     require(choice.lower() in ("", "true"), "resume_from_checkpoint", choice, "give true: phases resume their newest")
     prompt_format = resolve_format(args, args.model_name_or_path)
+    rows = with_chains(rows, args.missing_chains)
     finished = [phase for phase in args.phases if choice and has_finished(args, phase)]
     if "labels" in args.phases and has_labels(args, rows, tokenizer, prompt_format, resumed=bool(choice)):
         finished.append("labels")
@@ -162,7 +163,7 @@ class Phase(UpdateLoop):
         prompt_format: PromptFormat,
     ) -> None:
         self.phase = self.label = phase
-        check_vocabulary(model.decoder, tokenizer, prompt_format, latent=True)
+        check_vocabulary(model.decoder, tokenizer, prompt_format, True, rows)
         examples, count = chain_examples(tokenizer, rows, args, prompt_format), args.read_back_rows
         check_examples(tokenizer, examples, len(embedding_table(model.decoder)))
         longest = max(max(len(encoder_rows(example)[0]), example.length) for example in examples)

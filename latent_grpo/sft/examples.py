@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from latent_grpo.config import LatentSFTConfig, WarmStartOptions
 from latent_grpo.errors import DataError
 from latent_grpo.model import end_marker_ids
-from latent_grpo.prompts import PromptFormat, check_ids, fits_table, resolve_format
+from latent_grpo.prompts import PromptFormat, check_ids, fits_table, required_prompt, resolve_format, short_enough
 from latent_grpo.sft.soft_labels import SoftLabels
 
 
@@ -52,14 +53,17 @@ class SFTBatch:
     numbers: Tensor  # [B] int64, numbers of the examples
 
 
-def text_after(tokenizer: Any, row: Any, args: WarmStartOptions, marker: list[int]) -> list[int]:
+def text_after(tokenizer: Any, row: Any, number: int, args: WarmStartOptions, marker: list[int]) -> list[int]:
     """Return the ids behind the latent steps: end marker, visible answer, end of the sequence.
 
-    The visible answer is the row's "answer_text", or `answer_template` with its "answer".
+    The visible answer is the row's "answer_text", or `answer_template` with its "answer". DataError if there is none;
+    number: the row's, for the message.
     """
-    visible = row.get("answer_text") or args.answer_template.format(answer=row["answer"])
-    answer = tokenizer(visible, add_special_tokens=False)["input_ids"]
-    return [*marker, *answer, tokenizer.eos_token_id]
+    visible, answer = row.get("answer_text"), row.get("answer")
+    if not visible and answer in (None, ""):
+        raise DataError(f"row {number} has no answer; remove the row, or name its column with --answer_column")
+    visible = visible or args.answer_template.format(answer=answer)
+    return [*marker, *plain_ids(tokenizer, visible, number, "answer"), tokenizer.eos_token_id]
 
 
 def chain_ids(tokenizer: Any, row: Any, number: int) -> list[int]:
@@ -68,8 +72,40 @@ def chain_ids(tokenizer: Any, row: Any, number: int) -> list[int]:
         raise DataError(
             f"row {number} has no chain of thought; the warm start needs one, name its column with --chain_column"
         )
-    ids: list[int] = tokenizer(row["chain"], add_special_tokens=False)["input_ids"]
+    return plain_ids(tokenizer, row["chain"], number, "chain of thought")
+
+
+def plain_ids(tokenizer: Any, text: Any, number: int, name: str) -> list[int]:
+    """Return the ids of a text without special tokens. DataError if it cannot be read."""
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"row {number}: the {name} is {text!r:.60}, not a text that can be read; correct it") from error
     return ids
+
+
+def with_chains(rows: Any, missing_chains: str) -> Any:
+    """Return the rows with a chain of thought. missing_chains: "drop" leaves others out, with a warning of how many.
+
+    Raises:
+        DataError: a row has no chain, unless such rows are dropped; or no row has one.
+    """
+    for number, row in enumerate(rows, 1):
+        required_prompt(row, number)  # nothing else is known of a row that a caller has made
+    kept = [i for i, row in enumerate(rows) if row.get("chain") and str(row["chain"]).strip()]
+    if len(kept) == len(rows):
+        return rows
+    count, first = len(rows) - len(kept), min(set(range(len(rows))) - set(kept)) + 1
+    remedy = "name its column with --chain_column"
+    if missing_chains != "drop":
+        remedy += ", or leave such rows out with --missing_chains drop"
+    if missing_chains != "drop" or not kept:
+        raise DataError(
+            f"row {first} has no chain of thought, and {count:,} of {len(rows):,} rows have none; the warm start needs "
+            f"one: {remedy}"
+        )
+    warnings.warn(f"{count:,} of {len(rows):,} rows are left out: they have no chain of thought", stacklevel=2)
+    return [rows[i] for i in kept]
 
 
 def build_example(
@@ -79,7 +115,7 @@ def build_example(
     chain = chain_ids(tokenizer, row, number)
     width = args.compression if args.latent else 1
     steps = [chain[i : i + width] for i in range(0, len(chain), width)]
-    text = [[token] for token in text_after(tokenizer, row, args, marker)]
+    text = [[token] for token in text_after(tokenizer, row, number, args, marker)]
     prompt = prompt_format.ids(tokenizer, [row["prompt"]])[0]
     return Example(prompt, steps + text, number, latents=len(steps) if args.latent else 0)
 
@@ -106,34 +142,38 @@ def build_examples(
         if labels is None:
             example = build_example(tokenizer, row, args, prompt_format, marker, number)
         else:
-            text = [[token] for token in text_after(tokenizer, row, args, marker)]
+            text = [[token] for token in text_after(tokenizer, row, number, args, marker)]
             label, prompt = labels.row(number - 1), prompt_format.ids(tokenizer, [row["prompt"]])[0]
             example = Example(prompt, text, number, len(label[0]), label)
-        if fits(args, len(example.prompt), example.elements):
-            examples.append(example)
-    return require_rows(examples)
+        examples.append(example)
+    return fitting(args, examples, [len(example.prompt) for example in examples], [e.elements for e in examples])
 
 
-def fits(args: WarmStartOptions, prompt: int, response: int) -> bool:
-    """Return whether a prompt and a response of these numbers of elements are within the limits of length."""
-    fits_prompt = args.max_prompt_length is None or prompt <= args.max_prompt_length
-    return fits_prompt and response <= args.max_completion_length
+def fitting(args: WarmStartOptions, examples: list[Any], prompts: list[int], responses: list[int]) -> list[Any]:
+    """Return the examples whose prompts and responses, of these numbers of elements, are within the limits of length.
 
-
-def require_rows(examples: list[Any]) -> list[Any]:
-    """Return the examples. DataError if there are none."""
-    if not examples:
+    Raises:
+        DataError: a prompt is too long, unless `long_prompts` drops it; or no example fits.
+    """
+    kept = short_enough(prompts, args.max_prompt_length, args.long_prompts)
+    short = [i for i in kept if responses[i] <= args.max_completion_length]
+    if not short:
         raise DataError("no row fits max_prompt_length and max_completion_length; raise them")
-    return examples
+    if len(short) < len(kept):
+        warnings.warn(
+            f"{len(kept) - len(short):,} of {len(examples):,} rows are left out: their responses have more than "
+            f"max_completion_length {args.max_completion_length} elements",
+            stacklevel=2,
+        )
+    return [examples[i] for i in short]
 
 
 def check_examples(tokenizer: Any, examples: Sequence[Any], table_rows: int) -> None:
-    """Raise ModelError for the first id of an example that has no row in an embedding table of `table_rows` rows."""
+    """Raise ModelError for the first id of a response that has no row in an embedding table of `table_rows` rows."""
     if fits_table(tokenizer, table_rows):
         return
     for example in examples:
         response = (token for element in example.response for token in element)
-        check_ids(tokenizer, example.prompt, table_rows, f"the prompt of row {example.number}")
         check_ids(tokenizer, response, table_rows, f"chain and answer of row {example.number}")
 
 

@@ -25,7 +25,7 @@ from latent_grpo.config import EncodeConfig
 from latent_grpo.errors import DataError
 from latent_grpo.model import end_marker_ids
 from latent_grpo.prompts import PromptFormat
-from latent_grpo.sft.examples import chain_ids, fits, require_rows, text_after
+from latent_grpo.sft.examples import chain_ids, fitting, text_after
 
 
 @dataclass
@@ -84,7 +84,7 @@ def chain_example(
         raise DataError(f"row {number}: its chain of thought {row['chain']!r} has no token; remove the row")
     pieces = [chain[i : i + width] for i in range(0, len(chain), width)]
     prompt = prompt_format.ids(tokenizer, [row["prompt"]])[0]
-    return ChainExample(prompt, pieces, text_after(tokenizer, row, args, marker), number)
+    return ChainExample(prompt, pieces, text_after(tokenizer, row, number, args, marker), number)
 
 
 def chain_examples(
@@ -97,7 +97,7 @@ def chain_examples(
     """
     given = (args, prompt_format, end_marker_ids(tokenizer, prompt_format.end_marker))
     examples = [chain_example(tokenizer, row, number, *given) for number, row in enumerate(rows, 1)]
-    return require_rows([e for e in examples if fits(args, len(e.prompt), len(e.pieces) + len(e.text))])
+    return fitting(args, examples, [len(e.prompt) for e in examples], [len(e.pieces) + len(e.text) for e in examples])
 
 
 def chain_batch(examples: Sequence[ChainExample], device: torch.device) -> ChainBatch:

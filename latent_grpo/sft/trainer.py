@@ -25,7 +25,7 @@ from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_reduce_sum
 from latent_grpo.prompts import PromptFormat, resolve_format
 from latent_grpo.saving.model_files import save_model
-from latent_grpo.sft.examples import Example, build_examples, check_examples, collate
+from latent_grpo.sft.examples import Example, build_examples, check_examples, collate, with_chains
 from latent_grpo.sft.inputs import ATTEMPTS, input_mixtures, perturbed_labels
 from latent_grpo.sft.loop import Term, UpdateLoop
 from latent_grpo.sft.loss import batch_loss, soft_label_losses
@@ -60,7 +60,10 @@ class LatentSFTTrainer(UpdateLoop):
         check_decoding(model)
         set_seed(args.seed)  # new adapters start from random values
         prompt_format = resolve_format(args, args.model_name_or_path)
-        check_vocabulary(model, processing_class, prompt_format, latent=True)
+        check_vocabulary(model, processing_class, prompt_format, True, train_dataset)
+        # Soft labels are in place of chains, but are of the rows that `encode` kept.
+        if args.targets == "uniform" or args.missing_chains == "drop":
+            train_dataset = with_chains(train_dataset, args.missing_chains)
         data = (processing_class, train_dataset, args, prompt_format)
         examples = build_examples(*data, labels_of(model, *data) if args.soft_labels else None)
         check_examples(processing_class, examples, len(embedding_table(model)))

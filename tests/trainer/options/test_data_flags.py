@@ -96,8 +96,11 @@ def test_the_model_is_saved_in_the_precision_of_dtype(dtype, kind, input_folder,
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
 
 
-def test_a_prompt_over_max_prompt_length_is_refused_in_one_line(input_folder, tmp_path, capsys):
+@BOTH_TRAINERS
+def test_a_prompt_over_max_prompt_length_is_refused_in_one_line(kind, input_folder, tmp_path, capsys):
     run = dict(output_dir=tmp_path / "run", max_prompt_length=3, max_steps=1)
-    assert main(command_line("train", input_folder, **SMALL_ROLLOUTS, **run)) == 2
+    rollouts = SMALL_ROLLOUTS if kind == "train" else {}
+    assert main(command_line(kind, input_folder, **rollouts, **run)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("latent-grpo")]
-    assert "over max_prompt_length 3" in line
+    assert "16 of 16 prompts are over max_prompt_length 3, the first in row 1" in line
+    assert not (tmp_path / "run").exists()

@@ -202,5 +202,7 @@ def test_a_warm_start_drops_rows_over_max_prompt_length(tokenizer, make_trainer)
     limit = sorted(lengths)[len(ROWS) // 2]
     expected = [number for number, length in enumerate(lengths, 1) if length <= limit]
     assert 0 < len(expected) < len(ROWS)
-    assert [example.number for example in make_trainer("sft", max_prompt_length=limit).examples] == expected
+    with pytest.warns(UserWarning, match=f"{len(ROWS) - len(expected)} of {len(ROWS)} rows are left out"):
+        trainer = make_trainer("sft", max_prompt_length=limit, long_prompts="drop")
+    assert [example.number for example in trainer.examples] == expected
     assert len(make_trainer("sft").examples) == len(ROWS)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSampling, LatentSFTConfig, LatentSFTTrainer, evaluate
 from latent_grpo.commands.main import main
-from latent_grpo.errors import ConfigError, DataError, ModelError
+from latent_grpo.errors import ModelError
 from latent_grpo.prompts import FORMATS, INSTRUCTION, PromptFormat, read_format, write_format
 
 EXTRA = "<|compress_token|>"
@@ -74,7 +74,7 @@ def bad(place: str):
 @pytest.mark.parametrize(
     ("make_trainer", "place", "words"),
     [
-        (run_sft, "prompt", "the prompt of row 3"),
+        (run_sft, "prompt", "row 3, the prompt '2 + 1?"),
         (run_sft, "chain", "chain and answer of row 3"),
         (run_sft, "answer", "chain and answer of row 3"),
         (run_grpo, "prompt", "row 3, the prompt '2 + 1?"),
@@ -198,16 +198,3 @@ def test_a_released_parquet_file_goes_through_the_recipe(folder, tmp_path):
     sizes = ["--max_steps", "1", "--generation_batch_size", "8", "--max_completion_length", "3", "--latent_top_k", "2"]
     assert main(["train", "--config", "low-difficulty", *paths, *sizes, "--max_generation_batches", "1"]) == 0
     assert read_format(str(tmp_path / "run")) == FORMATS["latent-grpo-low"]
-
-
-def test_long_prompts_are_an_error_or_left_out(tmp_path):
-    rows = [*ROWS, {"prompt": "a much longer question?", "answer": "1"}]
-    with pytest.raises(ModelError, match="a prompt has 77 tokens, over max_prompt_length 70"):
-        run_grpo(rows[-1:], tmp_path, max_prompt_length=70).train()
-    with pytest.warns(UserWarning, match="1 of 5 rows are left out: their prompts have more than 70 tokens"):
-        trainer = run_grpo(rows, tmp_path, max_prompt_length=70, long_prompts="drop")
-    assert trainer.rows == ROWS
-    with pytest.raises(DataError, match="no prompt has 3 tokens or fewer; raise max_prompt_length"):
-        run_grpo(rows, tmp_path, max_prompt_length=3, long_prompts="drop")
-    with pytest.raises(ConfigError, match="long_prompts is 'drop': it needs max_prompt_length"):
-        LatentGRPOConfig(long_prompts="drop")
