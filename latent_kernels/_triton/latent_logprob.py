@@ -29,148 +29,21 @@ from torch import Tensor
 
 from latent_kernels._loss_types import LogprobSpec, RowForward, RowScores
 from latent_kernels._triton.common import MAX_REGISTERS
+from latent_kernels._triton.latent_logprob_terms import (
+    component_terms,
+    row_log_z,
+    row_log_z_and_entropy,
+    soft_terms,
+    store_dlogits,
+)
 from latent_kernels.reference import latent_step as steps
-from latent_kernels.reference import loss
 
 UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
-EXPONENT_MAX = tl.constexpr(loss.EXPONENT_MAX)
-MARGIN_MAX = tl.constexpr(loss.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
-SOFT_EPSILON = tl.constexpr(loss.SOFT_EPSILON)
-SOFT_MARGIN_MIN, SOFT_MARGIN_MAX = tl.constexpr(loss.SOFT_MARGIN_MIN), tl.constexpr(loss.SOFT_MARGIN_MAX)
-SOFT_LOGPROB_MIN = tl.constexpr(loss.SOFT_LOGPROB_MIN)
-FLOAT16_MAX = tl.constexpr(65504.0)
-LOWEST = tl.constexpr(-3.0e38)  # below any logit that matters, and finite: differences from it are numbers
 BLOCK_V, NUM_WARPS = 8192, 16  # 16 elements per thread
 REGISTERS = 65536  # per multiprocessor
 MARGINS = {"none": 0, "aligned": 1, "released": 2}
 METHODS = {"latent_grpo": 0, "soft_grpo": 1, "multiplex": 2}
 SOFT_GRPO, MULTIPLEX = tl.constexpr(METHODS["soft_grpo"]), tl.constexpr(METHODS["multiplex"])
-
-
-@triton.jit
-def row_log_z(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr):
-    """Return log sum exp(logits / T) of a row in one pass. Every lane keeps a maximum and a sum, merged at the end."""
-    v = tl.arange(0, BLOCK_V)
-    highest = tl.full([BLOCK_V], LOWEST, dtype=tl.float32)
-    total = tl.zeros([BLOCK_V], dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        z = tl.load(row_ptr + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) * inverse_temperature
-        # Of the two exponentials of an online log-sum-exp, one is always exp(0) = 1.
-        smaller = tl.exp(-tl.abs(z - highest))
-        total = tl.where(z > highest, total * smaller + 1.0, total + smaller)
-        highest = tl.maximum(highest, z)
-    peak = tl.max(highest, 0)
-    return peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0))
-
-
-@triton.jit
-def row_log_z_and_entropy(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr):
-    """Return log sum exp(logits / T) of a row and the entropy of its softmax, in one pass.
-
-    Every lane keeps a maximum, a sum of exponentials, and the same sum weighted by the distances below the maximum. The
-    distances are clamped where their exponentials are 0, because 0 * -inf is NaN.
-    """
-    v = tl.arange(0, BLOCK_V)
-    highest = tl.full([BLOCK_V], LOWEST, dtype=tl.float32)
-    total = tl.zeros([BLOCK_V], dtype=tl.float32)
-    spread = tl.zeros([BLOCK_V], dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        z = tl.load(row_ptr + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) * inverse_temperature
-        below = -tl.abs(z - highest)
-        below = tl.where(below < -MARGIN_MAX, -MARGIN_MAX, below)
-        smaller = tl.exp(below)
-        spread = tl.where(z > highest, (spread + below * total) * smaller, spread + below * smaller)
-        total = tl.where(z > highest, total * smaller + 1.0, total + smaller)
-        highest = tl.maximum(highest, z)
-    peak = tl.max(highest, 0)
-    below = highest - peak
-    below = tl.where(below < -MARGIN_MAX, -MARGIN_MAX, below)
-    smaller = tl.exp(below)
-    mass = tl.sum(total * smaller, 0)
-    return peak + tl.log(mass), tl.log(mass) - tl.sum((spread + below * total) * smaller, 0) / mass
-
-
-@triton.jit
-def component_terms(log_probs, scores, replaced, MARGIN: tl.constexpr):
-    """Return the terms of the surrogate, their coefficients c_k and the margins of a row's components (Eq. 15-17).
-
-    Coefficients of margins below `replaced`, which is 0 or -inf, are replaced as `margin_gradient` says. Comparisons
-    rather than minima clamp the margins, because a minimum would drop a NaN.
-    """
-    margin = scores - log_probs
-    margin = tl.where(scores == -float("inf"), 0.0, tl.where(margin > MARGIN_MAX, MARGIN_MAX, margin))
-    pull = tl.exp(tl.where(margin < -EXPONENT_MAX, EXPONENT_MAX, -margin))
-    coefficients = 1.0 - pull
-    if MARGIN > 0:
-        flipped = 1.0 - tl.exp(-tl.abs(margin))
-        coefficients = tl.where(margin < replaced, flipped if MARGIN == 1 else -flipped, coefficients)
-    return -margin - pull, coefficients, margin
-
-
-@triton.jit
-def soft_terms(log_probs, scores, used):
-    """Return the log-prob of a latent row of SofT-GRPO, its gradient in the K picked logits, and the margins.
-
-    q = softmax over the K components, l_k = log(q_k + 1e-6), d_k = score_k - l_k clamped to [-1.5, 3]. The log-prob is
-    the mean of -d_k - exp(-d_k) over the components with l_k > -3. Products rather than masks keep a NaN.
-    """
-    share = tl.where(used, tl.exp(log_probs - tl.max(tl.where(used, log_probs, -float("inf")), 0)), 0.0)
-    share = share / tl.sum(share, 0)
-    target = tl.log(share + SOFT_EPSILON)
-    margin = scores - target
-    below, above = margin < SOFT_MARGIN_MIN, margin > SOFT_MARGIN_MAX
-    clamped = tl.where(below, SOFT_MARGIN_MIN, tl.where(above, SOFT_MARGIN_MAX, margin))
-    pull = tl.exp(-clamped)
-    counts = tl.where(used & (target > SOFT_LOGPROB_MIN), 1.0, 0.0)
-    weight = counts / tl.maximum(tl.sum(counts, 0), 1.0)
-    logprob = tl.sum(tl.where(used, (-clamped - pull) * weight, 0.0), 0)
-    pulled = tl.where(below | above, 0.0, (1.0 - pull) * weight) * share / (share + SOFT_EPSILON)
-    return logprob, pulled - share * tl.sum(pulled, 0), margin
-
-
-@triton.jit
-def as_stored(value, DTYPE: tl.constexpr):
-    """Convert a gradient to the dtype it is stored in, clamped to the range of float16.
-
-    float16 ends at 65,504, and an infinite dlogits times an upstream gradient of 0 would be NaN.
-    """
-    if DTYPE.is_fp16():
-        value = tl.where(value > FLOAT16_MAX, FLOAT16_MAX, tl.where(value < -FLOAT16_MAX, -FLOAT16_MAX, value))
-    return value.to(DTYPE)
-
-
-@triton.jit
-def store_dlogits(
-    row_ptr, dlogits_ptr, V, ids, valid, log_probs, coefficients, total, log_z, inverse_temperature, factor, entropy,
-    bonus, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Store factor * (sum_k c_k onehot(id_k) - total * p) of a row, which may overwrite the row's logits.
-
-    With ENTROPY, add bonus * -p (log p + entropy), the gradient of bonus times the entropy of p.
-    If dlogits is half as wide as the logits, it lies in the second half of their bytes, and a tile is written over
-    itself and over tiles above it. So tiles go from the end to the start, and all threads read a tile before any thread
-    writes it.
-    """
-    v = tl.arange(0, BLOCK_V)
-    tiles = tl.cdiv(V, BLOCK_V)
-    for tile in range(0, tiles):
-        at = (tiles - 1 - tile) * BLOCK_V + v
-        z = tl.load(row_ptr + at, mask=at < V, other=0.0).to(tl.float32) * inverse_temperature
-        tl.debug_barrier()
-        value = -factor * total * tl.exp(z - log_z)
-        if ENTROPY:
-            log_p = tl.where(z - log_z < -MARGIN_MAX, -MARGIN_MAX, z - log_z)
-            value -= bonus * tl.exp(log_p) * (log_p + entropy)
-        tl.store(dlogits_ptr + at, as_stored(value, dlogits_ptr.dtype.element_ty), mask=at < V)
-    # An id that occurs twice stores the same value twice: the sum of what all its occurrences contribute.
-    narrow = ids.to(tl.int32)  # half the registers of a K x K comparison
-    shared = tl.sum(tl.where(narrow[:, None] == narrow[None, :], coefficients[None, :], 0.0), 1)
-    value = factor * (shared - total * tl.exp(log_probs))
-    if ENTROPY:
-        log_p = tl.where(log_probs < -MARGIN_MAX, -MARGIN_MAX, log_probs)
-        value -= bonus * tl.exp(log_p) * (log_p + entropy)
-    tl.debug_barrier()
-    tl.store(dlogits_ptr + ids, as_stored(value, dlogits_ptr.dtype.element_ty), mask=valid)
 
 
 # These pointers are read or written once per row, so their alignment is not worth another compiled variant.
