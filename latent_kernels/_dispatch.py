@@ -57,11 +57,6 @@ def components_limit(width: int) -> str | None:
     return f"scores at most {MAX_COMPONENTS} components per row, got {width}" if width > MAX_COMPONENTS else None
 
 
-def head_limit(plain: bool) -> str | None:
-    """Say that the kernels take no options of the head, or return None."""
-    return None if plain else "takes no bias, logit_scale or softcap"
-
-
 def resolve(op: str, impl: str, *tensors: Tensor, unsupported: str | None = None) -> str:
     """Return "triton" or "eager" for the operator `op` on the device of its inputs.
 

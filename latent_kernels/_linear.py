@@ -68,8 +68,17 @@ def softcap_slope(logits: Tensor, softcap: float) -> Tensor:
     return (logits / softcap).square_().neg_().add_(1.0)
 
 
-def back_project(dlogits: Tensor, weight: Tensor) -> Tensor:
-    """Return `dlogits @ weight` [n, D] for dlogits [n, V]: float32, or float64 for float64 inputs."""
+def back_project(dlogits: Tensor, weight: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Return `factor * (dlogits @ weight)` [n, D] for dlogits [n, V]: float32, or float64 for float64 inputs.
+
+    factor is [n]; None stands for 1.
+    """
+    out = _back_project(dlogits, weight)
+    return out if factor is None else out.mul_(factor.unsqueeze(-1))
+
+
+def _back_project(dlogits: Tensor, weight: Tensor) -> Tensor:
+    """Return `dlogits @ weight`."""
     dtype = compute_dtype(dlogits, weight)
     with _no_autocast(dlogits.device):
         if dlogits.dtype == weight.dtype == dtype:
@@ -82,11 +91,20 @@ def back_project(dlogits: Tensor, weight: Tensor) -> Tensor:
         return out
 
 
-def add_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """Add `dlogits.T @ hidden` to out [V, D], float32 or float64, for dlogits [n, V] and hidden [n, D]."""
+def add_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor, factor: Tensor | None = None) -> None:
+    """Add `dlogits.T @ (factor * hidden)` to out [V, D], float32 or float64.
+
+    dlogits is [n, V], hidden [n, D], and factor [n]; None stands for 1.
+    """
+    if factor is not None:
+        hidden = hidden * factor.unsqueeze(-1)
     with _no_autocast(out.device):
+        if dlogits.dtype == torch.float16:
+            _add_float16_outer_(out, dlogits, hidden)
+            return
+        hidden = hidden.to(dlogits.dtype)
         # 16-bit operands, accumulated in float32 over the chunks.
-        if dlogits.is_cuda and dlogits.dtype == hidden.dtype != out.dtype:
+        if dlogits.is_cuda and dlogits.dtype != out.dtype:
             torch.addmm(out, dlogits.T, hidden, out_dtype=out.dtype, out=out)
             return
         hidden = hidden.to(out.dtype)
@@ -94,11 +112,25 @@ def add_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
             out[block].addmm_(dlogits[:, block].T.to(out.dtype), hidden)
 
 
+def _add_float16_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """Add `dlogits.T @ hidden` for float16 dlogits and a hidden whose numbers may lie outside the range of float16.
+
+    The largest number of hidden becomes 2^14, and its scale is applied to the float32 products. It stays on the device,
+    where no product takes it as a factor: so the products of a block are added in a second step.
+    """
+    scale = hidden.abs().amax().to(out.dtype).clamp_min(1e-30) * 2.0**-14
+    hidden = (hidden / scale).to(torch.float16)
+    for block in _blocks(out):
+        out[block].addcmul_(_wide_mm(dlogits[:, block].T, hidden, out.dtype), scale)
+
+
+def _wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `a @ b` in `dtype` for operands of one 16-bit dtype."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+
+
 def add_rows_(out: Tensor, dlogits: Tensor, factor: Tensor | None) -> None:
     """Add `factor @ dlogits` to out [V], float32 or float64, for dlogits [n, V] and factor [n]; None stands for 1."""
     factor = out.new_ones(len(dlogits)) if factor is None else factor.to(out.dtype)
-    if dlogits.dtype == out.dtype:
-        out.addmv_(dlogits.T, factor)
-        return
-    for block in _blocks(out):  # no copy of the chunk in another dtype
+    for block in [slice(None)] if dlogits.dtype == out.dtype else _blocks(out):  # no copy of a whole chunk
         out[block].addmv_(dlogits[:, block].T.to(out.dtype), factor)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from latent_kernels._types import HeadOptions, PolicyStats
+from latent_kernels._types import PLAIN_HEAD, HeadOptions, PolicyStats
 
 
 class LogprobSpec(NamedTuple):
@@ -22,7 +22,7 @@ class LogprobSpec(NamedTuple):
     margin_gradient: str
     method: str = "latent_grpo"
     components: bool = False
-    head: HeadOptions = HeadOptions()  # turns the product into logits
+    head: HeadOptions = PLAIN_HEAD  # turns the product into logits
 
     def select(self, rows: slice | Tensor) -> LogprobSpec:
         """Return the same for some of the rows."""
@@ -30,12 +30,25 @@ class LogprobSpec(NamedTuple):
         return self._replace(ids=self.ids[rows], scores=self.scores[rows], advantages=advantages)
 
 
+class RowGradient(NamedTuple):
+    """The gradient of n rows in their product with the head, stored over the product: row i is scale_i * dlogits_i."""
+
+    dlogits: Tensor  # [n, V]
+    scale: Tensor | None  # [n] float32; None stands for 1
+
+    def times(self, factor: Tensor | None) -> Tensor | None:
+        """Return the scale times a factor [n]; None stands for 1."""
+        if self.scale is None or factor is None:
+            return factor if self.scale is None else self.scale
+        return self.scale * factor
+
+
 class RowScores(NamedTuple):
     """The log-probs of a chunk of n rows."""
 
     logprob: Tensor  # [n], or [n, K] with `components`
     crossed: Tensor  # [n] integer, latent components with a negative margin
-    dlogits: Tensor | None  # [n, V] gradient of the log-prob in the product with the head, stored over the product
+    gradient: RowGradient | None  # of the log-prob
 
 
 class RowForward(NamedTuple):

@@ -43,6 +43,9 @@ class HeadOptions(NamedTuple):
         return self.bias is None and self.logit_scale == 1.0 and self.softcap is None
 
 
+PLAIN_HEAD = HeadOptions()
+
+
 @dataclass(frozen=True, eq=False)  # no `==`: a tensor among the options has no single truth value
 class LatentStepOptions:
     """The options of a latent step of B rows over V tokens.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latent_kernels._linear import head_logits_, softcap_slope
-from latent_kernels._loss_types import SUMS, LogprobSpec, LossSpec, RowForward, RowScores, StepLosses
+from latent_kernels._loss_types import SUMS, LogprobSpec, LossSpec, RowForward, RowGradient, RowScores, StepLosses
 from latent_kernels.reference.latent_step import is_hard
 from latent_kernels.reference.loss import (
     MARGIN_MAX,
@@ -61,7 +61,7 @@ def logprob_rows_(
         coefficients *= _per_component(upstream).to(logits.dtype)
     # sum_k c_k (onehot(id_k) - softmax): `logits` holds the exponentials, whose sum is `total`.
     logits.mul_(-_softmax_share(coefficients, spec, hard) / total).scatter_add_(-1, ids, coefficients)
-    return RowScores(logprob, crossed, logits)
+    return RowScores(logprob, crossed, RowGradient(logits, None))
 
 
 def _inverse_temperature(logits: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForw
 
 def backward_rows_(
     logits: Tensor, spec: LogprobSpec, scored: RowForward, dtype: torch.dtype, upstream: Tensor, bonus: Tensor | None
-) -> Tensor:
+) -> RowGradient:
     """Overwrite the logits [n, V] of `forward_rows` with a gradient in the product with the head, and return it.
 
     It is the gradient of `upstream * logprob + bonus * entropy`.
@@ -167,7 +167,7 @@ def backward_rows_(
             block.mul_(slope_of_cap)
     if softcap is not None:
         coefficients = coefficients * softcap_slope(picked, softcap)
-    return logits.scatter_add_(-1, ids, coefficients)
+    return RowGradient(logits.scatter_add_(-1, ids, coefficients), None)
 
 
 def score_rows(logits: Tensor, spec: LogprobSpec) -> Tensor:

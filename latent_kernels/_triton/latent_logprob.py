@@ -1,7 +1,8 @@
 """Log-probs of text and latent rows of logits, and their gradient in the logits (Eq. 15-17).
 
-Inputs: logits [n, V] in float32 or a 16-bit dtype; ids [n, K] int64; scores [n, K]; advantages [n] or None. All
-arithmetic is in float32. p is the softmax of the row.
+Inputs: logits [n, V] in float32 or a 16-bit dtype, or the product with an LM head from which they follow
+(`latent_kernels._triton.head`); ids [n, K] int64; scores [n, K]; advantages [n] or None. All arithmetic is in float32.
+p is the softmax of the row.
 
     text row    log p(token),  p = softmax(logits / T),   dlogits = (onehot(token) - p) / T
     latent row  f = mean_k(-d_k - exp(-d_k)),             dlogits = 1/K sum_k c_k (onehot(id_k) - p)
@@ -10,7 +11,11 @@ arithmetic is in float32. p is the softmax of the row.
 The method "multiplex" sums log p(id_k), so c_k = 1. "soft_grpo" depends on the K picked logits alone, see `soft_terms`.
 
 Outputs: log-prob [n] (or [n, K], of components), log Z and entropy [n] float32; crossed margins [n] int32; dlogits
-[n, V], the gradient of the log-prob (or of `upstream * logprob + bonus * entropy`), which may overwrite the logits.
+[n, V], the gradient of the log-prob (or of `upstream * logprob + bonus * entropy`) in the logits or the product. It may
+overwrite them.
+
+Over a product, a float16 gradient is stored relative to a power of two per row, which is an output [n]. float16 ends at
+65,504, and the gradients that follow from a larger one may be small.
 
 One program owns one row. It passes over the row once for the log-sum-exp and, for the gradient, once more from its end
 to its start, so that what it read last is still in cache. The gradient of a row is a multiple of its softmax everywhere
@@ -27,19 +32,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels._loss_types import LogprobSpec, RowForward, RowScores
+from latent_kernels._loss_types import LogprobSpec, RowForward, RowGradient, RowScores
 from latent_kernels._triton.common import MAX_REGISTERS
+from latent_kernels._triton.head import bias_argument, factor_arguments, head_constants, read_capped
 from latent_kernels._triton.latent_logprob_terms import (
     component_terms,
+    range_scale,
     row_log_z,
     row_log_z_and_entropy,
     soft_terms,
     store_dlogits,
 )
+from latent_kernels._types import PLAIN_HEAD, HeadOptions
 from latent_kernels.reference import latent_step as steps
 
 UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
 BLOCK_V, NUM_WARPS = 8192, 16  # 16 elements per thread
+WIDE = 32  # components of a row whose comparison needs many registers
 REGISTERS = 65536  # per multiprocessor
 MARGINS = {"none": 0, "aligned": 1, "released": 2}
 METHODS = {"latent_grpo": 0, "soft_grpo": 1, "multiplex": 2}
@@ -49,15 +58,16 @@ SOFT_GRPO, MULTIPLEX = tl.constexpr(METHODS["soft_grpo"]), tl.constexpr(METHODS[
 # These pointers are read or written once per row, so their alignment is not worth another compiled variant.
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr", "crossed_ptr", "entropy_ptr", "bonus_ptr"
+        "advantages_ptr", "upstream_ptr", "logprob_ptr", "log_z_ptr", "crossed_ptr", "entropy_ptr", "bonus_ptr",
+        "scale_ptr",
     ]
 )  # fmt: skip
 def latent_logprob_kernel(
     logits_ptr, ids_ptr, scores_ptr, advantages_ptr, upstream_ptr, logprob_ptr, log_z_ptr, crossed_ptr, dlogits_ptr,
-    entropy_ptr, bonus_ptr, logits_stride, dlogits_stride, V, inverse_temperature,
+    entropy_ptr, bonus_ptr, scale_ptr, bias_ptr, logits_stride, dlogits_stride, V, inverse_temperature, inner, outer,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, MARGIN: tl.constexpr, FORWARD: tl.constexpr,
     DLOGITS: tl.constexpr, HAS_UPSTREAM: tl.constexpr, ENTROPY: tl.constexpr, METHOD: tl.constexpr,
-    COMPONENTS: tl.constexpr,
+    COMPONENTS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # n * V may exceed 2^31
     row_ptr = logits_ptr + row * logits_stride
@@ -66,24 +76,28 @@ def latent_logprob_kernel(
     hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
     used = k < tl.where(hard, 1, K)  # the only component of a text row is its token
     ids = tl.maximum(ids, 0)
-    inverse_temperature = tl.where(hard, inverse_temperature, 1.0)  # the temperature is that of text rows only
+    # The temperature is that of text rows only.
+    inverse_temperature = tl.where(hard, inverse_temperature, 1.0) * outer
+    slope = inverse_temperature * inner
     entropy, bonus = 0.0, 0.0
     if FORWARD:
         if ENTROPY:
-            log_z, entropy = row_log_z_and_entropy(row_ptr, V, inverse_temperature, BLOCK_V)
+            log_z, entropy = row_log_z_and_entropy(
+                row_ptr, bias_ptr, V, inverse_temperature, inner, BLOCK_V, HAS_BIAS, SOFTCAP
+            )
             tl.store(entropy_ptr + row, tl.where(hard, entropy, 0.0))
         else:
-            log_z = row_log_z(row_ptr, V, inverse_temperature, BLOCK_V)
+            log_z = row_log_z(row_ptr, bias_ptr, V, inverse_temperature, inner, BLOCK_V, HAS_BIAS, SOFTCAP)
         tl.store(log_z_ptr + row, log_z)
     else:
         log_z = tl.load(log_z_ptr + row)
         if ENTROPY:
             entropy = tl.load(entropy_ptr + row)
-            bonus = tl.load(bonus_ptr + row) * inverse_temperature
+            bonus = tl.load(bonus_ptr + row) * slope
 
     # An id outside the vocabulary makes the row NaN. An error would have to wait for the device.
     valid = used & (ids < V)
-    picked = tl.load(row_ptr + ids, mask=valid, other=float("nan")).to(tl.float32)
+    picked = read_capped(row_ptr, bias_ptr, ids, valid, inner, float("nan"), HAS_BIAS, SOFTCAP)
     log_probs = picked * inverse_temperature - log_z
     if METHOD == MULTIPLEX:
         latent = tl.sum(tl.where(used, log_probs, 0.0), 0)
@@ -109,43 +123,56 @@ def latent_logprob_kernel(
         tl.store(crossed_ptr + row, tl.where(hard, 0, tl.sum((used & (margins < 0)).to(tl.int32), 0)))
     if DLOGITS:
         coefficients = tl.where(used, tl.where(hard, 1.0, component_coefficients), 0.0)
-        factor = inverse_temperature
+        factor = slope
         if HAS_UPSTREAM and COMPONENTS:
             coefficients = tl.load(upstream_ptr + row * K + k, mask=used, other=0.0)  # of log-probs that add up
         elif HAS_UPSTREAM:
-            factor = inverse_temperature * tl.load(upstream_ptr + row)
+            factor = slope * tl.load(upstream_ptr + row)
         total = tl.sum(coefficients, 0)
         if METHOD == SOFT_GRPO:
             total = tl.where(hard, total, 0.0)  # what is left of it on a latent row is a rounding
+        shrink = 1.0
+        if RELATIVE:
+            bound = tl.abs(factor) * (tl.sum(tl.abs(coefficients), 0) + tl.abs(total))
+            scale = range_scale(bound + tl.abs(bonus) * (1.0 + entropy))
+            tl.store(scale_ptr + row, scale)
+            shrink = 1.0 / scale
         store_dlogits(
-            row_ptr, dlogits_ptr + row * dlogits_stride, V, ids, valid, log_probs, coefficients, total, log_z,
-            inverse_temperature, factor, entropy, bonus, ENTROPY, BLOCK_V,
+            row_ptr, bias_ptr, dlogits_ptr + row * dlogits_stride, V, ids, valid, picked, log_probs, coefficients,
+            total, log_z, inverse_temperature, inner, factor, entropy, bonus, shrink, ENTROPY, BLOCK_V, HAS_BIAS,
+            SOFTCAP, RELATIVE,
         )  # fmt: skip
 
 
-def block_v(vocab: int) -> int:
-    """Return how many logits a program reads at a time."""
-    return min(BLOCK_V, max(128, triton.next_power_of_2(vocab)))
+def block_v(vocab: int, width: int, head: HeadOptions) -> int:
+    """Return how many logits a program reads at a time.
+
+    A K x K comparison and the bits of a soft cap leave room for half a tile, with as many elements per thread.
+    """
+    largest = BLOCK_V // 2 if width > WIDE and head.softcap is not None else BLOCK_V
+    return min(largest, max(128, triton.next_power_of_2(vocab)))
 
 
 def constants(
     vocab: int, width: int, margin_gradient: str, *, forward: bool, dlogits: bool, upstream: bool,
-    entropy: bool = False, method: str = "latent_grpo", components: bool = False,
+    entropy: bool = False, method: str = "latent_grpo", components: bool = False, head: HeadOptions = PLAIN_HEAD,
+    relative: bool = False,
 ) -> dict[str, int | bool]:  # fmt: skip
     """Return the constants of the kernel."""
     return {
-        "K": width, "BLOCK_K": triton.next_power_of_2(width), "BLOCK_V": block_v(vocab),
+        "K": width, "BLOCK_K": triton.next_power_of_2(width), "BLOCK_V": block_v(vocab, width, head),
         "MARGIN": MARGINS[margin_gradient], "FORWARD": forward, "DLOGITS": dlogits, "HAS_UPSTREAM": upstream,
-        "ENTROPY": entropy, "METHOD": METHODS[method], "COMPONENTS": components,
+        "ENTROPY": entropy, "METHOD": METHODS[method], "COMPONENTS": components, "RELATIVE": relative,
+        **head_constants(head),
     }  # fmt: skip
 
 
-def launch_options(vocab: int) -> dict[str, int]:
+def launch_options(vocab: int, width: int, head: HeadOptions) -> dict[str, int]:
     """Return the number of warps, and the largest number of registers that so many threads can have.
 
     Without the limit, ptxas spills to stay under half of it.
     """
-    warps = max(1, block_v(vocab) * NUM_WARPS // BLOCK_V)
+    warps = max(1, block_v(vocab, width, head) * NUM_WARPS // BLOCK_V)
     return {"num_warps": warps, "maxnreg": min(MAX_REGISTERS, REGISTERS // (32 * warps))}
 
 
@@ -168,12 +195,12 @@ def _row_outputs(logits: Tensor, spec: LogprobSpec) -> RowOutputs:
 def _launch(
     logits: Tensor, spec: LogprobSpec, log_z: Tensor, *, outputs: RowOutputs | None = None,
     dlogits: Tensor | None = None, upstream: Tensor | None = None, entropy: Tensor | None = None,
-    bonus: Tensor | None = None,
+    bonus: Tensor | None = None, scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch the kernel on logits [n, V].
 
     With `outputs` it writes them, with log_z and, if given, entropy [n]; without, it reads log_z and entropy. With
-    `dlogits` [n, V] it writes the gradient.
+    `dlogits` [n, V] it writes the gradient, and with `scale` [n] what its rows are relative to.
     """
     rows, vocab = logits.shape
     if not rows:
@@ -190,6 +217,8 @@ def _launch(
         entropy=entropy is not None,
         method=spec.method,
         components=spec.components,
+        head=spec.head,
+        relative=scale is not None,
     )
     latent_logprob_kernel[(rows,)](
         logits_ptr=logits, ids_ptr=spec.ids.contiguous(), scores_ptr=spec.scores.contiguous(),
@@ -198,9 +227,11 @@ def _launch(
         logprob_ptr=unused if outputs is None else outputs.logprob, log_z_ptr=log_z,
         crossed_ptr=unused if outputs is None else outputs.crossed,
         dlogits_ptr=unused if dlogits is None else dlogits, entropy_ptr=unused if entropy is None else entropy,
-        bonus_ptr=unused if bonus is None else bonus.contiguous(), logits_stride=logits.stride(0),
+        bonus_ptr=unused if bonus is None else bonus.contiguous(), scale_ptr=unused if scale is None else scale,
+        bias_ptr=bias_argument(spec.head, unused), logits_stride=logits.stride(0),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0), V=vocab,
-        inverse_temperature=1.0 / spec.temperature, **chosen, **launch_options(vocab),
+        inverse_temperature=1.0 / spec.temperature, **factor_arguments(spec.head), **chosen,
+        **launch_options(vocab, spec.ids.shape[1], spec.head),
     )  # fmt: skip
 
 
@@ -216,22 +247,33 @@ def dlogits_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.as_strided((rows, stride), (stride, 1)).view(dtype)[:, stride : stride + vocab]
 
 
+def _gradient_over(logits: Tensor, dtype: torch.dtype) -> RowGradient:
+    """Return where the gradient of float32 products [n, V] goes, and what its rows are relative to in float16."""
+    scale = torch.empty(len(logits), dtype=torch.float32, device=logits.device) if dtype == torch.float16 else None
+    return RowGradient(dlogits_view(logits, dtype), scale)
+
+
 def logprob_rows_(
     logits: Tensor, spec: LogprobSpec, dtype: torch.dtype | None, upstream: Tensor | None = None
 ) -> RowScores:
-    """Return the log-probs of float32 logits [n, V], and overwrite the logits with their gradient in `dtype`.
+    """Return the log-probs of float32 products [n, V], and overwrite the products with their gradient in `dtype`.
 
-    If `dtype` is None, there is no gradient and the logits stay. `upstream` has the shape of the log-probs and scales
+    If `dtype` is None, there is no gradient and the products stay. `upstream` has the shape of the log-probs and scales
     the gradient.
     """
     outputs = _row_outputs(logits, spec)
-    dlogits = None if dtype is None else dlogits_view(logits, dtype)
-    _launch(logits, spec, outputs.log_z, outputs=outputs, dlogits=dlogits, upstream=upstream)
-    return RowScores(outputs.logprob, outputs.crossed, dlogits)
+    if dtype is None:
+        _launch(logits, spec, outputs.log_z, outputs=outputs)
+        return RowScores(outputs.logprob, outputs.crossed, None)
+    gradient = _gradient_over(logits, dtype)
+    _launch(
+        logits, spec, outputs.log_z, outputs=outputs, dlogits=gradient.dlogits, scale=gradient.scale, upstream=upstream
+    )  # fmt: skip
+    return RowScores(outputs.logprob, outputs.crossed, gradient)
 
 
 def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForward:
-    """Return the log-probs of float32 logits [n, V] and, if wanted, the entropies of text rows. The logits stay."""
+    """Return the log-probs of float32 products [n, V] and, if wanted, the entropies of text rows. The products stay."""
     outputs = _row_outputs(logits, spec)
     nats = torch.empty_like(outputs.log_z) if entropy else None
     _launch(logits, spec, outputs.log_z, outputs=outputs, entropy=nats)
@@ -240,16 +282,17 @@ def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForw
 
 def backward_rows_(
     logits: Tensor, spec: LogprobSpec, scored: RowForward, dtype: torch.dtype, upstream: Tensor, bonus: Tensor | None
-) -> Tensor:
-    """Overwrite logits [n, V] with the gradient, in `dtype`, of `upstream * logprob + bonus * entropy`.
+) -> RowGradient:
+    """Overwrite products [n, V] with the gradient, in `dtype`, of `upstream * logprob + bonus * entropy`.
 
     `upstream` has the shape of the log-probs. `bonus` [n] is 0 on latent rows. It is None without entropies.
     """
-    dlogits = dlogits_view(logits, dtype)
+    gradient = _gradient_over(logits, dtype)
     _launch(
-        logits, spec, scored.log_z, dlogits=dlogits, upstream=upstream, entropy=scored.entropy, bonus=bonus
+        logits, spec, scored.log_z, dlogits=gradient.dlogits, scale=gradient.scale, upstream=upstream,
+        entropy=scored.entropy, bonus=bonus,
     )  # fmt: skip
-    return dlogits
+    return gradient
 
 
 class FromLogits(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """The terms of a row's log-prob and of its gradient in the logits, for the kernel of `latent_logprob` (Eq. 15-17).
 
-All arithmetic is in float32. A row of V logits is read in tiles of BLOCK_V, its K components are held in registers.
+All arithmetic is in float32. A row of V products with the LM head is read in tiles of BLOCK_V and turned into logits on
+the way (`latent_kernels._triton.head`). Its K components are held in registers. "Logits / T" stands for what the head's
+`capped` gives times `inverse_temperature`, which is 1 / T times the head's `outer`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from latent_kernels._triton.head import read_capped
 from latent_kernels.reference import loss
 
 EXPONENT_MAX = tl.constexpr(loss.EXPONENT_MAX)
@@ -15,18 +18,21 @@ MARGIN_MAX = tl.constexpr(loss.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
 SOFT_EPSILON = tl.constexpr(loss.SOFT_EPSILON)
 SOFT_MARGIN_MIN, SOFT_MARGIN_MAX = tl.constexpr(loss.SOFT_MARGIN_MIN), tl.constexpr(loss.SOFT_MARGIN_MAX)
 SOFT_LOGPROB_MIN = tl.constexpr(loss.SOFT_LOGPROB_MIN)
-FLOAT16_MAX = tl.constexpr(65504.0)
 LOWEST = tl.constexpr(-3.0e38)  # below any logit that matters, and finite: differences from it are numbers
 
 
 @triton.jit
-def row_log_z(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr):
+def row_log_z(
+    row_ptr, bias_ptr, V, inverse_temperature, inner, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """Return log sum exp(logits / T) of a row in one pass. Every lane keeps a maximum and a sum, merged at the end."""
     v = tl.arange(0, BLOCK_V)
     highest = tl.full([BLOCK_V], LOWEST, dtype=tl.float32)
     total = tl.zeros([BLOCK_V], dtype=tl.float32)
     for start in range(0, V, BLOCK_V):
-        z = tl.load(row_ptr + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) * inverse_temperature
+        at = start + v
+        z = read_capped(row_ptr, bias_ptr, at, at < V, inner, -float("inf"), HAS_BIAS, SOFTCAP) * inverse_temperature
         # Of the two exponentials of an online log-sum-exp, one is always exp(0) = 1.
         smaller = tl.exp(-tl.abs(z - highest))
         total = tl.where(z > highest, total * smaller + 1.0, total + smaller)
@@ -36,7 +42,10 @@ def row_log_z(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def row_log_z_and_entropy(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr):
+def row_log_z_and_entropy(
+    row_ptr, bias_ptr, V, inverse_temperature, inner, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """Return log sum exp(logits / T) of a row and the entropy of its softmax, in one pass.
 
     Every lane keeps a maximum, a sum of exponentials, and the same sum weighted by the distances below the maximum. The
@@ -47,7 +56,8 @@ def row_log_z_and_entropy(row_ptr, V, inverse_temperature, BLOCK_V: tl.constexpr
     total = tl.zeros([BLOCK_V], dtype=tl.float32)
     spread = tl.zeros([BLOCK_V], dtype=tl.float32)
     for start in range(0, V, BLOCK_V):
-        z = tl.load(row_ptr + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32) * inverse_temperature
+        at = start + v
+        z = read_capped(row_ptr, bias_ptr, at, at < V, inner, -float("inf"), HAS_BIAS, SOFTCAP) * inverse_temperature
         below = -tl.abs(z - highest)
         below = tl.where(below < -MARGIN_MAX, -MARGIN_MAX, below)
         smaller = tl.exp(below)
@@ -101,45 +111,56 @@ def soft_terms(log_probs, scores, used):
 
 
 @triton.jit
-def as_stored(value, DTYPE: tl.constexpr):
-    """Convert a gradient to the dtype it is stored in, clamped to the range of float16.
+def range_scale(bound):
+    """Return a power of two by which values of at most `bound` are divided so that float16 holds them with all bits.
 
-    float16 ends at 65,504, and an infinite dlogits times an upstream gradient of 0 would be NaN.
+    The largest is then below 2^14, and a value has all bits down to 2^-28 of it.
     """
-    if DTYPE.is_fp16():
-        value = tl.where(value > FLOAT16_MAX, FLOAT16_MAX, tl.where(value < -FLOAT16_MAX, -FLOAT16_MAX, value))
-    return value.to(DTYPE)
+    bound = tl.maximum(bound, 1e-30)
+    return (bound.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-13
 
 
 @triton.jit
 def store_dlogits(
-    row_ptr, dlogits_ptr, V, ids, valid, log_probs, coefficients, total, log_z, inverse_temperature, factor, entropy,
-    bonus, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    row_ptr, bias_ptr, dlogits_ptr, V, ids, valid, picked, log_probs, coefficients, total, log_z, inverse_temperature,
+    inner, factor, entropy, bonus, shrink, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Store factor * (sum_k c_k onehot(id_k) - total * p) of a row, which may overwrite the row's logits.
+    """Store factor * (sum_k c_k onehot(id_k) - total * p) of a row, which may overwrite the row's products.
 
-    With ENTROPY, add bonus * -p (log p + entropy), the gradient of bonus times the entropy of p.
-    If dlogits is half as wide as the logits, it lies in the second half of their bytes, and a tile is written over
+    With ENTROPY, add bonus * -p (log p + entropy), the gradient of bonus times the entropy of p. With SOFTCAP, multiply
+    by the slope of the cap, 1 - tanh^2. With RELATIVE, multiply by `shrink`.
+    If dlogits is half as wide as the products, it lies in the second half of their bytes, and a tile is written over
     itself and over tiles above it. So tiles go from the end to the start, and all threads read a tile before any thread
     writes it.
     """
+    # An id that occurs twice stores the same value twice: the sum of what all its occurrences contribute. Of the picked
+    # components only this value is alive during the tiles.
+    narrow = ids.to(tl.int32)  # half the registers of a K x K comparison
+    shared = tl.sum(tl.where(narrow[:, None] == narrow[None, :], coefficients[None, :], 0.0), 1)
+    last = factor * (shared - total * tl.exp(log_probs))
+    if ENTROPY:
+        finite = tl.where(log_probs < -MARGIN_MAX, -MARGIN_MAX, log_probs)
+        last -= bonus * tl.exp(finite) * (finite + entropy)
+    if SOFTCAP:
+        last *= 1.0 - picked * picked
+    if RELATIVE:
+        last *= shrink
     v = tl.arange(0, BLOCK_V)
     tiles = tl.cdiv(V, BLOCK_V)
     for tile in range(0, tiles):
         at = (tiles - 1 - tile) * BLOCK_V + v
-        z = tl.load(row_ptr + at, mask=at < V, other=0.0).to(tl.float32) * inverse_temperature
+        capped = read_capped(row_ptr, bias_ptr, at, at < V, inner, 0.0, HAS_BIAS, SOFTCAP)
+        z = capped * inverse_temperature
         tl.debug_barrier()
         value = -factor * total * tl.exp(z - log_z)
         if ENTROPY:
             log_p = tl.where(z - log_z < -MARGIN_MAX, -MARGIN_MAX, z - log_z)
             value -= bonus * tl.exp(log_p) * (log_p + entropy)
-        tl.store(dlogits_ptr + at, as_stored(value, dlogits_ptr.dtype.element_ty), mask=at < V)
-    # An id that occurs twice stores the same value twice: the sum of what all its occurrences contribute.
-    narrow = ids.to(tl.int32)  # half the registers of a K x K comparison
-    shared = tl.sum(tl.where(narrow[:, None] == narrow[None, :], coefficients[None, :], 0.0), 1)
-    value = factor * (shared - total * tl.exp(log_probs))
-    if ENTROPY:
-        log_p = tl.where(log_probs < -MARGIN_MAX, -MARGIN_MAX, log_probs)
-        value -= bonus * tl.exp(log_p) * (log_p + entropy)
+        if SOFTCAP:
+            value *= 1.0 - capped * capped
+        if RELATIVE:
+            value *= shrink
+        tl.store(dlogits_ptr + at, value.to(dlogits_ptr.dtype.element_ty), mask=at < V)
     tl.debug_barrier()
-    tl.store(dlogits_ptr + ids, as_stored(value, dlogits_ptr.dtype.element_ty), mask=valid)
+    tl.store(dlogits_ptr + ids, last.to(dlogits_ptr.dtype.element_ty), mask=valid)

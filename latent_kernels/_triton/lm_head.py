@@ -5,8 +5,9 @@
 
 The sidecar, 8 KB per row, tells the selection which few groups can matter and gives log Z, so that no kernel reads the
 logits twice. It comes from the epilogue of the LM-head product (`lm_head_sidecar`), where lm_head [V, D] is read once
-for every BLOCK_B rows, or from one pass over existing logits (`logits_sidecar`). There is no backward pass, and results
-repeat bit for bit.
+for every BLOCK_B rows, or from one pass over existing logits (`logits_sidecar`). Bias, scale and soft cap of a head are
+applied in that epilogue, or in that pass, which then writes the logits back over the product. There is no backward
+pass, and results repeat bit for bit.
 
 Bytes of the product: 2 V D of lm_head, once for B <= 128 and from L2 beyond, and 4 B V of float32 logits written.
 """
@@ -21,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from latent_kernels._triton.common import MAX_REGISTERS, dot_dtype, product_tile, triton_dtype
+from latent_kernels._triton.head import bias_argument, factor_arguments, head_logits, logits_constants
+from latent_kernels._types import PLAIN_HEAD, HeadOptions
 
 GROUP = 128  # ids per group, and the M axis of the product's tile
 GROUPS_PER_PROGRAM = 16  # in the pass over existing logits: 2,048 logits, 16 per thread
@@ -54,8 +57,10 @@ def max_and_sum(logits, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def lm_head_kernel(
-    weight_ptr, hidden_ptr, logits_ptr, maxima_ptr, sums_ptr, weight_stride, hidden_stride, B, V, D, G,
-    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr,
+    weight_ptr, hidden_ptr, bias_ptr, logits_ptr, maxima_ptr, sums_ptr, inner, outer, weight_stride, hidden_stride,
+    B, V, D, G,
+    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     # Programs of one tile of the head follow each other, so that all except the first find it in L2.
     blocks = tl.cdiv(B, BLOCK_B)
@@ -65,7 +70,9 @@ def lm_head_kernel(
     logits = product_tile(
         weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, GROUP, BLOCK_B, BLOCK_D, True, DOT_TYPE
     )
-    logits = tl.where((v < V)[:, None], logits, -float("inf"))
+    inside = (v < V)[:, None]
+    logits = head_logits(logits, bias_ptr, v[:, None], inside, inner, outer, HAS_BIAS, SOFTCAP, SCALED)
+    logits = tl.where(inside, logits, -float("inf"))
     top, total = max_and_sum(logits, 0)
     row = b.to(tl.int64)
     # A row of the logits has room for G * GROUP, so the vocabulary's tail needs no mask.
@@ -76,21 +83,29 @@ def lm_head_kernel(
 
 @triton.jit
 def sidecar_kernel(
-    logits_ptr, maxima_ptr, sums_ptr, logits_stride, V, G, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    logits_ptr, bias_ptr, maxima_ptr, sums_ptr, inner, outer, logits_stride, V, G,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     v = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     logits = tl.load(logits_ptr + row * logits_stride + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    if HAS_BIAS or SOFTCAP or SCALED:  # the logits are float32 products, and no other program reads these
+        logits = head_logits(logits, bias_ptr, v, v < V, inner, outer, HAS_BIAS, SOFTCAP, SCALED)
+        tl.store(logits_ptr + row * logits_stride + v, logits, mask=v < V)
+        logits = tl.where(v < V, logits, -float("inf"))
     top, total = max_and_sum(logits, 1)
     tl.store(maxima_ptr + row * G + group, top, mask=group < G)
     tl.store(sums_ptr + row * G + group, total, mask=group < G)
 
 
-def product_constants(config: ProductConfig, dtype: torch.dtype) -> dict[str, object]:
+def product_constants(
+    config: ProductConfig, dtype: torch.dtype, head: HeadOptions = PLAIN_HEAD
+) -> dict[str, object]:  # fmt: skip
     """Return the constants of `lm_head_kernel`, which multiplies in `dtype`."""
     return {
-        "GROUP": GROUP, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d, "DOT_TYPE": triton_dtype(dtype)
+        "GROUP": GROUP, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d, "DOT_TYPE": triton_dtype(dtype),
+        **logits_constants(head),
     }  # fmt: skip
 
 
@@ -99,9 +114,9 @@ def product_options(config: ProductConfig) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
 
 
-def sidecar_constants() -> dict[str, int]:
+def sidecar_constants(head: HeadOptions = PLAIN_HEAD) -> dict[str, int | bool]:
     """Return the constants of `sidecar_kernel`."""
-    return {"GROUP": GROUP, "GROUPS": GROUPS_PER_PROGRAM}
+    return {"GROUP": GROUP, "GROUPS": GROUPS_PER_PROGRAM, **logits_constants(head)}
 
 
 def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -114,29 +129,39 @@ def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> tuple[Tensor,
     return maxima, sums
 
 
-def lm_head_sidecar(hidden: Tensor, lm_head: Tensor, config: ProductConfig) -> Sidecar:
-    """Return `hidden @ lm_head.T` in float32 with its sidecar, in one launch, for inputs that `routes.fits` accepts."""
+def lm_head_sidecar(
+    hidden: Tensor, lm_head: Tensor, config: ProductConfig, head: HeadOptions = PLAIN_HEAD
+) -> Sidecar:  # fmt: skip
+    """Return the logits of `hidden @ lm_head.T` in float32 with their sidecar, in one launch.
+
+    The inputs are those that `routes.fits` accepts.
+    """
     (rows, width), vocab = hidden.shape, len(lm_head)
     groups = triton.cdiv(vocab, GROUP)
     logits = torch.empty(rows, groups * GROUP, dtype=torch.float32, device=hidden.device)
     maxima, sums = _empty_sidecar(rows, vocab, hidden.device)
     lm_head_kernel[(groups * triton.cdiv(rows, config.block_b),)](
-        weight_ptr=lm_head, hidden_ptr=hidden, logits_ptr=logits, maxima_ptr=maxima, sums_ptr=sums,
-        weight_stride=lm_head.stride(0), hidden_stride=hidden.stride(0), B=rows, V=vocab, D=width, G=groups,
-        **product_constants(config, dot_dtype(hidden, lm_head)), **product_options(config),
+        weight_ptr=lm_head, hidden_ptr=hidden, bias_ptr=bias_argument(head, logits), logits_ptr=logits,
+        maxima_ptr=maxima, sums_ptr=sums, **factor_arguments(head), weight_stride=lm_head.stride(0),
+        hidden_stride=hidden.stride(0), B=rows, V=vocab, D=width, G=groups,
+        **product_constants(config, dot_dtype(hidden, lm_head), head), **product_options(config),
     )  # fmt: skip
     return Sidecar(logits, maxima, sums)
 
 
-def logits_sidecar(logits: Tensor) -> Sidecar:
-    """Return logits [B, V], in float32 or a 16-bit dtype, with their sidecar."""
+def logits_sidecar(logits: Tensor, head: HeadOptions = PLAIN_HEAD) -> Sidecar:
+    """Return logits [B, V], in float32 or a 16-bit dtype, with their sidecar.
+
+    With options of a head, `logits` is a float32 product with an inner stride of 1, and becomes its logits in place.
+    """
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, vocab = logits.shape
     maxima, sums = _empty_sidecar(rows, vocab, logits.device)
     if rows:
         groups = maxima.shape[1]
         sidecar_kernel[(rows, triton.cdiv(groups, GROUPS_PER_PROGRAM))](
-            logits_ptr=logits, maxima_ptr=maxima, sums_ptr=sums, logits_stride=logits.stride(0), V=vocab, G=groups,
-            **sidecar_constants(), num_warps=SIDECAR_WARPS,
+            logits_ptr=logits, bias_ptr=bias_argument(head, logits), maxima_ptr=maxima, sums_ptr=sums,
+            **factor_arguments(head), logits_stride=logits.stride(0), V=vocab, G=groups,
+            **sidecar_constants(head), num_warps=SIDECAR_WARPS,
         )  # fmt: skip
     return Sidecar(logits, maxima, sums)

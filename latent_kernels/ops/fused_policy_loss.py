@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
-from latent_kernels._dispatch import components_limit, head_limit, on_input_device, resolve
+from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager import latent_logprob as eager
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import (
@@ -28,6 +28,7 @@ from latent_kernels._loss_types import (
     LossSpec,
     ResponseTerms,
     RowForward,
+    RowGradient,
     RowScores,
     StepLosses,
     loss_and_stats,
@@ -46,7 +47,7 @@ class RowKernels(NamedTuple):
 
     logprob_rows_: Callable[..., RowScores]
     forward_rows: Callable[..., RowForward]
-    backward_rows_: Callable[..., Tensor]
+    backward_rows_: Callable[..., RowGradient]
     step_losses: Callable[..., StepLosses]
 
 
@@ -87,7 +88,10 @@ def _chunk_losses_(
     if loss_spec.bonus is None and not logprob_spec.components:
         scores = kernels.logprob_rows_(product, logprob_spec, stored_dtype)
         gradient, sums = kernels.step_losses(scores.logprob, loss_spec, wants_gradient=wants_gradient)
-        return ChunkLosses(scores.dlogits, gradient, sums, scores.crossed, None)
+        found = scores.gradient
+        if found is None:
+            return ChunkLosses(None, None, sums, scores.crossed, None)
+        return ChunkLosses(found.dlogits, found.times(gradient), sums, scores.crossed, None)
     scored = kernels.forward_rows(product, logprob_spec, entropy=loss_spec.bonus is not None)
     used = used_components(logprob_spec.ids) if logprob_spec.components else None
     gradient, sums = kernels.step_losses(scored.logprob, loss_spec, used, wants_gradient=wants_gradient)
@@ -95,16 +99,21 @@ def _chunk_losses_(
     if scored.entropy is not None and loss_spec.bonus is not None:
         bonus = -loss_spec.bonus
         sums[0] += (bonus * scored.entropy).sum()
-    dlogits = None
-    if stored_dtype is not None:
-        dlogits = kernels.backward_rows_(product, logprob_spec, scored, stored_dtype, gradient, bonus)
-    return ChunkLosses(dlogits, None, sums, scored.crossed, scored.entropy)
+    if stored_dtype is None:
+        return ChunkLosses(None, None, sums, scored.crossed, scored.entropy)
+    found = kernels.backward_rows_(product, logprob_spec, scored, stored_dtype, gradient, bonus)
+    return ChunkLosses(found.dlogits, found.scale, sums, scored.crossed, scored.entropy)
+
+
+def _kept_dtype(leaf: Tensor) -> torch.dtype:
+    """Return the dtype in which the gradient of a leaf waits for the backward pass."""
+    return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 
 
 class Gradients(NamedTuple):
     """What the chunks of the loss add their gradients to; None where no gradient is wanted."""
 
-    hidden: Tensor | None  # [N, D] in the dtype of hidden
+    hidden: Tensor | None  # [N, D] in the dtype of `_kept_dtype`
     lm_head: Tensor | None  # [V, D] float32 or float64
     bias: Tensor | None  # [V] float32 or float64
 
@@ -115,11 +124,10 @@ class Gradients(NamedTuple):
             return
         # After one pass, dlogits is the gradient of the log-prob. The loss's own factor, one number per row, is
         # multiplied into the smaller [n, D] tensors.
-        column = 1.0 if factor is None else factor.unsqueeze(-1)
         if self.hidden is not None:
-            self.hidden[index] = (back_project(dlogits, lm_head) * column).to(self.hidden.dtype)
+            self.hidden[index] = back_project(dlogits, lm_head, factor).to(self.hidden.dtype)
         if self.lm_head is not None:
-            add_outer_(self.lm_head, dlogits, (rows * column).to(dlogits.dtype))
+            add_outer_(self.lm_head, dlogits, rows, factor)
         if self.bias is not None:
             add_rows_(self.bias, dlogits, factor)
 
@@ -128,7 +136,8 @@ class _Fused(torch.autograd.Function):
     """The fused loss. Saves the gradients in hidden and, if wanted, head and bias, of a loss whose largest weight is 1.
 
     The backward pass multiplies by `unit`, the largest weight, which is often 1e-5. A float16 gradient would lose its
-    bits to such a factor. The options of the head are in `logprob_spec`, except the bias.
+    bits to such a factor, or overflow before it, so it waits in float32. The options of the head are in `logprob_spec`,
+    except the bias.
     """
 
     @staticmethod
@@ -146,7 +155,7 @@ class _Fused(torch.autograd.Function):
         dtype, vocab, device = compute_dtype(hidden, lm_head), len(lm_head), hidden.device
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
         gradients = Gradients(
-            torch.zeros_like(hidden) if wants_hidden else None,
+            torch.zeros(hidden.shape, dtype=_kept_dtype(hidden), device=device) if wants_hidden else None,
             torch.zeros(lm_head.shape, dtype=dtype, device=device) if wants_head else None,
             torch.zeros(vocab, dtype=dtype, device=device) if wants_bias else None,
         )
@@ -165,9 +174,11 @@ class _Fused(torch.autograd.Function):
             # Without a bonus the entropies are not known, and the statistic is NaN.
             entropy += torch.nan if losses.entropy is None else losses.entropy.sum()
             gradients.add(losses, index, rows, lm_head)
-        saved = ((gradients.lm_head, lm_head), (gradients.bias, bias))
-        narrow = (None if x is None or like is None else x.to(like.dtype) for x, like in saved)
-        ctx.save_for_backward(gradients.hidden, *narrow, unit)
+        leaves = (hidden, lm_head, bias)
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
+        pairs = zip(gradients, leaves, strict=True)
+        kept = (None if x is None or leaf is None else x.to(_kept_dtype(leaf)) for x, leaf in pairs)
+        ctx.save_for_backward(*kept, unit)
         ids = logprob_spec.ids[active]
         num_text = is_hard(ids).sum()
         # The components of "multiplex" have no margins.
@@ -181,7 +192,8 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *saved, unit = ctx.saved_tensors
-        scaled = [None if gradient is None else (gradient * (grad * unit)).to(gradient.dtype) for gradient in saved]
+        factor, pairs = grad * unit, zip(saved, ctx.dtypes, strict=True)
+        scaled = (None if x is None else torch.mul(x, factor, out=torch.empty_like(x, dtype=to)) for x, to in pairs)
         return *scaled, None, None, None, None, None
 
 
@@ -248,7 +260,7 @@ def fused_policy_loss(
     head = HeadOptions(bias, logit_scale, softcap)
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, ratio == "component", head)
     _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
-    unsupported = components_limit(ids.shape[2]) or head_limit(head.plain)
+    unsupported = components_limit(ids.shape[2])
     kernels = _row_kernels(resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported))
     return _loss_of_active_steps(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options, kernels)
 

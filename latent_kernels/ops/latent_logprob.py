@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
-from latent_kernels._dispatch import components_limit, head_limit, on_input_device, resolve
+from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
@@ -74,9 +74,9 @@ class _FromLogits(torch.autograd.Function):
         for chunk in row_chunks(len(logits), logits.shape[1], grad.dtype, logits.device):
             # `logprob_rows_` overwrites its input, and the logits belong to the caller.
             overwritten = logits[chunk].to(grad.dtype, copy=True)
-            dlogits = logprob_rows_(overwritten, ctx.spec.select(chunk), grad.dtype, grad[chunk]).dlogits
-            assert dlogits is not None
-            grad_logits[chunk] = dlogits
+            gradient = logprob_rows_(overwritten, ctx.spec.select(chunk), grad.dtype, grad[chunk]).gradient
+            assert gradient is not None
+            grad_logits[chunk] = gradient.dlogits
         return grad_logits, None
 
 
@@ -109,8 +109,8 @@ class _FromHidden(torch.autograd.Function):
             product = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
             scored = logprob_rows_fn(product, given.select(chunk), stored_dtype)
             logprob[chunk] = scored.logprob
-            if dhidden is not None and scored.dlogits is not None:
-                dhidden[chunk] = back_project(scored.dlogits, lm_head)
+            if dhidden is not None and scored.gradient is not None:
+                dhidden[chunk] = back_project(scored.gradient.dlogits, lm_head, scored.gradient.scale)
         ctx.spec, ctx.logprob_rows_fn, ctx.hidden_dtype = spec, logprob_rows_fn, hidden.dtype
         recomputes = wants_head or wants_bias or spec.components
         ctx.save_for_backward(dhidden, *((hidden, lm_head, bias) if recomputes else ()))
@@ -150,13 +150,13 @@ def _recomputed_gradients(
     buffer = chunk_buffer(chunks, len(lm_head), grad.dtype, device)
     for chunk in chunks:
         product = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
-        dlogits = ctx.logprob_rows_fn(product, spec.select(chunk), stored_dtype, grad[chunk]).dlogits
+        dlogits, scale = ctx.logprob_rows_fn(product, spec.select(chunk), stored_dtype, grad[chunk]).gradient
         if grad_hidden is not None:
-            grad_hidden[chunk] = back_project(dlogits, lm_head).to(hidden.dtype)
+            grad_hidden[chunk] = back_project(dlogits, lm_head, scale).to(hidden.dtype)
         if grad_head is not None:
-            add_outer_(grad_head, dlogits, hidden[chunk])
+            add_outer_(grad_head, dlogits, hidden[chunk], scale)
         if grad_bias is not None:
-            add_rows_(grad_bias, dlogits, None)
+            add_rows_(grad_bias, dlogits, scale)
     grad_head = None if grad_head is None else grad_head.to(lm_head.dtype)
     return grad_hidden, grad_head, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
@@ -286,8 +286,7 @@ def latent_logprob(
         ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient, method, components
     )
     logprob_rows_fn: LogprobRowsFn = logprob_rows_
-    unsupported = components_limit(ids.shape[1]) or head_limit(head.plain)
-    if resolve("latent_logprob", impl, hidden, lm_head, unsupported=unsupported) == "triton":
+    if resolve("latent_logprob", impl, hidden, lm_head, unsupported=components_limit(ids.shape[1])) == "triton":
         from latent_kernels._triton.latent_logprob import logprob_rows_ as logprob_rows_fn
     # Under no_grad, inputs that require a gradient would still make the forward pass compute it.
     if not torch.is_grad_enabled():

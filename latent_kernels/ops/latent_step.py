@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latent_kernels._dispatch import MAX_TOP_K, head_limit, on_input_device, resolve
+from latent_kernels._dispatch import MAX_TOP_K, on_input_device, resolve
 from latent_kernels._eager.latent_step_methods import latent_step_with_method_eager
 from latent_kernels._linear import head_logits_, project
 from latent_kernels._noise import draw_seed
@@ -177,25 +177,24 @@ def latent_step_with_logits(
     head = HeadOptions(bias, logit_scale, softcap)
     check_head(head, len(lm_head), hidden)
     options = _checked(options, len(hidden), len(lm_head), embedding, like=hidden)
-    unsupported = _top_k_limit(options.top_k) or head_limit(head.plain)
-    if resolve("latent_step", impl, hidden, lm_head, unsupported=unsupported) == "triton":
+    if resolve("latent_step", impl, hidden, lm_head, unsupported=_top_k_limit(options.top_k)) == "triton":
         from latent_kernels._triton.latent_step_methods import latent_step_with_method
 
-        sidecar = _sidecar(hidden, lm_head)
+        sidecar = _sidecar(hidden, lm_head, head)
         return latent_step_with_method(sidecar, embedding, options), sidecar.logits[:, : len(lm_head)]
     logits = head_logits_(project(hidden, lm_head), head)
     return latent_step_with_method_eager(logits, embedding, options), logits
 
 
-def _sidecar(hidden: Tensor, lm_head: Tensor) -> Sidecar:
+def _sidecar(hidden: Tensor, lm_head: Tensor, head: HeadOptions) -> Sidecar:
     """Return the logits and their sidecar, by the fastest known route for this shape."""
     from latent_kernels._triton.lm_head import lm_head_sidecar, logits_sidecar
     from latent_kernels._triton.lm_head_routes import Route, choose
 
     def run(route: Route) -> Sidecar:
         if route is None:
-            return logits_sidecar(project(hidden, lm_head))
-        return lm_head_sidecar(hidden, lm_head, route)
+            return logits_sidecar(project(hidden, lm_head), head)
+        return lm_head_sidecar(hidden, lm_head, route, head)
 
     return run(choose(hidden, lm_head, run))
 

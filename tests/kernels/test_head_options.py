@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from support import oracle_head
 from support import tolerances as tol
 from support.fused_losses import make_batch
-from support.kernels import narrowed, precision
+from support.kernels import narrowed, precision, with_kernel
 from support.largest_tensor import LargestTensor
 from support.latent_steps import assert_same_step
 from support.logprobs import from_hidden, value_and_gradients
@@ -24,10 +27,8 @@ from latent_kernels import (
 from latent_kernels._eager import latent_logprob as eager_rows
 from latent_kernels.reference.head import head_logits_ref
 
-LOGPROB, FUSED, STEP = (
-    pytest.mark.parametrize("operator", [operator], ids=["public"])
-    for operator in (latent_logprob, fused_policy_loss, latent_step_with_logits)
-)
+LOGPROB, FUSED = with_kernel(latent_logprob), with_kernel(fused_policy_loss)
+STEP = pytest.mark.parametrize("operator", [latent_step_with_logits], ids=["public"])
 HEADS = {
     "bias": (True, {}),
     "scale": (False, dict(logit_scale=0.25)),
@@ -61,9 +62,11 @@ def test_the_references_logits_and_their_gradients_equal_the_oracle():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(7, 261, 4, 16), (1, 17, 1, 8)], ids=str)
 def test_log_probs_and_gradients_equal_the_oracle(operator, has_bias, head, method, shape, make_trajectory):
-    hidden, lm_head, data = from_hidden(make_trajectory, torch.float64, shape)
-    hidden, lm_head, data = (narrowed(part, precision(operator)) for part in (hidden, lm_head, data))
-    leaves = (hidden, lm_head, *([torch.randn(shape[1], dtype=hidden.dtype)] if has_bias else []))
+    size, vocab, top_k, width = shape
+    hidden, lm_head = torch.randn(size, width), 2.0 * torch.randn(vocab, width) / width**0.5
+    leaves = [x.to(precision(operator)) for x in (hidden, lm_head, *([torch.randn(vocab)] if has_bias else []))]
+    logits = oracle_head.head_logits(hidden, lm_head, leaves[2] if has_bias else None, **head).value
+    data = narrowed(make_trajectory(size, vocab, top_k, logits=logits), precision(operator))
     upstream = torch.randn(shape[0])
     options = dict(temperature=0.7, method=method, advantages=data.advantages)
 
@@ -71,7 +74,7 @@ def test_log_probs_and_gradients_equal_the_oracle(operator, has_bias, head, meth
         return operator(hidden, lm_head, data.ids, data.scores, bias=bias, **head, **options)
 
     actual = value_and_gradients(score, *leaves, upstream=upstream)
-    expected = oracle_head.logprob(leaves, data.ids, data.scores, upstream, head, **options)
+    expected = oracle_head.logprob(tuple(leaves), data.ids, data.scores, upstream, head, **options)
     for part, exact in zip(actual, expected, strict=True):
         torch.testing.assert_close(part.double(), exact, rtol=0, atol=tol.EXACT[precision(operator)])
 
@@ -112,28 +115,34 @@ LOSSES = [
 ]
 
 
+def head_batch(
+    make_trajectory: Callable[..., Any], bias: Tensor | None, head: dict[str, Any], method: str
+) -> dict[str, Tensor]:
+    """Return a batch of `make_batch` whose targets and old log-probs are those of the head's logits, with noise."""
+    batch = make_batch(make_trajectory)
+    logits = oracle_head.head_logits(batch["hidden"].flatten(0, 1), batch["lm_head"], bias, **head).value
+    data = make_trajectory(24, 257, 4, margins="mixed", logits=logits)
+    score = oracle_head.oracle.logprob(logits, data.ids, data.scores, temperature=0.7, method=method).value
+    old, reference = (score.view(4, 6) + 0.4 * torch.randn(4, 6) for _ in range(2))
+    given = dict(ids=data.ids.view(4, 6, 4), scores=data.scores.view(4, 6, 4))
+    return {**batch, **given, "old_logprob": old, "ref_logprob": reference}
+
+
 @FUSED
 @EVERY_HEAD
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda options: "-".join(str(value) for value in options.values()))
 def test_the_loss_and_its_gradients_equal_the_oracle(operator, has_bias, head, loss, make_trajectory, monkeypatch):
     monkeypatch.setattr(eager_rows, "BLOCK_COLUMNS", 100)
-    batch = narrowed(make_batch(make_trajectory), precision(operator))
-    bias = torch.randn(257, dtype=precision(operator)) if has_bias else None
+    bias = torch.randn(257) if has_bias else None
     options = dict(loss, temperature=0.7, clip_low=0.3, clip_high=0.5)
-    wide = narrowed(batch, torch.float64)
-    # The oracle's log-probs, with noise, are the old ones: the batch's are those of another head.
-    logits = oracle_head.head_logits(batch["hidden"].flatten(0, 1), batch["lm_head"], bias, **head).value
-    scored = oracle_head.oracle.logprob(
-        logits, batch["ids"].flatten(0, 1), batch["scores"].flatten(0, 1), temperature=0.7,
-        method=loss.get("method", "latent_grpo"),
-    )  # fmt: skip
-    old = scored.value.view(batch["mask"].shape) + 0.4 * torch.randn(batch["mask"].shape)
-    batch["old_logprob"] = wide["old_logprob"] = old.to(precision(operator))
+    wide = head_batch(make_trajectory, bias, head, loss.get("method", "latent_grpo"))
+    batch = narrowed(wide, precision(operator))
+    bias = None if bias is None else bias.to(precision(operator))
     leaves = [x.clone().requires_grad_() for x in (batch["hidden"], batch["lm_head"], bias) if x is not None]
     named = {**batch, **dict(zip(("hidden", "lm_head", "bias"), leaves, strict=False))}
     value, _ = operator(**named, **head, **options)
     gradients = torch.autograd.grad(value, leaves)
-    expected, exact = oracle_head.fused_policy_loss(narrowed(wide, torch.float64), bias, head, **options)
+    expected, exact = oracle_head.fused_policy_loss(narrowed(batch, torch.float64), bias, head, **options)
     atol = tol.EXACT[precision(operator)] * max(1.0, abs(expected))
     assert value.item() == pytest.approx(expected, abs=atol)
     for actual, truth in zip(gradients, exact, strict=False):

@@ -47,11 +47,17 @@ def test_a_narrow_gradient_over_the_logits_is_the_rounded_wide_one(vocab, dtype)
     wide = logprob_rows_(make_logits(rows, vocab, storage), spec, torch.float32)
     narrow = logprob_rows_(make_logits(rows, vocab, storage), spec, dtype)
     assert torch.equal(narrow.logprob, wide.logprob)
-    assert narrow.dlogits.dtype == dtype
+    assert narrow.gradient.dlogits.dtype == dtype
+    assert wide.gradient.scale is None
+    exact, actual = wide.gradient.dlogits, narrow.gradient.dlogits.float()
+    least = torch.finfo(dtype).tiny
+    if dtype == torch.float16:
+        scale = narrow.gradient.scale.unsqueeze(-1)
+        assert torch.equal(scale.log2(), scale.log2().round())
+        actual, least = actual * scale, least * scale
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
-    spacing = torch.finfo(dtype).eps * wide.dlogits.abs().clamp_min(torch.finfo(dtype).tiny)
-    assert ((narrow.dlogits.float() - wide.dlogits).abs() <= spacing).all()
-    sums = wide.dlogits.double().sum(-1)
+    assert ((actual - exact).abs() <= torch.finfo(dtype).eps * torch.maximum(exact.abs(), torch.as_tensor(least))).all()
+    sums = exact.double().sum(-1)
     torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=tol.FLOAT32)  # softmax and targets balance
 
 
@@ -101,8 +107,10 @@ def test_entropies_and_their_gradient_over_the_logits_equal_the_oracle(vocab, dt
     close = dict(rtol=tol.FLOAT32, atol=tol.FLOAT32)
     torch.testing.assert_close(actual.logprob.double().cpu(), logprob.value, **close)
     torch.testing.assert_close(actual.entropy.double().cpu(), entropy.value, **close)
-    dlogits = backward_rows_(logits, spec, actual, dtype, upstream, bonus)
+    dlogits, scale = backward_rows_(logits, spec, actual, dtype, upstream, bonus)
     assert dlogits.dtype == dtype
+    if scale is not None:
+        dlogits = dlogits * scale.unsqueeze(-1)
     spacing = torch.finfo(dtype).eps * expected.abs() + tol.FLOAT32
     assert ((dlogits.double().cpu() - expected).abs() <= spacing).all()
     assert not dlogits[:, unreachable].any()

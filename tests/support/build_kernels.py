@@ -32,7 +32,7 @@ from latent_kernels._triton import latent_step, lm_head, policy_loss, project_wi
 from latent_kernels._triton import latent_step_methods as methods
 from latent_kernels._triton import lm_head_routes as routes
 from latent_kernels._triton import mix_embeddings as mix
-from latent_kernels._types import LatentStepOptions, NoiseSpec
+from latent_kernels._types import PLAIN_HEAD, HeadOptions, LatentStepOptions, NoiseSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -90,24 +90,33 @@ def group_advantages_builds() -> Iterator[Build]:
         yield Build(name, advantages.group_advantages_kernel, types, constants, options)
 
 
+HEADS = {
+    PLAIN_HEAD: "",
+    HeadOptions(logit_scale=0.5): " scale",
+    HeadOptions(torch.zeros(1), 0.5, 30.0): " bias and cap",
+}
+
+
+def head_types(dtype: str) -> dict[str, str]:
+    """Return types of the arguments of a head whose bias is of a dtype."""
+    return {"bias_ptr": f"*{dtype}", "inner": "fp32", "outer": "fp32"}
+
+
 def lm_head_builds() -> Iterator[Build]:
-    """Yield every tile of the product in both 16-bit dtypes, and the pass over logits of any dtype."""
+    """Yield every tile of the product in both 16-bit dtypes with every head, and the pass over logits of any dtype."""
     sidecar = {"maxima_ptr": "*fp32", "sums_ptr": "*fp32"}
     sizes = dict.fromkeys(("weight_stride", "hidden_stride", "B", "V", "D", "G"), "i32")
-    for dtype, config in product(("bf16", "fp16"), routes.PRODUCTS):
+    for dtype, config, head in product(("bf16", "fp16"), routes.PRODUCTS, HEADS):
         types = {"weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "logits_ptr": "*fp32", **sidecar, **sizes}
-        yield Build(
-            f"lm_head {dtype} {config.block_b} rows",
-            lm_head.lm_head_kernel,
-            types,
-            lm_head.product_constants(config, DTYPES[dtype]),
-            lm_head.product_options(config),
-            aligned=("weight_stride", "hidden_stride", "D"),
-        )
-    for dtype in DTYPES:
+        types, constants = {**types, **head_types(dtype)}, lm_head.product_constants(config, DTYPES[dtype], head)
+        name, options = f"lm_head {dtype} {config.block_b} rows{HEADS[head]}", lm_head.product_options(config)
+        whole = ("weight_stride", "hidden_stride", "D")
+        yield Build(name, lm_head.lm_head_kernel, types, constants, options, aligned=whole)
+    for dtype, head in (*((dtype, PLAIN_HEAD) for dtype in DTYPES), *(("fp32", head) for head in list(HEADS)[1:])):
         types = {"logits_ptr": f"*{dtype}", **sidecar, **dict.fromkeys(("logits_stride", "V", "G"), "i32")}
+        types, constants = {**types, **head_types(dtype)}, lm_head.sidecar_constants(head)
         options = {"num_warps": lm_head.SIDECAR_WARPS}
-        yield Build(f"sidecar {dtype}", lm_head.sidecar_kernel, types, lm_head.sidecar_constants(), options)
+        yield Build(f"sidecar {dtype}{HEADS[head]}", lm_head.sidecar_kernel, types, constants, options)
 
 
 def noise_spec(kind: str, *, tensors: bool, injected: bool = False) -> NoiseSpec:
@@ -256,7 +265,12 @@ def logprob_builds() -> Iterator[Build]:
             runs.append(("fp32", dlogits, width, "none", forward, upstream or components, entropy, method, components))
     runs += [("fp32", "bf16", 128, "none", True, True, False, "soft_grpo", False)]
     runs += [("fp32", "bf16", 128, "none", False, True, entropy, "multiplex", True) for entropy in (False, True)]
-    for logits, dlogits, width, margin, forward, upstream, entropy, method, components in runs:
+    default, every = ("latent_grpo", False), list(HEADS)[-1]
+    heads = [("fp32", dlogits, width, "aligned", True, True, False) for dlogits, width in product(DTYPES, (10, 128))]
+    heads += [("fp32", None, 10, "none", True, False, True), ("fp32", "bf16", 128, "aligned", False, True, True)]
+    cases = [(*run, PLAIN_HEAD) for run in runs] + [(*variant, *default, every) for variant in heads]
+    cases += [(*run, every) for run in runs if run[-1]]
+    for logits, dlogits, width, margin, forward, upstream, entropy, method, components, head in cases:
         chosen = logprob.constants(
             128_256,
             width,
@@ -267,8 +281,12 @@ def logprob_builds() -> Iterator[Build]:
             entropy=entropy,
             method=method,
             components=components,
+            head=head,
+            relative=dlogits == "fp16" != logits,
         )
         types = {
+            **head_types("bf16"),
+            "scale_ptr": "*fp32",
             "logits_ptr": f"*{logits}",
             "ids_ptr": "*i64",
             "scores_ptr": "*fp32",
@@ -279,9 +297,9 @@ def logprob_builds() -> Iterator[Build]:
             **dict.fromkeys(("logits_stride", "dlogits_stride", "V"), "i32"),
             "inverse_temperature": "fp32",
         }
-        options = logprob.launch_options(128_256)
+        options = logprob.launch_options(128_256, width, head)
         name = f"logprob {logits} dlogits={dlogits} K={width} {margin} {forward=} {upstream=} {entropy=}"
-        name += f" {method} {components=}"
+        name += f" {method} {components=}{HEADS[head]}"
         strides = ("logits_stride", "dlogits_stride", "V")
         yield Build(name, logprob.latent_logprob_kernel, types, chosen, options, aligned=strides)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from support import oracle
-from support.oracle_loss import policy_loss, step_weights
+from support.oracle_loss import policy_loss
 
 
 class HeadLogits(NamedTuple):
@@ -81,7 +81,8 @@ def fused_policy_loss(
     dlogits = gradient[mask].unsqueeze(-1) * scored.gradient
     if entropy_coef:
         bonus = oracle.entropy(logits.value, ids, temperature)
-        weights = step_weights(mask, loss_options.get("aggregation", "token-mean"))[mask]
+        text = torch.tensor([oracle.is_text(row) for row in ids]).double()
+        weights = text / text.sum().clamp_min(1.0)
         loss -= entropy_coef * float(weights @ bonus.value)
         dlogits = dlogits - entropy_coef * weights.unsqueeze(-1) * bonus.gradient
     found = head_gradients(dlogits, logits, hidden, lm_head)
