@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-from latent_grpo.model import CACHE_ARGUMENTS
 
 
 @contextmanager
@@ -41,10 +40,12 @@ def _checkpointed(layer: Any) -> Callable[..., Any]:
     index = next((module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")), 0)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        name = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
-        if name is None or not torch.is_grad_enabled():
+        # Layers take their cache under several names, some at a position.
+        given = dict(enumerate(args)) | kwargs
+        place = next((key for key, value in given.items() if isinstance(value, Cache)), None)
+        if place is None or not torch.is_grad_enabled():
             return checkpoint(original, *args, use_reentrant=False, **kwargs)
-        extended = kwargs.pop(name)
+        extended = given[place]
         before = copy.copy(extended.layers[index])
         # The recomputed function must keep only the past of this layer alive. `extended` itself would keep what later
         # passes append to all layers.
@@ -56,8 +57,12 @@ def _checkpointed(layer: Any) -> Callable[..., Any]:
             cache = copy.copy(empty)
             cache.layers = [*empty.layers]
             cache.layers[index] = copy.copy(before)
-            return original(*args, **{name: cache}, **kwargs), cache.layers[index]
+            filled = dict(enumerate(args)) | kwargs | {place: cache}
+            named = {key: value for key, value in filled.items() if isinstance(key, str)}
+            return original(*(filled[key] for key in range(len(args))), **named), cache.layers[index]
 
+        kwargs = {key: value for key, value in kwargs.items() if key != place}
+        args = tuple(None if key == place else value for key, value in enumerate(args))
         out, extended.layers[index] = checkpoint(run, *args, use_reentrant=False)
         return out
 

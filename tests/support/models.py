@@ -31,6 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": SIZE,
     "gptj": GPTJ,
     "biogpt": SIZE,
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
     "llama": SIZE,
     "llama_bias": SIZE,
 }

@@ -13,7 +13,8 @@ from latent_grpo import LatentGRPOConfig, LatentSampling, Rollout, generate_late
 from latent_grpo.update.loss import update_loss
 from latent_grpo.update.optimizer import Updater
 
-KINDS = [("llama", {}), ("llama", {"tie_word_embeddings": False}), ("gemma2", {}), ("granite", {}), ("gptj", {})]
+OTHERS = ("gemma2", "granite", "gptj", "gpt2")
+KINDS = [("llama", {}), ("llama", {"tie_word_embeddings": False}), *((kind, {}) for kind in OTHERS)]
 
 
 def sampled(model: Any, latent: bool) -> Rollout:
@@ -38,7 +39,7 @@ def expected_gradients(model: Any, rollout: Rollout, advantages: Tensor) -> dict
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("latent", [True, False], ids=["latent", "text"])
-@pytest.mark.parametrize(("kind", "options"), KINDS, ids=["tied", "untied", "gemma2", "granite", "gptj"])
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=["tied", "untied", *OTHERS])
 def test_the_gradients_are_those_of_the_models_own_forward(
     kind: str, options: dict[str, Any], latent: bool, recomputed: bool
 ) -> None:
