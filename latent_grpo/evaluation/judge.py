@@ -14,7 +14,7 @@ from latent_grpo.errors import ModelError
 from latent_grpo.model import end_marker_ids
 from latent_grpo.prompts import PromptFormat, encode_prompts
 from latent_grpo.rollout.generate import generate_latent
-from latent_grpo.rollout.trajectory import Rollout, visible_text
+from latent_grpo.rollout.trajectory import Rollout, marker_span, visible_text
 
 CORRECT = 0.5  # a response with a reward above this solves its problem
 SAMPLE_STREAMS = 2**32  # sample j of problem i draws from the stream i + j * SAMPLE_STREAMS
@@ -101,7 +101,7 @@ class Judge:
             # A latent run has ended where a text step follows it, the first of which is the end marker.
             reasoning, ended = rollout.latent_steps, (~rollout.is_latent & rollout.mask).any(-1)
         else:
-            reasoning = tokens_before(rollout, self.marker())
+            reasoning = self.reasoning_tokens(rollout)
             ended = reasoning < rollout.lengths
         columns = (reasoning.tolist(), rollout.lengths.tolist(), ended.tolist(), rollout.finished.tolist())
         responses = [
@@ -123,6 +123,15 @@ class Judge:
         texts = visible_text(self.tokenizer, rollout, self.prompt_format.end_marker)
         prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
         return texts, self.reward(prompts=prompts, completions=texts, answer=answers)
+
+    def reasoning_tokens(self, rollout: Rollout) -> Tensor:
+        """Return the number of tokens before the end marker [R] of text responses, however their tokens spell it."""
+        counts, lengths, marker = tokens_before(rollout, self.marker()), rollout.lengths, self.prompt_format.end_marker
+        for row in (counts == lengths).nonzero().flatten().tolist():
+            ids = rollout.token[row, : int(lengths[row])].tolist()
+            span = marker_span(self.tokenizer, ids, marker, []) if marker else None
+            counts[row] = counts[row] if span is None else span[0]
+        return counts
 
     def marker(self) -> list[int]:
         """Return the ids of the end marker, or none if the tokenizer cannot spell it, which text does not need."""

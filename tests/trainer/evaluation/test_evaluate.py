@@ -15,12 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import PYTHONPATH
+from support.chat_tokenizers import word_tokenizer
 from support.evaluations import ROWS, even, sampling
+from support.trainers import rollout_of
 
-from latent_grpo import evaluate, pass_at_k
+from latent_grpo import LatentSampling, evaluate, pass_at_k
 from latent_grpo.commands.main import main
-from latent_grpo.evaluation.judge import tokens_before
+from latent_grpo.evaluation.judge import Judge, tokens_before
 from latent_grpo.evaluation.statistics import bootstrap_interval
+from latent_grpo.model import end_marker_ids
+from latent_grpo.prompts import PromptFormat
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.atomic_files import write_json
 
@@ -166,6 +170,16 @@ def test_text_mode_counts_the_tokens_before_the_marker(model, tokenizer):
     assert 0 < result["end_marker_rate"] <= 1
     for record in result["samples"]:
         assert record["ended"] == (record["reasoning_steps"] < record["response_length"])
+
+
+@pytest.mark.parametrize(("text", "before"), [("ab</think>\nc", 2), ("</think>\n", 0), ("abc</thin", None)], ids=repr)
+def test_text_mode_finds_a_marker_whose_last_token_holds_more(text, before):
+    words = word_tokenizer("bytes", words=("</", "think", ">\n"))
+    judge = Judge(None, words, LatentSampling(latent=False), PromptFormat(), even, 0, (), 1)
+    ids = words(text, add_special_tokens=False)["input_ids"]
+    assert end_marker_ids(words, "</think>") != ids[2:5]
+    rollout = replace(rollout_of([len(ids)], [0]), token=torch.tensor([ids]))
+    assert judge.reasoning_tokens(rollout).tolist() == [len(ids) if before is None else before]
 
 
 TWO_PROCESSES = """
