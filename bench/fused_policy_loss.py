@@ -1,7 +1,7 @@
 """`fused_policy_loss`: forward pass and gradient in hidden.
 
-Rivals: PyTorch that holds [N, V], the two bare products and, on text only, Liger's fused linear GRPO. Liger also
-computes the gradient of the head, which is a third product.
+Rivals: PyTorch that holds [N, V], the two bare products and, on text only, Liger's fused linear GRPO and TRL's chunked
+log-probs with the loss on top. Liger also computes the gradient of the head, which is a third product.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ from latent_kernels.reference.loss import policy_loss_ref
 CLIP, DUAL_CLIP = 0.2, 3.0
 ROWS_ON_A_GPU = (2048, 8192, 32768)
 CHECKED_ROWS = 8  # of the bare products
+TRL_CHUNK = 32768  # columns of the vocabulary that TRL's trainer takes at a time
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """Return the steps of `latent_logprob` as responses of 128 steps (16 on the tiny shape), on a GPU more of them too.
 
-    The last case is text only. A CPU has it only on the tiny shape.
+    The last case is text only.
     """
     steps = 16 if shape.name == "tiny" else 128
     (base,) = ({**parameters, "response_steps": steps} for parameters in logprob_cases(shape, device))
     on_gpu = device.type == "cuda"
     mixed = [{**base, "rows": rows} for rows in ROWS_ON_A_GPU] if on_gpu and shape.name != "tiny" else [base]
-    return [*mixed, {**mixed[-1], "latent_share": 0.0}] if on_gpu or shape.name == "tiny" else mixed
+    return [*mixed, {**mixed[-1], "latent_share": 0.0}]
 
 
 class Responses(NamedTuple):
@@ -155,7 +156,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
             naive(one_softmax),
             naive(reference, "reference"),
             *compiled_provider(naive, one_softmax, compile),
-            *([liger_provider(responses)] if parameters["latent_share"] == 0.0 else ()),
+            *([liger_provider(responses), trl_provider(responses)] if parameters["latent_share"] == 0.0 else ()),
             bare_products(flat),
             *our_providers(make, device),
         ],
@@ -192,6 +193,24 @@ def liger_provider(responses: Responses) -> Provider:
 
     missing = None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
     return Provider("liger", run, unavailable=missing, optional=True)
+
+
+def trl_provider(responses: Responses) -> Provider:
+    """Return the loss of TRL's trainer on its chunked log-probs: text steps only, the logits computed twice."""
+    flat, hidden, ids, _, old, advantages, _ = responses
+
+    def run() -> Outputs:
+        from trl.kernels import ChunkedLogProbFunction
+
+        rows, token = hidden.flatten(0, 1), ids[..., 0].flatten()
+        options = (None, 1.0, ("log_probs",))  # soft cap, logit scale, outputs
+        logprob = ChunkedLogProbFunction.apply(rows, flat.lm_head, None, token, TEMPERATURE, TRL_CHUNK, *options)[0]
+        ratio = (logprob.view_as(old) - old).exp()
+        clipped = ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
+        return with_gradient(-torch.min(ratio.clamp(max=DUAL_CLIP) * advantages, clipped).mean(), hidden)
+
+    missing = None if importlib.util.find_spec("trl") else "trl is not installed"
+    return Provider("trl", run, unavailable=missing, optional=True)
 
 
 def bare_products(trajectory: Trajectory) -> Provider:

@@ -28,6 +28,7 @@ PROVIDER_COLOURS = {
     "reference": COLOURS[5],
     "compile": COLOURS[4],
     "liger": COLOURS[3],
+    "trl": COLOURS[1],
     "generate": COLOURS[1],
     "ours-text": COLOURS[0],
     "ours-latent": COLOURS[2],

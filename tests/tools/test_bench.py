@@ -26,7 +26,8 @@ from bench.routes import main as routes_main
 
 CPU = torch.device("cpu")
 LIGER = importlib.util.find_spec("liger_kernel") is not None
-NOT_ON_A_CPU = {"ours-triton", "cut-cross-entropy"} | (set() if LIGER else {"liger"})  # providers
+TRL = importlib.util.find_spec("trl") is not None
+NOT_ON_A_CPU = {"ours-triton", "cut-cross-entropy"} | (set() if LIGER else {"liger"}) | (set() if TRL else {"trl"})
 NOT_ON_A_CPU |= set() if hasattr(torch.nn, "LinearCrossEntropyOptions") else {"linear_cross_entropy"}
 WITH_BARE_PRODUCT = ("fused_policy_loss", "latent_step")  # operators
 SLOW = ("rollout_ragged", "rollout")  # operators whose tiny case takes seconds: hundreds of rows or steps
@@ -181,7 +182,9 @@ def test_memory_measure_sees_a_known_allocation() -> None:
     [
         ["ours-eager", "ours-triton"],
         # A process per provider and case, each of which imports torch.
-        pytest.param(["eager", "reference", "liger", "matmul", "ours-eager", "ours-triton"], marks=pytest.mark.slow),
+        pytest.param(
+            ["eager", "reference", "liger", "trl", "matmul", "ours-eager", "ours-triton"], marks=pytest.mark.slow
+        ),
     ],
     ids=["ours", "all"],
 )

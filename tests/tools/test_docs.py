@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shlex
 import sys
@@ -185,19 +186,12 @@ def test_the_loss_in_plain_pytorch_in_the_readme_equals_the_operator() -> None:
     torch.testing.assert_close(names["hidden"].grad, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_the_loss_for_trl_equals_the_policy_loss_of_its_logits(
-    tiny: tuple[Any, Any], stand_ins_for_trl_and_verl: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in takes the place of TRL.
-
-    With TRL 1.16 itself, the parameters after two updates at a learning rate of 1e-3 differ by 2e-5.
-    """
-    monkeypatch.chdir(tmp_path)
+def trainer_for_trl(tiny: tuple[Any, Any], autocast: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the trainer of the page around a model, with what TRL gives it; its inputs; and the names of the page."""
     names = run_page(REPOSITORY / "docs" / "your-own-trainer.md", tiny)
-    model = make_model(tiny[1], seed=1)
     trainer = names["FusedGRPOTrainer"]()
-    trainer.accelerator = types.SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
-    trainer.model, trainer.args = model.train(), types.SimpleNamespace(delta=3.0)
+    trainer.accelerator = types.SimpleNamespace(unwrap_model=lambda wrapped: wrapped, autocast=autocast)
+    trainer.model, trainer.args = make_model(tiny[1], seed=1).train(), types.SimpleNamespace(delta=3.0)
     trainer.temperature, trainer.epsilon_low, trainer.epsilon_high = 0.7, 0.2, 0.3
     trainer.current_gradient_accumulation_steps, trainer._metrics = 2, {"train": {"clip_ratio/region_mean": []}}
     prompt, token = torch.randint(4, 100, (3, 5)), torch.randint(4, 100, (3, 4))
@@ -209,6 +203,22 @@ def test_the_loss_for_trl_equals_the_policy_loss_of_its_logits(
         "completion_mask": mask,
         "advantages": torch.tensor([1.0, -1.0, 0.5]),
     }
+    return trainer, inputs, names
+
+
+def test_the_loss_for_trl_equals_the_policy_loss_of_its_logits(
+    tiny: tuple[Any, Any], stand_ins_for_trl_and_verl: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in takes the place of TRL.
+
+    With TRL 1.16 itself, the parameters after two updates at a learning rate of 1e-3 differ by 2e-5.
+    """
+    monkeypatch.chdir(tmp_path)
+    trainer, inputs, _ = trainer_for_trl(tiny, contextlib.nullcontext)
+    model, prompt, token, mask = (
+        trainer.model,
+        *(inputs[n] for n in ("prompt_ids", "completion_ids", "completion_mask")),
+    )
     logits = model(torch.cat([prompt, token], 1)).logits[:, prompt.shape[1] - 1 : -1] / 0.7
     logprob = logits.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
     shift = 0.5 * torch.randn(logprob.shape)
@@ -233,6 +243,33 @@ def test_the_loss_for_trl_equals_the_policy_loss_of_its_logits(
         (expected / 2).backward(retain_graph=True)
         torch.testing.assert_close(loss, expected / 2, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(gradient, model.model.norm.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_for_trl_runs_the_model_in_bfloat16_if_trl_does(
+    tiny: tuple[Any, Any], stand_ins_for_trl_and_verl: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[torch.dtype] = []
+    losses = []
+    for autocast in (contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)):
+        trainer, inputs, names = trainer_for_trl(tiny, autocast)
+
+        def record(hidden: Any, weight: Any, *rest: Any, **options: Any) -> Any:
+            seen.extend((hidden.dtype, weight.dtype))
+            return fused_policy_loss(hidden, weight, *rest, **options)
+
+        names["fused_policy_loss"] = record
+        layer = trainer.model.model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+        torch.manual_seed(0)
+        inputs["prompt_ids"].random_(4, 100)
+        inputs["completion_ids"].random_(4, 100)
+        inputs["old_per_token_logps"] = -5.0 * torch.ones(3, 4)
+        losses.append(trainer._compute_loss(trainer.model, inputs))
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.1, atol=0.05)
+    losses[1].backward()
+    assert trainer.model.model.norm.weight.grad.dtype == torch.float32
 
 
 def test_the_functions_for_verl_give_advantages_and_loss_in_its_form(
