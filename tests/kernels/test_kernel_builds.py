@@ -16,7 +16,7 @@ import pytest
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # In the order of `build_kernels.FAMILIES`: latent_step, its methods, its LM head, project_with_noise, mix_embeddings,
 # group_advantages, logprob, policy_loss.
-CONFIGURATIONS = (7, 5, 29, 12, 36, 23, 66, 21)
+CONFIGURATIONS = (7, 5, 29, 12, 36, 23, 66, 27)
 
 # A folder with another Triton, the oldest supported: `pip install --target FOLDER --no-deps triton==3.6.0`
 OTHER_TRITON = os.environ.get("LATENT_GRPO_OTHER_TRITON")

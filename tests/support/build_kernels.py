@@ -308,7 +308,8 @@ def policy_loss_builds() -> Iterator[Build]:
     """Yield every combination of mask, reference and dual clip in float32; other dtypes, ratios, objectives and KLs."""
     default = LossOptions()
     modes = list(product((True, False), (True, False), (default, default._replace(dual_clip=None))))
-    others = product(("token", "sequence"), ("clip", "cispo", "sapo", "vespo"), ("k1", "k2", "k3"))
+    ratios = ("token", "sequence")
+    others = [*product(ratios, ("clip", "cispo"), ("k1", "k2", "k3")), *product(ratios, ("sapo", "vespo"), ("k3",))]
     variants = [("fp32", *mode) for mode in modes] + [(dtype, *modes[0]) for dtype in ("bf16", "fp16")]
     variants += [
         ("fp32", True, True, default._replace(ratio=ratio, objective=objective, kl_estimator=kl))
