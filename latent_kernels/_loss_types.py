@@ -24,6 +24,15 @@ class LogprobSpec(NamedTuple):
     components: bool = False
     head: HeadOptions = PLAIN_HEAD  # turns the product into logits
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the tensors of the rows, for autograd to save: it raises if they change before the backward pass."""
+        return self.ids, self.scores, self.advantages
+
+    def with_rows(self, ids: Tensor, scores: Tensor, advantages: Tensor | None) -> LogprobSpec:
+        """Return the same for other rows."""
+        return self._replace(ids=ids, scores=scores, advantages=advantages)
+
     def select(self, rows: slice | Tensor) -> LogprobSpec:
         """Return the same for some of the rows."""
         advantages = None if self.advantages is None else self.advantages[rows]

@@ -99,7 +99,11 @@ def uniform_draws(count: int, row_ids: Tensor, seed: int | Tensor, step: int | T
 
 
 def gumbel_noise(exponential: Tensor, kind: str, delta: float = 0.0) -> Tensor:
-    """Return Gumbel noise `clamp(-log(e), -1.5, 3)`, shifted to [delta, 4.5 + delta] if one-sided (Eq. 12-13)."""
+    """Return Gumbel noise `clamp(-log(e), -1.5, 3)`, shifted to [delta, 4.5 + delta] if one-sided (Eq. 12-13).
+
+    It is in float32, or in float64 for float64 draws.
+    """
+    exponential = exponential.to(torch.promote_types(exponential.dtype, torch.float32))
     noise = torch.clamp(-torch.log(exponential), GUMBEL_LOW, GUMBEL_HIGH)
     return noise - GUMBEL_LOW + delta if kind == "one_sided" else noise
 

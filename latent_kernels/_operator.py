@@ -62,20 +62,30 @@ def operator(
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             if torch.compiler.is_compiling():
                 return _traced(name, dict(zip(names, args, strict=False)) | kwargs)
-            named = {n: _without_gradient(x, n in differentiable) for n, x in kwargs.items()}
             # An argument too many has no name. It is passed on, so that the function complains of it.
-            all_names = itertools.chain(names, itertools.repeat(""))
-            positional: Any = (_without_gradient(x, n in differentiable) for n, x in zip(all_names, args, strict=False))
-            return function(*positional, **named)
+            positional = list(zip(itertools.chain(names, itertools.repeat("")), args, strict=False))
+            given = [*positional, *kwargs.items()]
+            has_graph = torch.is_grad_enabled() and any(n in differentiable and _has_gradient(x) for n, x in given)
+            ready: list[Any] = [_ready(x, n in differentiable, has_graph) for n, x in given]
+            return function(*ready[: len(args)], **dict(zip(kwargs, ready[len(args) :], strict=True)))
 
         return call
 
     return decorate
 
 
-def _without_gradient(value: Any, differentiable: bool) -> Any:
-    """Return an argument, cut from its graph if it is a tensor that stands for data."""
-    return value if differentiable or not isinstance(value, Tensor) or not value.requires_grad else value.detach()
+def _has_gradient(value: Any) -> bool:
+    """Tell whether an argument is a tensor that requires a gradient."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _ready(value: Any, differentiable: bool, has_graph: bool) -> Any:
+    """Return an argument: a tensor that stands for data is cut from its graph, and can be saved in the call's graph."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.requires_grad and not differentiable:
+        value = value.detach()
+    return value.clone() if has_graph and value.is_inference() else value
 
 
 def _traced(name: str, arguments: dict[str, Any]) -> Any:

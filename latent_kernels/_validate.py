@@ -5,6 +5,7 @@ No check reads the values of a tensor: on a GPU, that would make the host wait f
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,11 @@ def check_tensor(
     """Check a tensor's shape (None: any size), its dtype (None: any) and that it is on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if _is_distributed(value):
+        raise TypeError(
+            f"{name} must be an ordinary tensor, got a DTensor; give {name}.full_tensor(), or call the operator inside "
+            "the forward pass of the sharded module, where its parameters are whole"
+        )
     expected = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
     fits = value.ndim == len(shape) and all(s is None or s == got for s, got in zip(shape, value.shape, strict=True))
     if not fits:
@@ -38,6 +44,12 @@ def check_tensor(
         raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, but the other inputs are on {like.device}")
+
+
+def _is_distributed(value: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor. Whoever has one has imported its module, which not every platform has."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def check_range(name: str, value: Any, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
@@ -57,6 +69,12 @@ def check_row_range(
         check_tensor(name, value, [rows] if value.ndim else [], like=like)
     else:
         check_range(name, value, low, high, open_low=open_low)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Check that the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -87,8 +105,8 @@ def check_counter(name: str, value: Any, like: Tensor, rows: int | None = None) 
 def check_noise(noise: NoiseSpec, rows: int, width: int, like: Tensor, *, step_per_row: bool = False) -> None:
     """Check the arguments that describe noise [rows, width]; with `step_per_row`, step may be [rows]."""
     check_choice("noise", noise.kind, NOISE_KINDS)
-    check_row_range("noise_scale", noise.scale, rows, like, 0.0)
-    check_range("noise_delta", noise.delta, 0.0)
+    check_row_range("noise_scale", noise.scale, rows, like, 0.0, FLOAT32_MAX)
+    check_range("noise_delta", noise.delta, 0.0, FLOAT32_MAX)
     if noise.delta and noise.kind != "one_sided":
         raise ValueError(f"noise_delta needs noise='one_sided'; give noise_delta=0 with noise={noise.kind!r}")
     if noise.seed is not None:

@@ -20,16 +20,22 @@ def group_advantages_eager(
     winner_from: str,
 ) -> GroupAdvantages:
     """Compute `latent_kernels.group_advantages` on checked arguments."""
-    rewards = rewards.double()  # the mean of equal float32 rewards is then exactly these rewards
+    rewards = rewards.double()
     segment = _segments(group_ids)
     is_invalid = torch.zeros_like(segment, dtype=torch.bool) if invalid_mask is None else invalid_mask.bool()
-    counted = (~is_invalid if invalid == "exclude" else torch.ones_like(is_invalid)).to(rewards.dtype)
-    count = _segment_sum(counted, segment)
-    mean = _segment_sum(rewards * counted, segment) / count.clamp_min(1.0)
-    spread = _segment_sum((rewards - mean).square() * counted, segment) / (count - 1.0).clamp_min(1.0)
-    mean = torch.where(count > 1, mean, 0.0)
+    counted = ~is_invalid if invalid == "exclude" else torch.ones_like(is_invalid)
+    count = _segment_sum(counted.to(rewards.dtype), segment)
+    # Rewards are measured from the highest of their group, so that equal ones are exactly 0 from their mean. Rewards
+    # that do not count may hold anything, so they are replaced rather than multiplied by 0.
+    highest = torch.full_like(rewards, -torch.inf)
+    highest = highest.scatter_reduce_(0, segment, torch.where(counted, rewards, -torch.inf), "amax")[segment]
+    distance = rewards - torch.where(count > 0, highest, 0.0)
+    shift = _segment_sum(torch.where(counted, distance, 0.0), segment) / count.clamp_min(1.0)
+    squares = torch.where(counted, (distance - shift).square(), 0.0)
+    spread = _segment_sum(squares, segment) / (count - 1.0).clamp_min(1.0)
+    mean = torch.where(count > 1, highest + shift, 0.0)
     std = torch.where(count > 1, spread.sqrt(), 1.0)
-    centred = rewards - mean
+    centred = torch.where(count > 1, distance - shift, rewards)
     advantages = centred / (std + STD_EPSILON) if normalize_std else centred
     can_win = advantages > 0
     if invalid != "keep":
@@ -57,7 +63,8 @@ def _segment_sum(values: Tensor, segment: Tensor) -> Tensor:
 
 def _first_step(advantages: Tensor, can_win: Tensor, mean_logprob: Tensor, segment: Tensor, first_token: str) -> Tensor:
     """Return the advantages at the first response step [R]: the winner keeps its own, its rivals get 0."""
-    key = torch.where(can_win, mean_logprob.to(advantages.dtype), -torch.inf)
+    # The mean of a response without steps may be NaN.
+    key = torch.where(can_win & ~mean_logprob.isnan(), mean_logprob.to(advantages.dtype), -torch.inf)
     # Rank all rows by log-prob, ties to the first row. A group's winner is its row of `can_win` with the lowest
     # rank.
     rows = torch.arange(len(key), device=key.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latent_kernels._linear import head_logits_, softcap_slope
 from latent_kernels._loss_types import SUMS, LogprobSpec, LossSpec, RowForward, RowGradient, RowScores, StepLosses
-from latent_kernels.reference.latent_step import is_hard
+from latent_kernels.reference.latent_step import has_valid_ids, is_hard
 from latent_kernels.reference.loss import (
     MARGIN_MAX,
     component_margins,
@@ -47,16 +47,16 @@ def logprob_rows_(
     head_logits_(logits, spec.head)
     hard = is_hard(spec.ids)
     inverse_temperature = _inverse_temperature(logits, spec, hard)
-    ids = spec.ids.clamp_min(0)
+    ids, exist = spec.ids.clamp(0, logits.shape[1] - 1), has_valid_ids(spec.ids, logits.shape[1])
     logits.mul_(inverse_temperature)
     component_logits = logits.gather(-1, ids)
     highest = logits.amax(-1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
     log_probs = component_logits - (highest + total.log())
-    logprob, crossed = _score(log_probs, spec, hard)
+    logprob, crossed = _score(log_probs, spec, hard, exist)
     if dtype is None:
         return RowScores(logprob, crossed, None)
-    coefficients = _coefficients(log_probs, spec, hard) * (inverse_temperature * spec.head.logit_scale)
+    coefficients = _coefficients(log_probs, spec, hard, exist) * (inverse_temperature * spec.head.logit_scale)
     if upstream is not None:
         coefficients *= _per_component(upstream).to(logits.dtype)
     # sum_k c_k (onehot(id_k) - softmax): `logits` holds the exponentials, whose sum is `total`.
@@ -74,10 +74,14 @@ def _per_component(upstream: Tensor) -> Tensor:
     return upstream.unsqueeze(-1) if upstream.ndim == 1 else upstream
 
 
-def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probs and counts of crossed margins [n], from the components' log-probs [n, K]."""
+def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probs and counts of crossed margins [n], from the components' log-probs [n, K].
+
+    The log-prob of a row whose ids do not exist [n] is NaN.
+    """
     if spec.method == "multiplex":
         each = torch.where(used_components(spec.ids), log_probs, 0.0)
+        each = each.masked_fill(~exist.unsqueeze(-1), torch.nan)
         return each if spec.components else each.sum(-1), torch.zeros_like(hard, dtype=torch.int64)
     scores = spec.scores.to(log_probs.dtype)
     if spec.method == "soft_grpo":
@@ -85,11 +89,12 @@ def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> tuple[Tensor, 
     else:
         margin = component_margins(scores, log_probs)
         latent = surrogate(margin)
-    return torch.where(hard, log_probs[:, 0], latent), torch.where(hard, 0, (margin < 0).sum(-1))
+    logprob = torch.where(hard, log_probs[:, 0], latent).masked_fill_(~exist, torch.nan)
+    return logprob, torch.where(hard | ~exist, 0, (margin < 0).sum(-1))
 
 
-def _coefficients(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
-    """Return the gradient of the log-prob in the log-probs of the components, [n, K]."""
+def _coefficients(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Tensor) -> Tensor:
+    """Return the gradient of the log-prob in the log-probs of the components, [n, K]; 0 where ids do not exist."""
     scores = spec.scores.to(log_probs.dtype)
     if spec.method == "multiplex":
         coefficients = torch.ones_like(log_probs)
@@ -102,7 +107,7 @@ def _coefficients(log_probs: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
         coefficients = margin_coefficients(margin, spec.advantages, spec.margin_gradient) / margin.shape[1]
     first = torch.zeros_like(coefficients)
     first[:, 0] = 1.0  # the only component of a text row is its token
-    return torch.where(hard.unsqueeze(-1), first, coefficients)
+    return torch.where(hard.unsqueeze(-1), first, coefficients).masked_fill_(~exist.unsqueeze(-1), 0.0)
 
 
 def _softmax_share(coefficients: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
@@ -131,8 +136,9 @@ def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForw
         if entropy:
             spread += weight.mul_(below).sum(-1, keepdim=True)
     log_z = highest + total.log()
-    log_probs = logits.gather(-1, spec.ids.clamp_min(0)) * inverse_temperature - log_z
-    logprob, crossed = _score(log_probs, spec, hard)
+    ids, exist = spec.ids.clamp(0, logits.shape[1] - 1), has_valid_ids(spec.ids, logits.shape[1])
+    log_probs = logits.gather(-1, ids) * inverse_temperature - log_z
+    logprob, crossed = _score(log_probs, spec, hard, exist)
     nats = torch.where(hard, (total.log() - spread / total).squeeze(-1), 0.0) if entropy else None
     return RowForward(logprob, crossed, log_z.squeeze(-1), nats)
 
@@ -147,12 +153,13 @@ def backward_rows_(
     latent rows. It is None without entropies. `dtype` is the coarsest dtype in which the gradient may be stored; here
     it keeps that of the logits.
     """
-    hard, ids, softcap = is_hard(spec.ids), spec.ids.clamp_min(0), spec.head.softcap
+    hard, ids, softcap = is_hard(spec.ids), spec.ids.clamp(0, logits.shape[1] - 1), spec.head.softcap
+    exist = has_valid_ids(spec.ids, logits.shape[1])
     inverse_temperature = _inverse_temperature(logits, spec, hard)
     log_z = scored.log_z.unsqueeze(-1)
     picked = logits.gather(-1, ids)
     slope = inverse_temperature * spec.head.logit_scale
-    coefficients = _coefficients(picked * inverse_temperature - log_z, spec, hard)
+    coefficients = _coefficients(picked * inverse_temperature - log_z, spec, hard, exist)
     coefficients = coefficients * (slope * _per_component(upstream))
     constant = _softmax_share(coefficients, spec, hard)
     bonus = torch.zeros_like(log_z) if bonus is None else bonus.unsqueeze(-1) * slope
@@ -176,7 +183,8 @@ def score_rows(logits: Tensor, spec: LogprobSpec) -> Tensor:
     # On a CPU, latent rows save the product with 1. A GPU is not asked, because the host would wait for the answer.
     if spec.temperature != 1.0 and (logits.is_cuda or bool(hard.any())):
         logits = logits * _inverse_temperature(logits, spec, hard)
-    return _score(logits.log_softmax(-1).gather(-1, spec.ids.clamp_min(0)), spec, hard)[0]
+    ids, exist = spec.ids.clamp(0, logits.shape[1] - 1), has_valid_ids(spec.ids, logits.shape[1])
+    return _score(logits.log_softmax(-1).gather(-1, ids), spec, hard, exist)[0]
 
 
 def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None, *, wants_gradient: bool) -> StepLosses:

@@ -28,6 +28,7 @@ from latent_kernels.reference.latent_step import (
     in_latent_run,
     nucleus_mask,
     per_row,
+    tempered,
     with_ended_rows,
 )
 
@@ -300,7 +301,7 @@ def latent_step_from_logits_eager(logits: Tensor, embedding: Tensor, options: La
     else:
         scores, ids = grouped_step(logits, blocks, maxima, log_z, noisy, options)
     tau = torch.as_tensor(options.tau, dtype=logits.dtype, device=logits.device)
-    weights = (scores / torch.where(noisy, tau, 1.0).unsqueeze(-1)).softmax(-1)
+    weights = tempered(scores, torch.where(noisy, tau, 1.0).unsqueeze(-1)).softmax(-1)
     embeds = mixture(ids, weights, embedding)
     step = LatentStep(ids, scores.float(), weights.float(), embeds, top_token, is_latent)
     return with_ended_rows(step, options)

@@ -48,19 +48,31 @@ def group_advantages_kernel(
     group = tl.load(groups_ptr + rows, mask=inside, other=0)
     reward = tl.load(rewards_ptr + rows, mask=inside, other=0.0).to(tl.float64)
 
+    # Rewards are measured from one that counts, so that equal ones are exactly 0 from their mean: the row's own, or the
+    # highest of the group if the own may not count and be NaN.
+    origin = reward
+    if HAS_INVALID and EXCLUDE:
+        origin = tl.full([BLOCK_R], -float("inf"), dtype=tl.float64)
+        for start in range(0, R, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            counted, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, True)
+            origin = tl.maximum(origin, tl.max(tl.where(counted, value[None, :], -float("inf")), 1))
+        origin = tl.where(origin == -float("inf"), 0.0, origin)
+
     count = tl.zeros([BLOCK_R], dtype=tl.float64)
     total = tl.zeros([BLOCK_R], dtype=tl.float64)
     for start in range(0, R, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         counted, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, HAS_INVALID and EXCLUDE)
         count += tl.sum(counted.to(tl.float64), 1)
-        total += tl.sum(tl.where(counted, value[None, :] - reward[:, None], 0.0), 1)
-    # `total` adds distances to the row's own reward. The sum is exact, and 0 if all rewards are equal, so quotients can
+        total += tl.sum(tl.where(counted, value[None, :] - origin[:, None], 0.0), 1)
+    # `total` adds distances from the origin. The sum is exact, and 0 if all rewards are equal, so quotients can
     # be in float32. (In float64 they are function calls, which save registers to memory.) A group of one has mean 0.
-    total = tl.where(count > 1, total, -reward)
+    total = tl.where(count > 1, total, -origin)
     divisor = tl.maximum(count, 1.0)
-    above_mean = -tl.div_rn(total.to(tl.float32), divisor.to(tl.float32))
-    mean = reward - above_mean.to(tl.float64)
+    shift = tl.div_rn(total.to(tl.float32), divisor.to(tl.float32)).to(tl.float64)
+    mean = tl.where(count > 1, origin + shift, 0.0)
+    above_mean = tl.where(count > 1, reward - origin - shift, reward).to(tl.float32)
 
     spread = tl.zeros([BLOCK_R], dtype=tl.float64)
     for start in range(0, R, BLOCK_J):
@@ -84,8 +96,9 @@ def group_advantages_kernel(
             j = start + tl.arange(0, BLOCK_J)
             correct, value = members(rewards_ptr, groups_ptr, invalid_ptr, group, j, R, HAS_INVALID and VALID_WINNER)
             # "reward > mean" without a quotient, whose rounding could differ between the rows of a group.
-            correct = correct & ((value[None, :] - reward[:, None]) * divisor[:, None] > total[:, None])
+            correct = correct & ((value[None, :] - origin[:, None]) * divisor[:, None] > total[:, None])
             logprob = tl.load(logprob_ptr + j, mask=j < R, other=0.0).to(tl.float64)
+            logprob = tl.where(logprob == logprob, logprob, -float("inf"))  # the mean of no steps may be NaN
             candidate = tl.where(correct, logprob[None, :], -float("inf"))
             highest = tl.max(candidate, 1)
             place = tl.min(tl.where(correct & (candidate == highest[:, None]), j[None, :], R), 1)

@@ -75,7 +75,10 @@ def latent_logprob_kernel(
     ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
     hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
     used = k < tl.where(hard, 1, K)  # the only component of a text row is its token
-    ids = tl.maximum(ids, 0)
+    # A row with an id outside the vocabulary is NaN, without a gradient. An error would have to wait for the device.
+    exist = tl.sum((used & ((ids < 0) | (ids >= V))).to(tl.int32), 0) == 0
+    valid = k < tl.where(exist, tl.where(hard, 1, K), 0)
+    ids = tl.where(valid, ids, 0)
     # The temperature is that of text rows only.
     inverse_temperature = tl.where(hard, inverse_temperature, 1.0) * outer
     slope = inverse_temperature * inner
@@ -95,8 +98,6 @@ def latent_logprob_kernel(
             entropy = tl.load(entropy_ptr + row)
             bonus = tl.load(bonus_ptr + row) * slope
 
-    # An id outside the vocabulary makes the row NaN. An error would have to wait for the device.
-    valid = used & (ids < V)
     picked = read_capped(row_ptr, bias_ptr, ids, valid, inner, float("nan"), HAS_BIAS, SOFTCAP)
     log_probs = picked * inverse_temperature - log_z
     if METHOD == MULTIPLEX:
@@ -116,16 +117,17 @@ def latent_logprob_kernel(
             component_coefficients = component_coefficients / K
     if FORWARD:
         if COMPONENTS:
-            tl.store(logprob_ptr + row * K + k, tl.where(used, log_probs, 0.0), mask=k < K)
+            each = tl.where(exist, tl.where(used, log_probs, 0.0), float("nan"))
+            tl.store(logprob_ptr + row * K + k, each, mask=k < K)
         else:
             text = tl.sum(tl.where(k == 0, log_probs, 0.0), 0)
-            tl.store(logprob_ptr + row, tl.where(hard, text, latent))
-        tl.store(crossed_ptr + row, tl.where(hard, 0, tl.sum((used & (margins < 0)).to(tl.int32), 0)))
+            tl.store(logprob_ptr + row, tl.where(exist, tl.where(hard, text, latent), float("nan")))
+        tl.store(crossed_ptr + row, tl.where(hard, 0, tl.sum((valid & (margins < 0)).to(tl.int32), 0)))
     if DLOGITS:
-        coefficients = tl.where(used, tl.where(hard, 1.0, component_coefficients), 0.0)
+        coefficients = tl.where(valid, tl.where(hard, 1.0, component_coefficients), 0.0)
         factor = slope
         if HAS_UPSTREAM and COMPONENTS:
-            coefficients = tl.load(upstream_ptr + row * K + k, mask=used, other=0.0)  # of log-probs that add up
+            coefficients = tl.load(upstream_ptr + row * K + k, mask=valid, other=0.0)  # of log-probs that add up
         elif HAS_UPSTREAM:
             factor = slope * tl.load(upstream_ptr + row)
         total = tl.sum(coefficients, 0)
@@ -304,13 +306,13 @@ class FromLogits(torch.autograd.Function):
         outputs = _row_outputs(logits, spec)
         _launch(logits, spec, outputs.log_z, outputs=outputs)
         ctx.spec = spec
-        ctx.save_for_backward(logits, outputs.log_z)
+        ctx.save_for_backward(logits, outputs.log_z, *spec.rows)
         return outputs.logprob
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, log_z = ctx.saved_tensors
+        logits, log_z, *rows = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        _launch(logits, ctx.spec, log_z, dlogits=dlogits, upstream=grad)
+        _launch(logits, ctx.spec.with_rows(*rows), log_z, dlogits=dlogits, upstream=grad)
         return dlogits, None

@@ -219,7 +219,7 @@ def store_mixture(
     """Store ids and scores [BLOCK_K] of a row, their weights, and the mixture of table rows."""
     k = tl.arange(0, BLOCK_K)
     ids = tl.minimum(tl.where(k < K, ids, 0), V - 1).to(tl.int64)
-    exponents = tl.where(k < K, scores / tau, -float("inf"))
+    exponents = tl.where((k < K) & (scores != -float("inf")), scores / tau, -float("inf"))
     weights = tl.exp(exponents - tl.max(exponents, 0))
     weights = weights / tl.sum(weights, 0)
     tl.store(ids_ptr + row * K + k, ids, mask=k < K)

@@ -4,6 +4,7 @@ Inputs: ids [N, K] int64, scores [N, K], tau 0-d or [N], the embedding table [V,
 
     forward    w = softmax(scores / tau),  out = sum_k w_k E[id_k]   [N, D] in the table's dtype
                a text row (-100 in ids[1:]) is E[id_0], whatever its scores are
+               a row with another id outside the table is NaN, and has no gradient
     backward   dscores_k = w_k (<g, E[id_k]> - sum_j w_j <g, E[id_j]>) / tau,  0 on text rows
                dE[id] = sum of w_k g over all places that hold the id
 
@@ -29,45 +30,52 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def row_weights(ids_ptr, scores_ptr, tau_ptr, row, K: tl.constexpr, BLOCK_K: tl.constexpr, TAU_PER_ROW: tl.constexpr):
-    """Return ids, weights and used flags [BLOCK_K] of a row, whether it is one text token, and its tau."""
+def row_weights(
+    ids_ptr, scores_ptr, tau_ptr, row, V, K: tl.constexpr, BLOCK_K: tl.constexpr, TAU_PER_ROW: tl.constexpr
+):  # fmt: skip
+    """Return ids, weights and used flags [BLOCK_K] of a row, whether it is latent, whether its ids exist, and its tau.
+
+    The ids are inside the table in any case.
+    """
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
     hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
     scores = tl.load(scores_ptr + row * K + k, mask=k < K, other=-float("inf")).to(tl.float32)
     tau = tl.load(tau_ptr + row).to(tl.float32) if TAU_PER_ROW else tl.load(tau_ptr).to(tl.float32)
     # The scores of a text row may hold anything, NaN included, so they are replaced.
-    scores = tl.where(hard, tl.where(k == 0, 0.0, -float("inf")), scores / tau)
-    scores = tl.where(k < K, scores, -float("inf"))
+    scores = tl.where(hard, tl.where(k == 0, 0.0, -float("inf")), scores)
+    scores = tl.where((k < K) & (scores != -float("inf")), tl.where(hard, scores, scores / tau), -float("inf"))
     weights = tl.exp(scores - tl.max(scores, 0))
     used = tl.where(hard, k == 0, k < K)
-    return tl.maximum(ids, 0), weights / tl.sum(weights, 0), used, hard, tau
+    exist = tl.sum((used & ((ids < 0) | (ids >= V))).to(tl.int32), 0) == 0
+    ids = tl.minimum(tl.maximum(ids, 0), V - 1)
+    return ids, weights / tl.sum(weights, 0), used, hard == 0, exist, tau
 
 
 @triton.jit
 def mix_embeddings_kernel(
-    ids_ptr, scores_ptr, tau_ptr, table_ptr, out_ptr, table_stride, D,
+    ids_ptr, scores_ptr, tau_ptr, table_ptr, out_ptr, table_stride, V, D,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAU_PER_ROW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    ids, weights, used, _, _ = row_weights(ids_ptr, scores_ptr, tau_ptr, row, K, BLOCK_K, TAU_PER_ROW)
+    ids, weights, used, _, exist, _ = row_weights(ids_ptr, scores_ptr, tau_ptr, row, V, K, BLOCK_K, TAU_PER_ROW)
     table = tl.load(
         table_ptr + ids[:, None] * table_stride + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
     ).to(tl.float32)
     # On a text row, a weight of zero times an infinite table entry would be NaN. So unused rows are not loaded.
-    mixed = tl.sum(weights[:, None] * table, 0)
+    mixed = tl.where(exist, tl.sum(weights[:, None] * table, 0), float("nan"))
     tl.store(out_ptr + row * D + d, mixed.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
 def mix_embeddings_backward_kernel(
-    ids_ptr, scores_ptr, tau_ptr, table_ptr, grad_ptr, out_ptr, table_stride, D,
+    ids_ptr, scores_ptr, tau_ptr, table_ptr, grad_ptr, out_ptr, table_stride, V, D,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAU_PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Store dscores_k = w_k (<grad, E_k> - sum_j w_j <grad, E_j>) / tau, and 0 on text rows."""
+    """Store dscores_k = w_k (<grad, E_k> - sum_j w_j <grad, E_j>) / tau, and 0 on text rows and without ids."""
     row = tl.program_id(0).to(tl.int64)
-    ids, weights, used, hard, tau = row_weights(ids_ptr, scores_ptr, tau_ptr, row, K, BLOCK_K, TAU_PER_ROW)
+    ids, weights, used, latent, exist, tau = row_weights(ids_ptr, scores_ptr, tau_ptr, row, V, K, BLOCK_K, TAU_PER_ROW)
     dots = tl.zeros([BLOCK_K], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -77,7 +85,7 @@ def mix_embeddings_backward_kernel(
         ).to(tl.float32)
         dots += tl.sum(table * grad[None, :], 1)
     k = tl.arange(0, BLOCK_K)
-    result = tl.where(hard, 0.0, weights * (dots - tl.sum(weights * dots, 0)) / tau)
+    result = tl.where(latent & exist, weights * (dots - tl.sum(weights * dots, 0)) / tau, 0.0)
     tl.store(out_ptr + row * K + k, result.to(out_ptr.dtype.element_ty), mask=k < K)
 
 
@@ -94,7 +102,7 @@ class _MixEmbeddings(torch.autograd.Function):
             chosen = constants(width, per_row=tau.ndim == 1)
             mix_embeddings_kernel[(rows, triton.cdiv(dim, chosen["BLOCK_D"]))](
                 ids_ptr=ids, scores_ptr=scores, tau_ptr=tau, table_ptr=table, out_ptr=out,
-                table_stride=table.stride(0), D=dim, **chosen, num_warps=NUM_WARPS,
+                table_stride=table.stride(0), V=len(table), D=dim, **chosen, num_warps=NUM_WARPS,
             )  # fmt: skip
         ctx.save_for_backward(ids, scores, table, tau)
         return out
@@ -110,7 +118,7 @@ class _MixEmbeddings(torch.autograd.Function):
             if rows:
                 mix_embeddings_backward_kernel[(rows,)](
                     ids_ptr=ids, scores_ptr=scores, tau_ptr=tau, table_ptr=table, grad_ptr=grad,
-                    out_ptr=grad_scores, table_stride=table.stride(0), D=table.shape[1],
+                    out_ptr=grad_scores, table_stride=table.stride(0), V=len(table), D=table.shape[1],
                     **constants(width, per_row=tau.ndim == 1), num_warps=NUM_WARPS,
                 )  # fmt: skip
         if ctx.needs_input_grad[2]:
@@ -131,9 +139,11 @@ def _table_gradient(ids: Tensor, scores: Tensor, tau: Tensor, table: Tensor, gra
     `torch.use_deterministic_algorithms`.
     """
     weights = steps.mixture_weights(ids, scores.float(), tau.float())
+    exist = steps.has_valid_ids(ids, len(table)).unsqueeze(-1)
     total = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
     for k in range(ids.shape[1]):
-        total.index_add_(0, ids[:, k].clamp_min(0), weights[:, k : k + 1] * grad.float())
+        share = torch.where(exist, weights[:, k : k + 1] * grad.float(), 0.0)
+        total.index_add_(0, ids[:, k].clamp(0, len(table) - 1), share)
     return total.to(table.dtype)
 
 

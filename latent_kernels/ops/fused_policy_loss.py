@@ -35,7 +35,7 @@ from latent_kernels._loss_types import (
 )
 from latent_kernels._operator import operator
 from latent_kernels._types import HeadOptions, PolicyStats
-from latent_kernels._validate import check_head, check_range, check_tensor
+from latent_kernels._validate import FLOAT32_MAX, check_head, check_range, check_tensor
 from latent_kernels.ops.latent_logprob import check_logprob_options, with_bias
 from latent_kernels.ops.policy_loss import RATIOS, check_loss_options, loss_result, loss_shapes
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
@@ -291,7 +291,7 @@ def _check_arguments(
     if isinstance(options.entropy_coef, Tensor):
         check_tensor("entropy_coef", options.entropy_coef, [], like=hidden)
     else:
-        check_range("entropy_coef", options.entropy_coef, 0.0)
+        check_range("entropy_coef", options.entropy_coef, 0.0, FLOAT32_MAX)
 
 
 def _loss_of_active_steps(

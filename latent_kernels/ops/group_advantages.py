@@ -11,7 +11,7 @@ from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._eager.group_advantages import group_advantages_eager
 from latent_kernels._operator import operator
 from latent_kernels._types import GroupAdvantages
-from latent_kernels._validate import INTEGERS, check_choice, check_tensor
+from latent_kernels._validate import INTEGERS, check_choice, check_flag, check_tensor
 
 INVALID_MODES = ("exclude", "zero", "keep")
 FIRST_TOKEN_MODES = ("best_of_correct", "best_of_group", "all")
@@ -61,6 +61,7 @@ def group_advantages(
     check_tensor("rewards", rewards, [None])
     check_tensor("group_ids", group_ids, list(rewards.shape), INTEGERS, like=rewards)
     check_choice("invalid", invalid, INVALID_MODES)
+    check_flag("normalize_std", normalize_std)
     check_choice("first_token", first_token, FIRST_TOKEN_MODES)
     check_choice("winner_from", winner_from, WINNERS)
     if invalid_mask is not None:

@@ -36,7 +36,15 @@ from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
 from latent_kernels._operator import operator, single
 from latent_kernels._types import METHODS, HeadOptions
-from latent_kernels._validate import check_choice, check_components, check_head, check_range, check_tensor
+from latent_kernels._validate import (
+    FLOAT32_MAX,
+    check_choice,
+    check_components,
+    check_flag,
+    check_head,
+    check_range,
+    check_tensor,
+)
 from latent_kernels.reference.latent_step import compute_dtype
 
 MARGIN_GRADIENTS = ("aligned", "released", "none")
@@ -63,18 +71,19 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, spec: LogprobSpec) -> Tensor:
         ctx.spec = spec
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits, *spec.rows)
         return _score_from_logits(logits, spec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (logits,) = ctx.saved_tensors
+        logits, *rows = ctx.saved_tensors
+        spec = ctx.spec.with_rows(*rows)
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for chunk in row_chunks(len(logits), logits.shape[1], grad.dtype, logits.device):
             # `logprob_rows_` overwrites its input, and the logits belong to the caller.
             overwritten = logits[chunk].to(grad.dtype, copy=True)
-            gradient = logprob_rows_(overwritten, ctx.spec.select(chunk), grad.dtype, grad[chunk]).gradient
+            gradient = logprob_rows_(overwritten, spec.select(chunk), grad.dtype, grad[chunk]).gradient
             assert gradient is not None
             grad_logits[chunk] = gradient.dlogits
         return grad_logits, None
@@ -113,7 +122,7 @@ class _FromHidden(torch.autograd.Function):
                 dhidden[chunk] = back_project(scored.gradient.dlogits, lm_head, scored.gradient.scale)
         ctx.spec, ctx.logprob_rows_fn, ctx.hidden_dtype = spec, logprob_rows_fn, hidden.dtype
         recomputes = wants_head or wants_bias or spec.components
-        ctx.save_for_backward(dhidden, *((hidden, lm_head, bias) if recomputes else ()))
+        ctx.save_for_backward(dhidden, *((hidden, lm_head, bias, *spec.rows) if recomputes else ()))
         return logprob
 
     @staticmethod
@@ -134,14 +143,14 @@ def with_bias(spec: LogprobSpec, bias: Tensor | None) -> LogprobSpec:
 
 
 def _recomputed_gradients(
-    ctx: Any, grad: Tensor, hidden: Tensor, lm_head: Tensor, bias: Tensor | None
+    ctx: Any, grad: Tensor, hidden: Tensor, lm_head: Tensor, bias: Tensor | None, *rows: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients in hidden, head and bias, from chunks of logits that are computed again.
 
     The gradient in hidden is None if the forward pass has computed it.
     """
     wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
-    spec, device = with_bias(ctx.spec, bias), hidden.device
+    spec, device = with_bias(ctx.spec.with_rows(*rows), bias), hidden.device
     grad_hidden = torch.empty_like(hidden) if wants_hidden and spec.components else None
     grad_head = torch.zeros(lm_head.shape, dtype=grad.dtype, device=device) if wants_head else None
     grad_bias = torch.zeros(len(lm_head), dtype=grad.dtype, device=device) if wants_bias else None
@@ -174,9 +183,10 @@ def check_logprob_options(
 ) -> None:
     """Check the arguments that every log-prob operator shares."""
     check_components(ids, scores, num_rows, like)
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range("temperature", temperature, 0.0, FLOAT32_MAX, open_low=True)
     check_choice("margin_gradient", margin_gradient, MARGIN_GRADIENTS)
     check_choice("method", method, METHODS)
+    check_flag("components", components)
     if components and method != "multiplex":
         raise ValueError(f"method is {method!r}: a step has one log-prob per component only with 'multiplex'")
     if advantages is not None:

@@ -11,7 +11,7 @@ from latent_kernels._dispatch import on_input_device, resolve
 from latent_kernels._loss_types import LossOptions, LossSpec
 from latent_kernels._operator import operator
 from latent_kernels._types import PolicyStats
-from latent_kernels._validate import check_choice, check_range, check_tensor
+from latent_kernels._validate import FLOAT32_MAX, check_choice, check_range, check_tensor
 from latent_kernels.reference.latent_step import compute_dtype
 from latent_kernels.reference.loss import loss_of_options, response_terms, response_weights
 
@@ -58,7 +58,7 @@ def check_loss_options(
     if options.objective == "vespo" and options.ratio == "component":
         raise ValueError("objective 'vespo' weighs responses by their ratio; give ratio 'token' or 'sequence'")
     check_choice("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
-    check_range("kl_coef", options.kl_coef, 0.0)
+    check_range("kl_coef", options.kl_coef, 0.0, FLOAT32_MAX)
     if options.kl_coef and ref_logprob is None:
         raise ValueError(f"kl_coef is {options.kl_coef:g}, but ref_logprob is None; give the reference's log-probs")
 

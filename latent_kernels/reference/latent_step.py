@@ -51,6 +51,11 @@ def best_first(scores: Tensor, ids: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     return scores[:, :top_k], ids.gather(-1, order)[:, :top_k]
 
 
+def tempered(scores: Tensor, tau: Tensor) -> Tensor:
+    """Return scores / tau, the logits of weights. A score of -inf stays -inf, which it is in the limit of tau = inf."""
+    return torch.where(torch.isneginf(scores), scores, scores / tau)
+
+
 class Mixture(NamedTuple):
     """The components of B rows, and their weights."""
 
@@ -61,8 +66,8 @@ class Mixture(NamedTuple):
 
 def weighed(ids: Tensor, scores: Tensor, options: LatentStepOptions) -> Mixture:
     """Return components with the weights softmax(scores / tau), or softmax(scores) without noise."""
-    tau = 1.0 if options.noise == "none" else per_row(options.tau, scores)
-    return Mixture(ids, scores, (scores / tau).softmax(-1))
+    tau = per_row(1.0 if options.noise == "none" else options.tau, scores)
+    return Mixture(ids, scores, tempered(scores, tau).softmax(-1))
 
 
 def stream_rows(rows: int, options: LatentStepOptions, device: torch.device) -> Tensor:
@@ -213,19 +218,33 @@ def is_hard(ids: Tensor) -> Tensor:
     return (ids[:, 1:] == UNUSED_ID).any(-1)
 
 
+def has_valid_ids(ids: Tensor, vocab: int) -> Tensor:
+    """Return which rows of ids [N, K] have all their tokens in a vocabulary, [N] bool.
+
+    A text row has one token, the first; a latent row has K. The result of any other row is NaN, without a gradient:
+    an error would have to wait for the device.
+    """
+    inside = (ids >= 0) & (ids < vocab)
+    return torch.where(is_hard(ids), inside[:, 0], inside.all(-1))
+
+
 def mixture_weights(ids: Tensor, scores: Tensor, tau: float | Tensor) -> Tensor:
     """Return `softmax(scores / tau)` [N, K], and (1, 0, ..., 0) on text rows, whatever their scores are."""
     first = torch.full_like(scores, -torch.inf)
     first[:, :1] = 0.0
-    return torch.where(is_hard(ids).unsqueeze(-1), first, scores / per_row(tau, scores)).softmax(-1)
+    return torch.where(is_hard(ids).unsqueeze(-1), first, tempered(scores, per_row(tau, scores))).softmax(-1)
 
 
 def mix(ids: Tensor, weights: Tensor, embedding: Tensor) -> Tensor:
-    """Return `sum_k weights_k embedding[ids_k]` [N, D], summed one component at a time in the dtype of the weights."""
+    """Return `sum_k weights_k embedding[ids_k]` [N, D], summed one component at a time in the dtype of the weights.
+
+    A row with an id outside the table is NaN.
+    """
+    vocab = len(embedding)
     out = torch.zeros(len(ids), embedding.shape[1], dtype=weights.dtype, device=weights.device)
     for k in range(ids.shape[1]):
-        out = out + weights[:, k : k + 1] * embedding[ids[:, k].clamp_min(0)].to(weights.dtype)
-    return out.to(embedding.dtype)
+        out = out + weights[:, k : k + 1] * embedding[ids[:, k].clamp(0, vocab - 1)].to(weights.dtype)
+    return torch.where(has_valid_ids(ids, vocab).unsqueeze(-1), out, torch.nan).to(embedding.dtype)
 
 
 def mix_embeddings_ref(ids: Tensor, scores: Tensor, embedding: Tensor, *, tau: float | Tensor = 1.0) -> Tensor:

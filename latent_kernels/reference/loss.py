@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latent_kernels._loss_types import LossOptions, ResponseTerms
 from latent_kernels._types import GroupAdvantages, PolicyStats
-from latent_kernels.reference.latent_step import compute_dtype, is_hard
+from latent_kernels.reference.latent_step import compute_dtype, has_valid_ids, is_hard
 
 EXPONENT_MAX = 40.0  # exp(40)^2 is finite in float32, so the norm of a gradient with such margins is too
 MARGIN_MAX = 1e4  # margin of a target that has probability zero under the policy: large, but finite
@@ -91,17 +91,17 @@ def latent_logprob_from_logits_ref(
     Autograd gives the gradient of docs/method.md, section "Probability of a latent step".
     """
     logits, hard = logits.to(compute_dtype(logits)), is_hard(ids)
-    token = ids[:, :1]
-    text = (logits / temperature).log_softmax(-1).gather(-1, token).squeeze(-1)
+    exist, ids = has_valid_ids(ids, logits.shape[1]), ids.clamp(0, logits.shape[1] - 1)
+    text = (logits / temperature).log_softmax(-1).gather(-1, ids[:, :1]).squeeze(-1).masked_fill(~exist, torch.nan)
     if method == "soft_grpo":
         # Zeros on text rows: whatever their scores are, 0 times their gradient must be 0.
-        picked = logits.gather(-1, ids.clamp_min(0))
+        picked = logits.gather(-1, ids)
         inputs = (x.masked_fill(hard.unsqueeze(-1), 0.0) for x in (scores.to(logits.dtype), picked))
-        return torch.where(hard, text, soft_surrogate(*inputs))
-    log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
+        return torch.where(hard, text, soft_surrogate(*inputs).masked_fill(~exist, torch.nan))
+    log_probs = logits.log_softmax(-1).gather(-1, ids).masked_fill(~exist.unsqueeze(-1), torch.nan)
     if method == "multiplex":
         first = torch.nn.functional.pad(text.unsqueeze(-1), (0, ids.shape[-1] - 1))
-        each = torch.where(hard.unsqueeze(-1), first, log_probs)
+        each = torch.where(hard.unsqueeze(-1), first, log_probs).masked_fill(~exist.unsqueeze(-1), torch.nan)
         return each if components else each.sum(-1)
     targets = torch.where(hard.unsqueeze(-1), -torch.inf, scores.to(logits.dtype))  # text rows have none
     margin = component_margins(targets, log_probs).detach()
@@ -110,7 +110,7 @@ def latent_logprob_from_logits_ref(
     # c_k = 0 are masked out of the sum, because the gradient of a log-prob of -inf is NaN.
     reachable = torch.where(coefficients != 0, log_probs, 0.0)
     latent = surrogate(margin) + (coefficients * (reachable - reachable.detach())).mean(-1)
-    return torch.where(hard, text, latent)
+    return torch.where(hard, text, latent.masked_fill(~exist, torch.nan))
 
 
 def text_entropy_ref(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:

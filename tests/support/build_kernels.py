@@ -53,7 +53,7 @@ def mix_embeddings_builds() -> Iterator[Build]:
     pointers = {"ids_ptr": "*i64", "scores_ptr": "*fp32", "tau_ptr": "*fp32"}
     for dtype, width, per_row in product(("fp32", "bf16", "fp16"), (2, 10, 32), (False, True)):
         constants = mix.constants(width, per_row=per_row)
-        table, sizes = {"table_ptr": f"*{dtype}"}, {"table_stride": "i64", "D": "i32"}
+        table, sizes = {"table_ptr": f"*{dtype}"}, {"table_stride": "i64", "V": "i32", "D": "i32"}
         name = f"{dtype} K={width} tau {'per row' if per_row else 'one'}"
         forward = {**pointers, **table, "out_ptr": f"*{dtype}", **sizes}
         options = {"num_warps": mix.NUM_WARPS}
