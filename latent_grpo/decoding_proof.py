@@ -19,6 +19,7 @@ from latent_grpo.architecture import text_config
 from latent_grpo.config import LatentSampling
 from latent_grpo.errors import ModelError, first_line
 from latent_grpo.model import check_compatible, embedding_table
+from latent_grpo.model.proof import evaluating
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.replay import replay_logprob
@@ -48,7 +49,7 @@ def check_decoding(model: Any) -> None:
         return
     name = type(model).__name__
     try:
-        with torch.no_grad(), _short_window(model):
+        with torch.no_grad(), evaluating(model), _short_window(model):
             gap = _gap(model)
     except torch.OutOfMemoryError:
         raise
@@ -102,7 +103,7 @@ def _short_window(model: Any) -> Iterator[None]:
 
 def _gap(model: Any) -> dict[str, tuple[float, float]]:
     """Return how far the steps of two rows are off, sampled and replayed, each with its bound. In nats."""
-    table, was_training = embedding_table(model), model.training
+    table = embedding_table(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(table), (len(LENGTHS), max(LENGTHS)), generator=generator).to(table.device)
     places = torch.arange(max(LENGTHS), device=table.device)
@@ -117,13 +118,8 @@ def _gap(model: Any) -> dict[str, tuple[float, float]]:
         cuda_graphs=False,  # a capture costs more than it saves here
     )
     rollout = generate_latent(model, ids, mask, sampling)
-    model.eval()
-    try:
-        replayed = replay_logprob(model, rollout, sampling.temperature)
-        own = [_own_logits(model, rollout, row) for row in range(len(rollout.token))]
-    finally:
-        model.train(was_training)
-    logits = torch.cat(own)
+    replayed = replay_logprob(model, rollout, sampling.temperature)
+    logits = torch.cat([_own_logits(model, rollout, row) for row in range(len(rollout.token))])
     taken = rollout.mask
     expected = latent_logprob_from_logits(logits, rollout.ids[taken], rollout.scores[taken], temperature=1.0)
     gaps = {"sampled": rollout.logprob[taken] - expected, "replayed": replayed[taken] - expected}

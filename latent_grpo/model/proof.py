@@ -90,7 +90,7 @@ def parts_of(model: Any) -> Parts:
     if proved is None or proved[0] != embedding_table(model).dtype:
         _check_object(model)
         table = embedding_table(model)
-        with torch.no_grad(), torch.random.fork_rng([table.device] if table.is_cuda else []), _evaluating(model):
+        with torch.no_grad(), torch.random.fork_rng([table.device] if table.is_cuda else []), evaluating(model):
             proved = _PROVED[model] = table.dtype, _prove(model)
     return proved[1]
 
@@ -122,7 +122,7 @@ def _check_object(model: Any) -> None:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Within, let the model be in evaluation mode. Every module has its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
