@@ -182,7 +182,7 @@ class Collector:
         max_rows = None  # how many responses are decoded at a time; the others wait for a free slot
         if args.rollout_memory is not None:
             tokens = ids.shape[1] + args.max_completion_length
-            max_rows = rows_within(args.rollout_memory, model.config, model.dtype, tokens)
+            max_rows = rows_within(args.rollout_memory, model, tokens)
         rollout = generate_latent(
             model, ids[index], mask[index], sampling, num_generations=width, row_ids=streams, max_rows=max_rows
         )

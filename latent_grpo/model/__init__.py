@@ -2,6 +2,7 @@
 
 from latent_grpo.model.access import (
     CACHE_ARGUMENTS,
+    backbone,
     body,
     cache_argument,
     embedding_table,
@@ -25,6 +26,7 @@ from latent_grpo.model.proof import check_compatible, embed, embedding_scale, he
 __all__ = [
     "CACHE_ARGUMENTS",
     "Head",
+    "backbone",
     "body",
     "cache_argument",
     "check_compatible",

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a forward pass, the newer name first
 
@@ -35,17 +36,27 @@ def lm_head(model: Any) -> Tensor:
     return weight
 
 
+def backbone(model: Any) -> Any:
+    """Return the module between embeddings and LM head: the `base_model`, or the model itself if it has none."""
+    base = model.base_model
+    if base is not model:
+        return base
+    # Some classes name their body otherwise than transformers looks for it (Llama 4).
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    return parts[0] if len(parts) == 1 else model
+
+
 def body(model: Any, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any = None) -> Tensor:
     """Return the last hidden states [B, L, D], after the final norm, of input embeddings [B, L, D].
 
     Args:
-        model: a causal LM. Its body is its `base_model`.
+        model: a causal LM. Its body is its `backbone`.
         embeds: [B, L, D], of the L tokens behind the cached ones.
         attention_mask: [B, past + L], or whatever mask the body accepts in its place.
         position_ids: [B, L].
         cache: a key-value cache, which is extended in place; None computes without one.
     """
-    base = model.base_model
+    base = backbone(model)
     out = base(
         inputs_embeds=embeds,
         attention_mask=attention_mask,

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from latent_grpo.architecture import check_architecture
 from latent_grpo.errors import ModelError, first_line
-from latent_grpo.model.access import body, embedding_table, positions
+from latent_grpo.model.access import backbone, body, embedding_table, positions
 from latent_grpo.model.head import HALF, Head
 
 CONTEXTS, LENGTH, SHORTER, CACHED = 4, 12, 7, 9  # of the proof; the last two are of the check of rows
@@ -105,7 +105,7 @@ def _check_object(model: Any) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{name} has an encoder and a decoder; latent reasoning needs a decoder-only model")
     head = model.get_output_embeddings()
-    if getattr(head, "weight", None) is None or model.base_model is model:
+    if getattr(head, "weight", None) is None or backbone(model) is model:
         raise ModelError(f"{name} has no LM head; latent reasoning needs an AutoModelForCausalLM")
     check_architecture(model.config)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -280,7 +280,7 @@ def _check_log_probs(
     if module.weight.dtype in HALF and _within_rounding(ours, own):
         return
     mask = torch.ones_like(ids)
-    from_ids = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
+    from_ids = backbone(model)(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
     embedded = _nats(head.finish(_product(from_ids, head.weight)), ours)
     if embedded > BOUND:
         raise ModelError(f"it makes more of token ids than of their embeddings, by up to {embedded:.2g} nats")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.model import body, embedding_scale, embedding_table, eos_ids, head_logits, head_of
+from latent_grpo.model import backbone, body, embedding_scale, embedding_table, eos_ids, head_logits, head_of
 from latent_grpo.rollout.slot_cache import SlotCache
 from latent_grpo.rollout.step_graphs import StepGraphs, bucket, captures
 from latent_grpo.rollout.text_sampler import sample_text
@@ -155,7 +155,7 @@ class Decoder:
             hidden=zeros(width, dtype=dtype),
             embeds=zeros(width, dtype=dtype),
         )
-        self.cache = SlotCache(model.base_model.config, slots, capacity, dtype, device)
+        self.cache = SlotCache(backbone(model).config, slots, capacity, dtype, device)
         self.record = Record(rows, limit, components, device)
 
     @property

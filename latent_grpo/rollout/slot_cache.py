@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 
 from latent_grpo.architecture import SLIDING, attention_kinds
 from latent_grpo.errors import ModelError
+from latent_grpo.model import body, embedding_table
 
 ALIGNMENT = 8  # elements; attention loads the rows of a mask fast if they start at multiples of this
 
@@ -121,15 +122,25 @@ def set_column(values: Tensor, column: Tensor | int, value: float) -> None:
         values.scatter_(1, column.unsqueeze(-1), value)
 
 
-def rows_within(memory: float, config: Any, dtype: torch.dtype, tokens: int) -> int:
+@torch.no_grad()
+def token_bytes(model: Any) -> int:
+    """Return the bytes of a token's keys and values in all layers, as the model itself makes them.
+
+    Configurations name the numbers and sizes of heads in many ways, and keys and values may differ in size.
+    """
+    cache, table = DynamicCache(), embedding_table(model)
+    first = torch.zeros(1, 1, dtype=torch.int64, device=table.device)
+    body(model, table[:1].unsqueeze(0), torch.ones_like(first), first, cache)
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def rows_within(memory: float, model: Any, tokens: int) -> int:
     """Return how many rows of `tokens` tokens have a cache, keys and values, of at most `memory` GiB.
 
     Raises:
         ModelError: not even one row fits.
     """
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row_bytes = 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize * tokens
+    row_bytes = token_bytes(model) * tokens
     rows = int(memory * 2**30 // row_bytes)
     if rows < 1:
         raise ModelError(

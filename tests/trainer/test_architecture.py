@@ -7,8 +7,15 @@ import warnings
 import pytest
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from latent_grpo.architecture import _WARNED, check_architecture, check_length
+from latent_grpo.architecture import (
+    _WARNED,
+    check_architecture,
+    check_length,
+    check_own_masks,
+    check_prompt_lengths,
+)
 from latent_grpo.errors import ModelError
+from latent_grpo.prompts import PromptFormat
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -105,3 +112,26 @@ def test_untrained_rotary_positions_are_warned_of_once():
         "prompt and response have up to 49 tokens, but max_position_embeddings of the model is 48: positions beyond it "
         "are untrained"
     ]
+
+
+def test_masks_of_encode_need_layers_that_see_all_tokens():
+    check_own_masks(config("llama"), 10_000)
+    for kind, name in (
+        ("mistral", "sliding_window"),
+        ("gemma2", "sliding_window"),
+        ("llama4_text", "attention_chunk_size"),
+    ):
+        given = config(kind, **{name: 48})
+        check_own_masks(given, 48)
+        with pytest.raises(ModelError, match=rf"49 tokens.*see 48 \({name}\)"):
+            check_own_masks(given, 49)
+
+
+def test_prompts_are_measured_only_for_models_with_a_limit(tokenizer):
+    rows, shape = [{"prompt": "1 + 2"}, {"prompt": "1 + 2 + 3 + 4"}], PromptFormat()
+    longest = max(map(len, shape.ids(tokenizer, [row["prompt"] for row in rows])))
+    limited = config("gpt2", n_positions=longest + 8)
+    check_prompt_lengths(limited, tokenizer, rows, shape, 8)
+    with pytest.raises(ModelError, match=f"up to {longest + 9} tokens"):
+        check_prompt_lengths(limited, tokenizer, rows, shape, 9)
+    check_prompt_lengths(config("llama", max_position_embeddings=4), None, rows, shape, 9)

@@ -64,4 +64,4 @@ def test_a_memory_budget_bounds_the_rows_in_flight_and_changes_no_response(token
     assert seen == [5]
     assert torch.equal(actual.ids, expected.ids)
     with pytest.raises(ModelError, match="raise rollout_memory"):
-        rows_within(0.5 * bytes_per_token * tokens / 2**30, config, torch.float32, tokens)
+        rows_within(0.5 * bytes_per_token * tokens / 2**30, warm, tokens)

@@ -124,3 +124,35 @@ def test_objects_are_refused_by_every_way_in(kind, options, named, tokenizer, tm
     ):
         with pytest.raises(ModelError, match=named):
             way_in()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "numbers"),
+    [
+        ("llama", {}, 2 * 2 * 2 * 8),  # layers, keys and values, heads, head size
+        ("llama", {"num_key_value_heads": 1, "head_dim": 20}, 2 * 2 * 20),
+        ("gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "multi_query": True}, 2 * 2 * 8),
+        (
+            "deepseek_v3",  # four heads, with keys of 12 + 8 and values of 10
+            {
+                "num_key_value_heads": 4,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 12,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 10,
+                "first_k_dense_replace": 2,
+            },
+            2 * 4 * (20 + 10),  # or, in newer versions of transformers, what these are computed from
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_a_cache_is_what_the_model_keeps(kind, options, numbers, dtype):
+    model = tiny(kind, dtype, **options)
+    kept = slot_cache.token_bytes(model) // dtype.itemsize
+    assert kept == numbers or (kind, kept) == ("deepseek_v3", 2 * (16 + 8))
+    bytes_of_ten = 10 * kept * dtype.itemsize
+    assert slot_cache.rows_within(3.5 * bytes_of_ten / 2**30, model, 10) == 3
+    with pytest.raises(ModelError, match="raise rollout_memory"):
+        slot_cache.rows_within(0.5 * bytes_of_ten / 2**30, model, 10)
