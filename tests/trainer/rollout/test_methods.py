@@ -38,8 +38,8 @@ def model():
 def test_a_rollout_can_be_replayed_by_its_record(options, model, prompts, monkeypatch):
     steps, function = [], decoder.latent_step_with_logits
 
-    def step(hidden, head, table, given):
-        result = function(hidden, head, table, given)
+    def step(hidden, head, table, given, **options):
+        result = function(hidden, head, table, given, **options)
         steps.append((given.row_ids.clone(), given.step.clone(), result[0]))
         return result
 
