@@ -27,7 +27,7 @@ from typing import Any
 from latent_grpo.rewards.extraction import ANSWER_CHARACTERS, choice_letter, marked_answer, unmarked_answer
 from latent_grpo.rewards.math_verify_process import same_expression
 from latent_grpo.rewards.notation import bare, has_dots, normalised, tidy, unwrapped
-from latent_grpo.rewards.quantities import DECIMAL, read_quantity, same_quantity
+from latent_grpo.rewards.quantities import DECIMAL, read_quantity, same_quantity, unit_powers
 
 Completion = str | Sequence[Mapping[str, Any]]  # a text, or messages of which the last one is the assistant's
 
@@ -43,6 +43,11 @@ _PAIR = re.compile(r"0*(\d+):0*(\d+)(?::0*(\d+))?(?:\s*([ap])\.?\s?m\.?)?", re.I
 _SET_BUILDER = re.compile(r"\\\{([^|]+)\|(.+)\\\}")
 # Words that are no names of functions.
 _PROSE = re.compile(r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|frac|arc\w+|pi|max|min|lcm|gcd)\b)\b[A-Za-z]{2,}")
+_NAMED_BY_POINTS = re.compile(r"\\(?:angle|triangle|vec|overline|overleftrightarrow|widehat)\s*\{?\s*[A-Z]")
+_UNIT_BEHIND = re.compile(
+    r"(?:\\[,;:! ]|~|\s)*(?:\\(?:text|mathrm|mbox)\s*\{(?P<macro>[^{}]+)\}|\s(?P<word>[A-Za-z]{2,}(?:/[A-Za-z]+)?))"
+    r"\s*(?P<power>\^(?:\{-?\d\}|\d))?$"
+)
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![A-Za-z])")
 _INTERVAL = re.compile(r"[(\[].+,.+[)\]]|\\mathbb|\\mid|\|")
 _NAME_BEFORE = re.compile(r"[^=<>]*?(?<![<>!])(?:=|\\in(?![A-Za-z]))\s*")
@@ -88,7 +93,16 @@ def _same_answer(answer: str, reference: str) -> bool:
         if _PROSE.search(re.sub(r"\\[A-Za-z]+", " ", plain)) or _bracket(plain):
             return False
     by_text = _same_by_text(plain, expected)
-    return same_expression(unwrapped(answer), unwrapped(reference)) if by_text is None else by_text
+    return same_expression(_expression(answer), _expression(reference)) if by_text is None else by_text
+
+
+def _expression(text: str) -> str:
+    """Return a tidy answer as math-verify reads it: without a unit at its end, and with powers of ten spelled out."""
+    text = unwrapped(text)
+    unit = _UNIT_BEHIND.search(text)
+    if unit and unit_powers(" ".join((unit["macro"] or unit["word"]).split()) + (unit["power"] or "")):
+        text = text[: unit.start()]
+    return re.sub(rf"^(-?{DECIMAL})[eE]([-+]?\d{{1,3}})$", r"\1\\cdot 10^{\2}", text)
 
 
 def _same_by_text(answer: str, expected: str) -> bool | None:
@@ -114,6 +128,8 @@ def _same_by_text(answer: str, expected: str) -> bool | None:
     if any(builders):  # of which math-verify compares only the beginning
         found, wanted = builders
         return bool(found and wanted and found[1] == wanted[1] and _same_answer(found[2], wanted[2]))
+    if _NAMED_BY_POINTS.search(expected):
+        return False  # math-verify reads the points as factors, whose order does not matter
     # A time or a ratio is no quotient.
     pairs = _PAIR.fullmatch(answer), _PAIR.fullmatch(expected)
     if any(pairs):

@@ -8,6 +8,7 @@ Therefore this module imports only the standard library.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import logging
 import os
@@ -141,10 +142,16 @@ def _serve_comparisons() -> None:
     assert callable(grader.sympy_numeric_eq)
     grader.sympy_numeric_eq = _same_value
 
+    # Units were dealt with before. math-verify also takes letters such as "t" and "ab" for units.
+    whole = math_verify.LatexExtractionConfig(boxed_match_priority=0)
+    settings = dataclasses.replace(
+        whole, normalization_config=dataclasses.replace(whole.normalization_config, units=False)
+    )
+
     def same(answer: str, reference: str) -> bool:
         try:
             gold, target = (
-                math_verify.parse(f"\\boxed{{{text}}}", fallback_mode="no_fallback", parsing_timeout=None)
+                math_verify.parse(f"\\boxed{{{text}}}", [settings], fallback_mode="no_fallback", parsing_timeout=None)
                 for text in (reference, answer)
             )
             return bool(math_verify.verify(gold, target, timeout_seconds=None))

@@ -56,7 +56,7 @@ _TEXT_MACRO = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _SPACING = re.compile(
-    r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\(?:displaystyle|limits|quad|qquad)(?![a-zA-Z])|\\!\s*"
+    r"\\(?:left|right|middle|[bB]igg?[lr]?)(?![a-zA-Z])|\\(?:displaystyle|limits|quad|qquad)(?![a-zA-Z])|\\!\s*"
 )
 _SPACE_MACRO = re.compile(r"\\[,;:> ]|~")
 _BOLD = re.compile(r"(?<![\w)\]}])\*\*(\S.*?)\*\*(?!\w)")
@@ -103,8 +103,19 @@ _SYNONYMS = {
     "lbrack": "[",
     "rbrack": "]",
     "infin": "infty",
+    "overrightarrow": "vec",
+    "varepsilon": "epsilon",
+    "varphi": "phi",
+    "lnot": "neg",
+    "backslash": "setminus",
     "R": "mathbb{R}",
 }
+# Functions without a backslash, or in a macro.
+_FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|csc|ln|pi"
+_FUNCTION_MACRO = re.compile(rf"\\(?:operatorname|mathrm|text)\s*\{{({_FUNCTIONS}|sec|log|exp)\}}")
+_PLAIN_FUNCTION = re.compile(rf"(?<![\\A-Za-z{{])({_FUNCTIONS})(?![A-Za-z])")
+_PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*(?:\(([^()]*)\)|(\d+))")
+_NEGATIVE = re.compile(r"(?:negative|minus)\s+(?=[\d.$\\])", re.IGNORECASE)
 _BARS = re.compile(r"\\(?:[lr]?vert|mid)(?![A-Za-z])")
 _INNER_MATHS = re.compile(r"\$\$([^$]+)\$\$|\$(?![\s$])([^$]*[^\s$\\])\$(?!\d)|\\\((.*?)\\\)|\\\[(.*?)\\\]", re.DOTALL)
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
@@ -142,7 +153,12 @@ def unwrapped(text: str) -> str:
         text = _without_wrapper(text)
     text = _SPACING.sub("", _INNER_MATHS.sub(_contents, text))
     text = re.sub(r"(?<=[\w)\]}])\s*\*\*\s*(?=[\w({-])", "^", text)  # Python's power
+    text = _PLAIN_ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", _FUNCTION_MACRO.sub(r"\\\1 ", text))
+    text = _PLAIN_FUNCTION.sub(r"\\\1 ", text)
+    if match := _NEGATIVE.match(text):
+        text = "-" + text[match.end() :]
     text = _COMMAND.sub(_synonym, text.replace("\\%", "%").replace("\\#", "#"))
+    text = re.sub(r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}", text)
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
     return _SHORT_ROOT.sub(r"\\sqrt{\1}", text).strip()
 

@@ -89,6 +89,9 @@ _UNIT_SPELLINGS = {
     "yen": "¥",
     "rupee": "₹ INR Rs",
     "unit": "",
+    **dict.fromkeys(
+        ("nm", "um", "ns", "us", "eV", "kJ", "MJ", "kN", "MW", "mV", "kV", "mA", "KB", "MB", "GB", "TB"), ""
+    ),
 }
 _UNITS = {
     name: unit
@@ -110,7 +113,7 @@ _NO_UNITS = frozenset(
 _UNIT_TOKEN = re.compile(
     r"(?P<word>°[CF]?|[$€£¥₹¢]|[A-Za-z]+(?:-[A-Za-z]{3,})*)\.?(?:\^?\{?(?P<power>(?<=[\^{])-?[1-4])\}?)?\s*"
 )
-_UNIT_JOIN = re.compile(r"(?P<per>/|per\b)|\*|\\cdot|\\times|", re.IGNORECASE)
+_UNIT_JOIN = re.compile(r"(?P<per>/|per\b|an?\b(?=\s))|\*|\\cdot|\\times|", re.IGNORECASE)
 
 
 class Quantity(NamedTuple):
@@ -246,6 +249,8 @@ def _powers_of_word(word: str, power: int) -> dict[str, int]:
     compound = _COMPOUND.get(word.lower())
     if compound:
         return {unit: each * power for unit, each in (unit_powers(compound) or {}).items()}
+    if len(word) == 1 and word not in "ms" and power > 1:
+        return {}  # "3l^2" is no power of a litre
     if word in _UNITS:
         return {_UNITS[word]: power}
     if len(word) < 3 or word.lower() in _NO_UNITS:
