@@ -221,7 +221,8 @@ def latent_logprob_from_logits(
 
     Args:
         logits: [N, V], any float dtype; computed in float32 (float64 for float64).
-        ids: [N, K] int64. -100 in `ids[:, 1:]` marks a text row, whose token is `ids[:, 0]`.
+        ids: [N, K] int64. -100 in `ids[:, 1:]` marks a text row, whose token is `ids[:, 0]`. The log-prob of a row with
+            any other id outside the vocabulary, also of a token of -100, is NaN, and has no gradient.
         scores: [N, K], the sampled scores of a latent row's components; not read on text rows.
         temperature: sampling temperature of text rows; latent rows are always at 1.
         advantages: [N] or None. Only their sign is read, for `margin_gradient`.

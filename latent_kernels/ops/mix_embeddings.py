@@ -30,8 +30,9 @@ def mix_embeddings(
     """Return the mixtures `sum_k softmax(scores / tau)_k embedding[id_k]` [N, D] (Eq. 1).
 
     They are in the dtype of `embedding`, summed in float32. A row with -100 in `ids[:, 1:]` is a text step: its result
-    is exactly `embedding[ids[:, 0]]`, whatever its scores are. tau is a float or [N]. Differentiable in `scores` and
-    `embedding`.
+    is exactly `embedding[ids[:, 0]]`, whatever its scores are. A row with another id outside the table is NaN, without
+    a gradient. tau is a float or [N]; at inf, all components weigh alike except those whose score is -inf.
+    Differentiable in `scores` and `embedding`.
     Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("ids", ids, [None, None], (torch.int64,))

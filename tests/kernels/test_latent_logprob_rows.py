@@ -153,13 +153,28 @@ def test_inputs_are_left_as_they_were(impl, make_trajectory):
 
 
 @NEEDS_TRITON
-def test_the_kernel_gives_nan_for_an_id_outside_the_vocabulary():
-    logits, ids, scores = torch.randn(3, 9, requires_grad=True), torch.arange(6).view(3, 2), torch.zeros(3, 2)
-    ids[1, 1] = 9
-    value = kernel(latent_logprob_from_logits)(logits, ids, scores)
-    (gradient,) = torch.autograd.grad(value.sum(), logits)
-    assert torch.isnan(value).tolist() == [False, True, False]
-    assert torch.isnan(gradient).any(-1).tolist() == [False, True, False]
+@pytest.mark.parametrize("method", ["latent_grpo", "soft_grpo", "multiplex"])
+@pytest.mark.parametrize("operator", [latent_logprob_from_logits, kernel(latent_logprob_from_logits)])
+def test_a_row_with_an_id_outside_the_vocabulary_is_nan_without_a_gradient(operator, method):
+    bad = [
+        [9, 1],
+        [1, 9],
+        [-1, 1],
+        [1, -101],
+        [1, 2**40],
+        [-(2**62), 1],
+        [9, -100],
+        [-5, -100],
+        [-100, 1],
+        [-100, -100],
+    ]
+    ids = torch.tensor([[3, 4], *bad, [5, -100]])
+    logits, scores = torch.randn(len(ids), 9, requires_grad=True), torch.zeros(len(ids), 2)
+    value = operator(logits, ids, scores, method=method)
+    (gradient,) = torch.autograd.grad(value, logits, torch.ones(len(ids)))
+    assert torch.isnan(value).tolist() == [False, *(True for _ in bad), False]
+    assert not gradient[1:-1].any()
+    assert (gradient[[0, -1]] != 0).any(-1).all()
 
 
 @NEEDS_TRITON

@@ -43,7 +43,7 @@ INVALID = {
     "end-negative": (dict(end_token_id=-1), ValueError, "end_token_id must be between 0 and 19, got -1"),
     "end-large": (dict(end_token_id=20), ValueError, "end_token_id .* got 20"),
     "end-str": (dict(end_token_id="</think>"), TypeError, "end_token_id must be an int, got str"),
-    "delta-negative": (dict(noise_delta=-0.1), ValueError, r"noise_delta must be in \[0, inf\], got -0.1"),
+    "delta-negative": (dict(noise_delta=-0.1), ValueError, r"noise_delta must be in \[0, 3.40282e\+38\], got -0.1"),
     "delta-two-sided": (dict(noise_delta=0.1, noise="two_sided"), ValueError, "give noise_delta=0 with .*'two_sided'"),
     "rule": (dict(end_rule="soft"), ValueError, "end_rule must be one of 'raw', 'noisy', got 'soft'"),
     "rule-without-end": (dict(end_rule="noisy"), ValueError, "end_rule='noisy', .* need end_token_id, got None"),
