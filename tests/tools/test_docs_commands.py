@@ -30,6 +30,7 @@ ELSEWHERE = {
     ("mypy",): ".ci/run",
     ("python", "-m", "pytest"): ".ci/run",
     ("python", "docs/figures.py"): "tests/tools/test_docs.py",
+    ("python", "docs/models.py"): "tests/tools/test_models_page.py",
     ("python", "docs/options.py"): "tests/tools/test_docs.py",
     ("python", "docs/trl.py"): "tests/tools/test_trl_page.py",
     ("python", "-m", "bench", "gpu-report"): "tests/tools/test_gpu_report.py",
