@@ -8,6 +8,7 @@ from latent_grpo.rewards.notation import bare, normalised
 from latent_grpo.rewards.quantities import NUMBER, read_quantity
 
 ANSWER_CHARACTERS = 500  # the longest answer that is compared
+_FORMULA_CHARACTERS = 200  # the longest formula that is read out of a text without a mark
 
 # A minus sign belongs to the number only where it cannot be a subtraction: "10-5" ends in 5, not in -5.
 _NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}\-])-)?(?:\\?\$|[€£])?(?<!\d)(?<!\d[.:]){NUMBER}(?!:\d)(?:\s?\\?%)?")
@@ -138,6 +139,8 @@ def _last_number(text: str) -> str | None:
     if _PART_OF_A_FORMULA_BEFORE.search(before[-40:]) or _PART_OF_A_FORMULA_BEHIND.match(behind[:40]):
         for run in _RUN.finditer(text, max(0, number.start() - ANSWER_CHARACTERS)):
             if run.start() <= number.start() and number.end() <= run.end():
+                if len(run[0]) > _FORMULA_CHARACTERS:
+                    return None
                 return _right_side(_without_article(run[0]))
     return number[0]
 
