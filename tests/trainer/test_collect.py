@@ -53,13 +53,13 @@ def test_sampling_options_reach_the_rollout():
 def test_a_memory_budget_bounds_the_rows_in_flight_and_changes_no_response(tokenizer, warm, tmp_path, monkeypatch):
     unbounded = grpo(tmp_path, tokenizer, even, warm)
     expected = unbounded.collector.sample(unbounded.model).rollout
-    seen = []
-    decoder_for = generate_module.decoder_for
-    monkeypatch.setattr(generate_module, "decoder_for", lambda *args: seen.append(args[3]) or decoder_for(*args))
     config = warm.config
     bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     tokens = expected.prompt_ids.shape[1] + 8
     bounded = grpo(tmp_path, tokenizer, even, warm, rollout_memory=5.5 * bytes_per_token * tokens / 2**30)
+    seen = []
+    decoder_for = generate_module.decoder_for
+    monkeypatch.setattr(generate_module, "decoder_for", lambda *args: seen.append(args[3]) or decoder_for(*args))
     actual = bounded.collector.sample(bounded.model).rollout
     assert seen == [5]
     assert torch.equal(actual.ids, expected.ids)
