@@ -16,7 +16,7 @@ from latent_kernels._noise import exponential_draws, gumbel_noise, uniform_draws
 from latent_kernels._types import LatentStep, LatentStepOptions
 
 UNUSED_ID = -100  # marks the unused components of a text step
-NEVER = 2**31 - 1  # more latent steps than any run has
+NEVER = 2**63 - 1  # no step is above it
 SOFT_GRPO_FLOOR = 1e-6  # added to a probability before its logarithm, as SofT-GRPO does
 
 

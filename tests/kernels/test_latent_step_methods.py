@@ -96,6 +96,15 @@ def test_a_row_does_not_depend_on_its_batch_and_the_hidden_state_gives_the_same_
     assert all(len(x) == 0 for x in latent_step_from_logits(hidden[:0] @ head.T, head, **options))
 
 
+@ALL
+@METHODS
+def test_a_late_step_ends_no_run_that_its_mixture_does_not_end(operator, method):
+    logits = torch.zeros(2, 40)
+    logits[:, 7], logits[:, 3] = 9.0, -9.0  # 7 is drawn, and 3 is not
+    options = options_of(method, end_token_id=3, end_rule="noisy", noise="two_sided", step=2**31)
+    assert operator(logits, torch.randn(40, WIDTH), **options).is_latent.all()
+
+
 def test_draws_of_multiplex_are_independent_and_follow_the_distribution():
     rows, vocab = 20_000, 300
     logits = (1.5 * torch.randn(vocab)).expand(rows, -1)
