@@ -13,12 +13,18 @@ from latent_grpo.config import LatentSampling
 from latent_grpo.errors import ModelError
 from latent_grpo.model import end_marker_ids
 from latent_grpo.prompts import PromptFormat, encode_prompts
+from latent_grpo.rewards.calls import call_all
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.trajectory import Rollout, marker_span, visible_text
 
 CORRECT = 0.5  # a response with a reward above this solves its problem
 SAMPLE_STREAMS = 2**32  # sample j of problem i draws from the stream i + j * SAMPLE_STREAMS
 RUN_SEEDS = 2**31  # seeds of runs, which take the place of j, are below this
+
+
+def is_solved(reward: float | None) -> bool:
+    """Return whether a response with this reward, None if there is none, solves its problem."""
+    return reward is not None and reward > CORRECT
 
 
 def tokens_before(rollout: Rollout, end_marker: Sequence[int]) -> Tensor:
@@ -46,10 +52,11 @@ class Judge:
     tokenizer: Any
     sampling: LatentSampling
     prompt_format: PromptFormat
-    reward: Callable[..., list[float]]
+    reward: Callable[..., Any]
     num_samples: int
     run_seeds: Sequence[int]
     max_rows: int  # responses that are decoded at a time
+    columns: Sequence[str]  # of the data, which the reward gets
 
     def records(self, rows: list[Any], numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return a record per problem. `numbers` are the indices of the problems in the data.
@@ -81,7 +88,7 @@ class Judge:
         # Sample j has the same stream whatever `num_samples` is, so more samples keep the first ones.
         rollout = self.sample(self.sampling, ids, mask, numbers, range(self.num_samples))
         _, rewards = self.read(rollout, [row for row in rows for _ in range(self.num_samples)])
-        correct = [reward > CORRECT for reward in rewards]
+        correct = [is_solved(reward) for reward in rewards]
         return [sum(correct[i : i + self.num_samples]) for i in range(0, len(correct), self.num_samples)]
 
     def sample(
@@ -108,7 +115,7 @@ class Judge:
             {
                 "response": text,
                 "reward": value,
-                "correct": value > CORRECT,
+                "correct": is_solved(value),
                 "reasoning_steps": steps,
                 "response_length": length,
                 "ended": end,
@@ -118,11 +125,12 @@ class Judge:
         ]
         return [responses[i : i + width] for i in range(0, len(responses), width)]
 
-    def read(self, rollout: Rollout, rows: list[Any]) -> tuple[list[str], list[float]]:
-        """Return the visible texts and the rewards of the responses to `rows`."""
+    def read(self, rollout: Rollout, rows: list[Any]) -> tuple[list[str], list[float | None]]:
+        """Return the visible texts and the rewards of the responses to `rows`, None where the reward does not apply."""
         texts = visible_text(self.tokenizer, rollout, self.prompt_format.end_marker)
-        prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-        return texts, self.reward(prompts=prompts, completions=texts, answer=answers)
+        columns = {name: [row.get(name) for row in rows] for name in self.columns}
+        columns["visible_text"] = texts
+        return texts, call_all([self.reward], [row["prompt"] for row in rows], texts, columns)[0]
 
     def reasoning_tokens(self, rollout: Rollout) -> Tensor:
         """Return the number of tokens before the end marker [R] of text responses, however their tokens spell it."""

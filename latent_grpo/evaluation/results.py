@@ -17,6 +17,7 @@ from latent_grpo.evaluation.statistics import bootstrap_interval, mean, pass_at_
 from latent_grpo.model import check_vocabulary
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
 from latent_grpo.prompts import PromptFormat
+from latent_grpo.rewards.columns import reward_columns
 from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.watching.metrics import progress_bar
 
@@ -43,7 +44,7 @@ def evaluate(
     length_of: Literal["all", "finished"] = "all",
     batch_size: int = 64,
     prompt_format: PromptFormat | None = None,
-    reward: Callable[..., list[float]] = accuracy_reward,
+    reward: Callable[..., Any] = accuracy_reward,
     label: str = "Evaluation",
     show_progress: bool = False,
 ) -> dict[str, Any]:
@@ -63,7 +64,8 @@ def evaluate(
             than the limit `sampling.max_new_tokens` (the released evaluation of the low-difficulty benchmarks).
         batch_size: responses that are decoded at a time.
         prompt_format: how prompts are put to the model, with the end marker. Default: `PromptFormat()`.
-        reward: called as `reward(prompts=..., completions=..., answer=...)`. Above 0.5, a response is correct.
+        reward: a reward function as in training. Its `completions` are the visible texts. It gets every column of
+            `rows` that it names, with None where a row lacks it. A response with a reward above 0.5 is correct.
         label, show_progress: the name of the progress bar, and whether rank 0 draws it.
 
     Returns:
@@ -80,13 +82,14 @@ def evaluate(
             `run_seeds`, `responses` is a list of such entries, one per run.
 
     Raises:
-        ValueError: a k of `pass_at` exceeds the number of samples, `num_samples` is given beside `run_seeds`, a seed is
-            out of range, or latent sampling has no `end_token_id`.
+        ValueError: a k of `pass_at` exceeds the samples, `num_samples` is given beside `run_seeds`, a seed is out of
+            range, or latent sampling has no `end_token_id`.
+        RewardError: the reward raised, or did not return one number per response.
     """
-    tries = _count_samples(pass_at, num_samples, run_seeds)
-    prompt_format = prompt_format or PromptFormat()
+    tries, prompt_format = _count_samples(pass_at, num_samples, run_seeds), prompt_format or PromptFormat()
     check_vocabulary(model, tokenizer, prompt_format, sampling.latent, rows)
-    judge = Judge(model, tokenizer, sampling, prompt_format, reward, tries, run_seeds, batch_size)
+    names = reward_columns(rows)
+    judge = Judge(model, tokenizer, sampling, prompt_format, reward, tries, run_seeds, batch_size, names)
     records = _records(judge, rows, label, show_progress)
     return summarise(records, pass_at, tries, run_seeds, sampling.max_new_tokens if length_of == "finished" else None)
 

@@ -16,7 +16,6 @@ ARGUMENTS = (
     "trainer_state",
     "log_extra",
     "log_metric",
-    "visible_text",
     "max_completion_length",
     "soft_punish_cache",
 )

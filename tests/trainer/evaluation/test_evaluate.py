@@ -21,6 +21,7 @@ from support.trainers import rollout_of
 
 from latent_grpo import LatentSampling, evaluate, pass_at_k
 from latent_grpo.commands.main import main
+from latent_grpo.errors import RewardError
 from latent_grpo.evaluation.judge import Judge, tokens_before
 from latent_grpo.evaluation.statistics import bootstrap_interval
 from latent_grpo.model import end_marker_ids
@@ -126,6 +127,24 @@ def test_evaluation_counts_every_problem_once(model, tokenizer):
     assert 0 < result["response_length"] <= 6
 
 
+def test_a_reward_gets_every_column_and_may_not_apply(model, tokenizer):
+    rows = [{**ROWS[0], "level": 3}, ROWS[1]]
+
+    def of_level(completions, level, answer):
+        assert all(isinstance(text, str) for text in completions)
+        assert set(answer) <= {row["answer"] for row in rows}
+        return [None if value is None else 1.0 for value in level]
+
+    result = evaluate(model, tokenizer, rows, sampling(tokenizer), reward=of_level)
+    assert [(record["reward"], record["correct"]) for record in result["samples"]] == [(1.0, True), (None, False)]
+    with pytest.raises(RewardError, match=r"of_one.*has no level"):
+        evaluate(model, tokenizer, rows, sampling(tokenizer), reward=of_one)
+
+
+def of_one(completions, **columns):
+    raise ValueError("it has no level")
+
+
 def test_results_are_the_means_of_the_records(model, tokenizer):
     result = evaluate(model, tokenizer, ROWS, sampling(tokenizer), pass_at=(1, 3), num_samples=5, reward=even)
     solved = [record["solved"] for record in result["samples"]]
@@ -175,7 +194,7 @@ def test_text_mode_counts_the_tokens_before_the_marker(model, tokenizer):
 @pytest.mark.parametrize(("text", "before"), [("ab</think>\nc", 2), ("</think>\n", 0), ("abc</thin", None)], ids=repr)
 def test_text_mode_finds_a_marker_whose_last_token_holds_more(text, before):
     words = word_tokenizer("bytes", words=("</", "think", ">\n"))
-    judge = Judge(None, words, LatentSampling(latent=False), PromptFormat(), even, 0, (), 1)
+    judge = Judge(None, words, LatentSampling(latent=False), PromptFormat(), even, 0, (), 1, ())
     ids = words(text, add_special_tokens=False)["input_ids"]
     assert end_marker_ids(words, "</think>") != ids[2:5]
     rollout = replace(rollout_of([len(ids)], [0]), token=torch.tensor([ids]))
