@@ -7,7 +7,8 @@ log-probs with the loss on top. Liger also computes the gradient of the head, wh
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ from bench.harness.cases import (
     tolerance,
 )
 from bench.latent_logprob import (
+    NO_CAP,
     TEMPERATURE,
-    Logprob,
     Trajectory,
     in_blocks,
     logprob_cost,
@@ -98,9 +99,9 @@ def make_old_logprob(trajectory: Trajectory) -> Tensor:
     Near the ends the rounding of bfloat16 logits would decide whether a step is clipped, and no two providers would
     agree.
     """
-    hidden, lm_head, ids, scores, _ = trajectory
+    hidden, lm_head, ids, scores, _, softcap = trajectory
     with torch.no_grad():
-        logprob = latent_logprob(hidden, lm_head, ids, scores, temperature=TEMPERATURE, impl="eager")
+        logprob = latent_logprob(hidden, lm_head, ids, scores, temperature=TEMPERATURE, softcap=softcap, impl="eager")
     return logprob - torch.where(torch.rand_like(logprob) < 0.2, 0.6, 0.03) * torch.randn_like(logprob).sign()
 
 
@@ -126,18 +127,20 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
     flat, hidden, ids, scores, old, advantages, mask = responses
     shortage = naive_shortage(parameters, device)
 
-    def naive(logprob: Logprob, name: str = "eager") -> Provider:
+    def naive(logprob: Callable[..., Tensor], name: str = "eager") -> Provider:
         def run() -> Outputs:
-            actual = logprob(hidden.flatten(0, 1), flat.lm_head, flat.ids, flat.scores, flat.advantages)
+            inputs = (hidden.flatten(0, 1), flat.lm_head, flat.ids, flat.scores, flat.advantages)
+            actual = logprob(*inputs, softcap=flat.softcap)
             return with_gradient(policy_loss_ref(actual.view_as(old), old, advantages, mask)[0], hidden)
 
         return Provider(name, run, unavailable=shortage)
 
     def make(impl: str) -> Provider:
         inputs = (hidden, flat.lm_head, ids, scores, old, advantages, mask)
+        options: dict[str, Any] = {"temperature": TEMPERATURE, "softcap": flat.softcap, "impl": impl}
 
         def run() -> Outputs:
-            return with_gradient(fused_policy_loss(*inputs, temperature=TEMPERATURE, impl=impl)[0], hidden)
+            return with_gradient(fused_policy_loss(*inputs, **options)[0], hidden)
 
         return Provider("ours", run)
 
@@ -192,7 +195,8 @@ def liger_provider(responses: Responses) -> Provider:
         return with_gradient(output[0], hidden)
 
     missing = None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
-    return Provider("liger", run, unavailable=missing, optional=True)
+    capped = responses.flat.softcap is not None
+    return Provider("liger", run, unavailable=NO_CAP if capped else missing, optional=True)
 
 
 def trl_provider(responses: Responses) -> Provider:
@@ -203,7 +207,7 @@ def trl_provider(responses: Responses) -> Provider:
         from trl.kernels import ChunkedLogProbFunction
 
         rows, token = hidden.flatten(0, 1), ids[..., 0].flatten()
-        options = (None, 1.0, ("log_probs",))  # soft cap, logit scale, outputs
+        options = (flat.softcap, 1.0, ("log_probs",))  # soft cap, logit scale, outputs
         logprob = ChunkedLogProbFunction.apply(rows, flat.lm_head, None, token, TEMPERATURE, TRL_CHUNK, *options)[0]
         ratio = (logprob.view_as(old) - old).exp()
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP) * advantages

@@ -86,6 +86,8 @@ class Outcome:
 def gpu_jobs() -> list[Job]:
     """Return the jobs for a GPU: tests, the two fused operators, rollout and training step, then the rest.
 
+    Gemma's shape adds the soft cap of its logits, so only the operators that apply it run on it.
+
     The expected seconds include the compilation of every case, in a rollout that of a whole model.
     """
     workers = ("-n", str(TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
@@ -103,6 +105,9 @@ def gpu_jobs() -> list[Job]:
         ("policy_loss", "llama-1b", 30),
         ("group_advantages", "llama-1b", 30),
         ("project_with_noise", "llama-1b", 30),
+        ("latent_step", "gemma-2-2b", 75),
+        ("fused_policy_loss", "gemma-2-2b", 100),
+        ("latent_logprob", "gemma-2-2b", 55),
         ("rollout", "qwen-7b", 240),
         ("train_step", "qwen-7b", 75),
     ]

@@ -21,6 +21,7 @@ from bench.harness.cases import (
     Problem,
     Provider,
     Shape,
+    capped,
     compare,
     compiled_provider,
     our_providers,
@@ -37,7 +38,9 @@ from latent_kernels.reference.loss import (
 )
 
 TOP_K, TEMPERATURE, LATENT_SHARE = 10, 0.6, 0.5
-LOGIT_STD = 2.0
+LOGIT_STD = 2.0  # before a cap
+CAP_FLOPS = 40  # of a soft cap and its slope in both passes over the logits, per logit
+NO_CAP = "it has no soft cap"
 BLOCK = 128  # rows that the check holds at a time
 
 
@@ -49,6 +52,7 @@ class Trajectory(NamedTuple):
     ids: Tensor  # [N, K]
     scores: Tensor  # [N, K]
     advantages: Tensor  # [N]
+    softcap: float | None = None  # of the logits
 
 
 Logprob = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, lm_head, ids, scores, advantages -> [N]
@@ -66,29 +70,37 @@ def make_ids(rows: int, vocab: int, latent_share: float, device: torch.device) -
 def make_trajectory(parameters: Parameters, device: torch.device, dtype: torch.dtype) -> Trajectory:
     """Draw random states, and targets that lie one-sided noise above an estimate of the policy's log-probs.
 
-    The logits are normal, so their log-sum-exp is about log V plus half their variance. The estimate needs no [N, V].
+    The logits are normal, so their log-sum-exp is about log V plus half their variance, or less under a soft cap. The
+    estimate needs no [N, V].
     """
+    softcap = parameters.get("softcap")
     rows, vocab, width = parameters["rows"], parameters["vocab"], parameters["hidden"]
     hidden = torch.randn(rows, width, device=device).to(dtype)
     lm_head = (torch.randn(vocab, width, device=device).mul_(LOGIT_STD / width**0.5)).to(dtype)
     ids = make_ids(rows, vocab, parameters["latent_share"], device)
-    picked = torch.einsum("nd,nkd->nk", hidden.float(), lm_head[ids.clamp_min(0)].float())
+    picked = capped(torch.einsum("nd,nkd->nk", hidden.float(), lm_head[ids.clamp_min(0)].float()), softcap)
     log_vocab = torch.log(torch.tensor(float(vocab)))
     noise = 4.5 * torch.rand(rows, TOP_K, device=device)
     scores = picked - log_vocab - LOGIT_STD**2 / 2 + noise
     advantages = torch.randn(rows, device=device)
-    return Trajectory(hidden.requires_grad_(), lm_head, ids, scores, advantages)
+    return Trajectory(hidden.requires_grad_(), lm_head, ids, scores, advantages, softcap)
 
 
 def one_softmax(
-    hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor, temperature: float = TEMPERATURE
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    advantages: Tensor,
+    temperature: float = TEMPERATURE,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return log-probs [N] by a careful composition of PyTorch: one product, one log_softmax, K log-probs gathered.
 
     Text rows are divided by the temperature before the log_softmax, latent rows are not.
     """
     hard = is_hard(ids)
-    logits = (hidden @ lm_head.T).float() * torch.where(hard, 1.0 / temperature, 1.0).unsqueeze(-1)
+    logits = capped((hidden @ lm_head.T).float(), softcap) * torch.where(hard, 1.0 / temperature, 1.0).unsqueeze(-1)
     log_probs = logits.log_softmax(-1).gather(-1, ids.clamp_min(0))
     margin = component_margins(scores, log_probs).detach()
     coefficients = margin_coefficients(margin, advantages, "aligned")
@@ -97,11 +109,17 @@ def one_softmax(
 
 
 def reference(
-    hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor, temperature: float = TEMPERATURE
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    advantages: Tensor,
+    temperature: float = TEMPERATURE,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return log-probs [N] by the reference on whole logits, with one log_softmax per kind of row."""
     return latent_logprob_from_logits_ref(
-        hidden @ lm_head.T, ids, scores, temperature=temperature, advantages=advantages
+        capped(hidden @ lm_head.T, softcap), ids, scores, temperature=temperature, advantages=advantages
     )
 
 
@@ -112,19 +130,28 @@ def linear_cross_entropy(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: T
     return -losses.float()
 
 
-def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, ids: Tensor, scores: Tensor, advantages: Tensor) -> Tensor:
+def cut_cross_entropy(
+    hidden: Tensor,
+    lm_head: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    advantages: Tensor,
+    softcap: float | None = None,
+) -> Tensor:
     """Return log-probs [N] of text steps by the package with its defaults.
 
     The package leaves out blocks of the gradient below its threshold.
     """
     from cut_cross_entropy import linear_cross_entropy
 
-    losses: Tensor = linear_cross_entropy(hidden, lm_head, ids[:, 0], reduction="none")
+    losses: Tensor = linear_cross_entropy(hidden, lm_head, ids[:, 0], softcap=softcap, reduction="none")
     return -losses.float()
 
 
-def linear_cross_entropy_missing() -> str | None:
+def linear_cross_entropy_missing(softcap: float | None) -> str | None:
     """Return why PyTorch's own function cannot run in chunks, or None if it can."""
+    if softcap is not None:
+        return NO_CAP
     has_options = hasattr(torch.nn, "LinearCrossEntropyOptions")
     return None if has_options else f"torch {torch.__version__} does not have it"
 
@@ -148,7 +175,7 @@ def in_blocks(
 
     def logprob_of(block: slice, states: Tensor) -> Tensor:
         ids, scores, advantages = trajectory.ids[block], trajectory.scores[block], trajectory.advantages[block]
-        return reference(states, lm_head, ids, scores, advantages, temperature)
+        return reference(states, lm_head, ids, scores, advantages, temperature, trajectory.softcap)
 
     blocks = [slice(start, start + BLOCK) for start in range(0, len(hidden), BLOCK)]
     with torch.no_grad():
@@ -164,10 +191,11 @@ def in_blocks(
 def logprob_cost(parameters: Parameters, dtype: torch.dtype) -> tuple[int, int]:
     """Return the least bytes and FLOPs of the log-probs and dHidden.
 
-    Bytes: the head twice, hidden and its gradient. FLOPs: two products.
+    Bytes: the head twice, hidden and its gradient. FLOPs: two products, and a soft cap with its slope.
     """
     rows, vocab, hidden = parameters["rows"], parameters["vocab"], parameters["hidden"]
-    return (2 * vocab + 2 * rows) * hidden * dtype.itemsize, 4 * rows * vocab * hidden
+    per_logit = 4 * hidden + (CAP_FLOPS if "softcap" in parameters else 0)
+    return (2 * vocab + 2 * rows) * hidden * dtype.itemsize, rows * vocab * per_logit
 
 
 def naive_shortage(parameters: Parameters, device: torch.device) -> str | None:
@@ -188,8 +216,7 @@ def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     return [
         {
             "rows": 96 if shape.name == "tiny" else 2048,
-            "vocab": shape.vocab,
-            "hidden": shape.hidden,
+            **shape.head,
             "top_k": TOP_K,
             "latent_share": LATENT_SHARE,
             "temperature": TEMPERATURE,
@@ -206,7 +233,7 @@ def cases_and_text(shape: Shape, device: torch.device) -> list[Parameters]:
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
     """Build a case. Outputs: log-probs [N], and dHidden [N, D] for the advantages as upstream gradient."""
     trajectory = make_trajectory(parameters, device, dtype)
-    hidden, lm_head, ids, scores, advantages = trajectory
+    hidden, lm_head, ids, scores, advantages, softcap = trajectory
     temperature, shortage = parameters["temperature"], naive_shortage(parameters, device)
 
     def provider(
@@ -219,18 +246,26 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         return Provider(name, run, unavailable=unavailable, optional=optional)
 
     def naive(logprob: Callable[..., Tensor], name: str = "eager") -> Provider:
-        return provider(functools.partial(logprob, temperature=temperature), name, shortage)
+        return provider(functools.partial(logprob, temperature=temperature, softcap=softcap), name, shortage)
 
     def make(impl: str) -> Provider:
         return provider(
             lambda hidden, lm_head, ids, scores, advantages: latent_logprob(
-                hidden, lm_head, ids, scores, temperature=temperature, advantages=advantages, impl=impl
+                hidden,
+                lm_head,
+                ids,
+                scores,
+                temperature=temperature,
+                advantages=advantages,
+                softcap=softcap,
+                impl=impl,
             )
         )
 
+    cut = functools.partial(cut_cross_entropy, softcap=softcap)
     cross_entropies = [
-        provider(linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy_missing(), optional=True),
-        provider(cut_cross_entropy, "cut-cross-entropy", cut_cross_entropy_missing(device), optional=True),
+        provider(linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy_missing(softcap), optional=True),
+        provider(cut, "cut-cross-entropy", cut_cross_entropy_missing(device), optional=True),
     ]
     expected: list[Tensor] = []
 

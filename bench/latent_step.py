@@ -15,6 +15,7 @@ from bench.harness.cases import (
     Problem,
     Provider,
     Shape,
+    capped,
     compare,
     compiled_provider,
     our_providers,
@@ -35,14 +36,15 @@ from latent_kernels._linear import project
 from latent_kernels.reference.latent_step import latent_step_from_logits_ref
 
 ROWS_ON_A_GPU = (1, 8, 32, 64, 128, 256, 1024)
-SPREAD = 3.0  # standard deviation of the logits
+SPREAD = 3.0  # standard deviation of the logits before a cap
+CAP_FLOPS = 16  # of a soft cap, per logit
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
     """Return one case per number of rows of a rollout on a GPU; on a CPU one of 32 rows (4 on the tiny shape)."""
     on_cpu = (4,) if shape.name == "tiny" else (32,)
     counts = ROWS_ON_A_GPU if device.type == "cuda" else on_cpu
-    return [{"rows": rows, "vocab": shape.vocab, "hidden": shape.hidden, "top_k": TOP_K} for rows in counts]
+    return [{"rows": rows, **shape.head, "top_k": TOP_K} for rows in counts]
 
 
 def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, compile: bool) -> Problem:
@@ -52,12 +54,13 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
     The check gives one set of draws to all providers.
     """
     rows, vocab, width = parameters["rows"], parameters["vocab"], parameters["hidden"]
+    softcap = parameters.get("softcap")
     hidden = torch.randn(rows, width, device=device).to(dtype)
     head = (torch.randn(vocab, width, device=device) * (SPREAD / width**0.5)).to(dtype)
     options: dict[str, Any] = {"top_k": TOP_K, "top_p": TOP_P, "seed": SEED}
 
     def released(hidden: Tensor, head: Tensor, exponential: Tensor) -> Outputs:
-        return sorted_step(project(hidden, head), head, exponential)
+        return sorted_step(capped(project(hidden, head), softcap), head, exponential)
 
     def plain(step: Callable[[Tensor, Tensor, Tensor], Outputs], name: str = "eager") -> Provider:
         return Provider(
@@ -67,10 +70,12 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         )
 
     def reference() -> Outputs:
-        return step_outputs(latent_step_from_logits_ref(project(hidden, head), head, **options))
+        return step_outputs(latent_step_from_logits_ref(capped(project(hidden, head), softcap), head, **options))
 
     def make(impl: str) -> Provider:
-        return Provider("ours", lambda: step_outputs(latent_step(hidden, head, head, impl=impl, **options)))
+        return Provider(
+            "ours", lambda: step_outputs(latent_step(hidden, head, head, softcap=softcap, impl=impl, **options))
+        )
 
     def check_product(outputs: Outputs) -> str | None:
         return compare("logits", outputs[0], project(hidden, head), tolerance(dtype))
@@ -85,7 +90,7 @@ def build(parameters: Parameters, device: torch.device, dtype: torch.dtype, comp
         check=check_against(reference, dtype),
         # The head once, hidden, the K embeddings of a row and their mixture.
         bytes_moved=(vocab * width + rows * width * (TOP_K + 2)) * dtype.itemsize,
-        flops=2 * rows * vocab * width,
+        flops=rows * vocab * (2 * width + (0 if softcap is None else CAP_FLOPS)),
     )
 
 

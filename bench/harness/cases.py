@@ -76,12 +76,19 @@ class Provider:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model: hidden width D and vocabulary V."""
+    """The sizes of a model: hidden width D and vocabulary V; and the soft cap of its logits, if it has one."""
 
     name: str
     hidden: int
     vocab: int
     description: str
+    softcap: float | None = None
+
+    @property
+    def head(self) -> Parameters:
+        """Return the parameters of its LM head: vocab, hidden and, where there is one, softcap."""
+        sizes: Parameters = {"vocab": self.vocab, "hidden": self.hidden}
+        return sizes if self.softcap is None else {**sizes, "softcap": self.softcap}
 
 
 SHAPES = {
@@ -92,6 +99,7 @@ SHAPES = {
         Shape("wide-vocab", 576, 128256, "SmolLM2's width with Llama's vocabulary"),
         Shape("llama-1b", 2048, 128256, "Llama-3.2-1B"),
         Shape("qwen-7b", 3584, 152064, "Qwen2.5-7B"),
+        Shape("gemma-2-2b", 2304, 256000, "Gemma-2-2B: logits with a soft cap of 30", softcap=30.0),
     )
 }
 
@@ -120,6 +128,11 @@ def compiled_provider(
     if not compile:
         return []
     return [replace(make(torch.compile(function, dynamic=False)), name="compile", optional=True)]
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return logits, of any shape, under a soft cap, in float32; None is no cap and changes nothing."""
+    return logits if softcap is None else softcap * torch.tanh(logits.float() / softcap)
 
 
 def compare(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> str | None:

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from bench.__main__ import main
 from bench.harness import run
-from bench.harness.cases import SHAPES, Parameters, Problem, Provider, Run
+from bench.harness.cases import DTYPES, SHAPES, Parameters, Problem, Provider, Run
 from bench.harness.memory import peak_extra_bytes
 from bench.harness.report import Row
 from bench.harness.timing import Roofline, measure_roofline, time_alternating
@@ -29,6 +30,9 @@ LIGER = importlib.util.find_spec("liger_kernel") is not None
 TRL = importlib.util.find_spec("trl") is not None
 NOT_ON_A_CPU = {"ours-triton", "cut-cross-entropy"} | (set() if LIGER else {"liger"}) | (set() if TRL else {"trl"})
 NOT_ON_A_CPU |= set() if hasattr(torch.nn, "LinearCrossEntropyOptions") else {"linear_cross_entropy"}
+WITH_A_HEAD = ("latent_step", "latent_logprob", "fused_policy_loss")  # operators that may cap their logits
+CAPPED = replace(SHAPES["tiny"], softcap=8.0)
+WITHOUT_A_CAP = {"linear_cross_entropy", "liger"}
 WITH_BARE_PRODUCT = ("fused_policy_loss", "latent_step")  # operators
 SLOW = ("rollout_ragged", "rollout")  # operators whose tiny case takes seconds: hundreds of rows or steps
 QUICK = ["--shapes", "tiny", "--device", "cpu", "--repeats", "2"]
@@ -141,6 +145,46 @@ def test_a_wrong_provider_is_not_timed(
             assert row["median_ms"] is row["p20"] is row["p80"] is row["ratio"] is row["peak_extra_mb"] is None
         elif row["provider"] == OPERATORS[op].baseline:
             assert row["median_ms"] > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_soft_cap_of_a_shape_reaches_every_provider(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", CAPPED)
+    path = tmp_path / "out.json"
+    assert main([*WITH_A_HEAD, *QUICK, "--dtype", dtype, "--no-memory", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["op"] for row in rows} == set(WITH_A_HEAD)
+    for row in rows:
+        assert row["parameters"]["softcap"] == CAPPED.softcap
+        assert row["correct"] is (None if row["provider"] in NOT_ON_A_CPU | WITHOUT_A_CAP else True)
+        if row["provider"] in WITHOUT_A_CAP:
+            assert row["note"] == "not available: it has no soft cap"
+    assert {row["provider"] for row in rows} >= WITHOUT_A_CAP
+
+
+@pytest.mark.parametrize("op", WITH_A_HEAD)
+def test_an_operator_that_leaves_out_the_soft_cap_is_wrong(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[f"bench.{op}"]
+    operator = getattr(module, op)
+    monkeypatch.setattr(module, op, lambda *inputs, softcap, **options: operator(*inputs, **options))
+    for shape, right in ((CAPPED, False), (SHAPES["tiny"], True)):
+        for parameters in OPERATORS[op].cases(shape, CPU):
+            torch.manual_seed(0)
+            problem = OPERATORS[op].build(parameters, CPU, torch.float32, False)
+            (ours,) = (provider for provider in problem.providers if provider.name == "ours-eager")
+            assert run.gate(problem, ours)[0] is right
+
+
+@pytest.mark.parametrize(("op", "per_logit"), [("latent_step", 16), ("latent_logprob", 40), ("fused_policy_loss", 40)])
+def test_a_soft_cap_costs_flops_and_no_bytes(op: str, per_logit: int) -> None:
+    for parameters in OPERATORS[op].cases(CAPPED, CPU):
+        plain = {name: value for name, value in parameters.items() if name != "softcap"}
+        assert plain in OPERATORS[op].cases(SHAPES["tiny"], CPU)
+        capped, free = (OPERATORS[op].build(case, CPU, torch.float32, False) for case in (parameters, plain))
+        assert capped.flops - free.flops == per_logit * parameters["rows"] * CAPPED.vocab
+        assert capped.bytes_moved == free.bytes_moved
 
 
 def test_a_provider_that_returns_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
