@@ -46,7 +46,7 @@ from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.checkpoint import Checkpoints
 from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
-from latent_grpo.saving.model_files import save_model
+from latent_grpo.saving.model_files import check_saved_weights, save_model
 from latent_grpo.seeds import derive_seed, rank_seed, shuffle_seed
 from latent_grpo.update.length import run_length
 from latent_grpo.update.lora import add_adapters, without_adapters
@@ -124,6 +124,7 @@ class LatentGRPOTrainer:
         self.tokenizer = processing_class or load_tokenizer(source)
         self.model = load_model(model, args.dtype, args.device) if isinstance(model, str) else model
         check_decoding(self.model)
+        check_saved_weights(self.model)
         self.device = self.model.device
         chosen = args.reward_funcs if reward_funcs is None else reward_funcs
         self.reward_funcs = resolve_rewards(chosen, args.reward_weights, reward_processing_classes, self.device)

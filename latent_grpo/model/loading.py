@@ -68,9 +68,21 @@ def load_model(path: str, dtype: str = "float32", device: str | None = None) -> 
     # Transformers gives such weights random values, with a warning.
     if missing := sorted(loaded["missing_keys"]):
         raise ModelError(f"the files of {path!r} lack {len(missing)} weights of the model, such as {missing[0]!r}")
+    if dropped := [key for key in sorted(loaded["unexpected_keys"]) if _belongs_to_layer(model, key)]:
+        raise ModelError(
+            f"the files of {path!r} hold {dropped[0]!r}, which {type(model).__name__} would leave out of its layer; "
+            "use the model class that has this weight, or remove it from the files"
+        )
     model = model.to(device)
     check_compatible(model)
     return model
+
+
+def _belongs_to_layer(model: Any, key: str) -> bool:
+    """Tell whether a weight that the model does not have would belong to a layer that it has, such as a bias."""
+    layer = dict(model.named_modules()).get(key.rpartition(".")[0])
+    own = () if layer is None or any(layer.children()) else layer.parameters(recurse=False)
+    return any(True for _ in own)
 
 
 def load_config(path: str) -> Any:

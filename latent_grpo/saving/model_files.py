@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from transformers.utils import logging as transformers_logging
 
+from latent_grpo.errors import ModelError
 from latent_grpo.model import load_model
 from latent_grpo.parallel.fsdp import assign
 from latent_grpo.parallel.process_group import on_rank_zero
 from latent_grpo.prompts import PromptFormat, write_format
 from latent_grpo.saving.atomic_files import flush
-from latent_grpo.update.lora import has_adapters, merged_model, read_adapters, write_adapters
+from latent_grpo.update.lora import ADAPTER, has_adapters, merged_model, read_adapters, write_adapters
 
 
 @runtime_checkable
@@ -26,6 +28,33 @@ class OwnFiles(Protocol):
 
     def read_files(self, folder: Path) -> None:
         """Read what `write_files` wrote. Collective: every rank must call it."""
+
+
+def check_saved_weights(model: Any) -> None:
+    """Raise ModelError unless a model that is read from saved files has all weights of this one, and ties no others.
+
+    Files are read into a model that is made from the configuration. Nothing tells of a weight that this model lacks.
+    """
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.tie_weights()
+    described = {name: parameter.shape for name, parameter in plain.named_parameters()}
+    adapted = has_adapters(model)  # their layers are renamed; merged, they have the old names
+    own = {
+        name.replace(".base_layer.", ".") if adapted else name: parameter.shape
+        for name, parameter in model.named_parameters()
+        if not adapted or f".{ADAPTER}." not in name
+    }
+    if wrong := sorted(name for name in own.keys() | described.keys() if own.get(name) != described.get(name)):
+        has, expected = (_described(shapes.get(wrong[0])) for shapes in (own, described))
+        raise ModelError(
+            f"{type(model).__name__} cannot be saved whole: it has {has} {wrong[0]!r}, but its configuration describes "
+            f"{expected}; change the config, such as tie_word_embeddings, or use the class that has this weight"
+        )
+
+
+def _described(shape: torch.Size | None) -> str:
+    return "no separate weight" if shape is None else f"a weight {list(shape)}"
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, prompt_format: PromptFormat) -> None:

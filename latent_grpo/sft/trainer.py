@@ -24,7 +24,7 @@ from latent_grpo.model import (
 from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_reduce_sum
 from latent_grpo.prompts import PromptFormat, resolve_format
-from latent_grpo.saving.model_files import save_model
+from latent_grpo.saving.model_files import check_saved_weights, save_model
 from latent_grpo.sft.examples import Example, build_examples, check_examples, collate, with_chains
 from latent_grpo.sft.inputs import ATTEMPTS, input_mixtures, perturbed_labels
 from latent_grpo.sft.loop import Term, UpdateLoop
@@ -58,6 +58,7 @@ class LatentSFTTrainer(UpdateLoop):
 
     def __init__(self, model: Any, args: LatentSFTConfig, train_dataset: Sequence[Any], processing_class: Any) -> None:
         check_decoding(model)
+        check_saved_weights(model)
         set_seed(args.seed)  # new adapters start from random values
         prompt_format = resolve_format(args, args.model_name_or_path)
         check_vocabulary(model, processing_class, prompt_format, True, train_dataset)
