@@ -129,8 +129,3 @@ def test_the_reference_model_is_made_only_for_a_penalty_and_stays_as_it_was(toke
 def test_options_out_of_range_are_named(option, value):
     with pytest.raises(ConfigError, match=f"{option} is {value!r}"):
         LatentGRPOConfig(**{option: value})
-
-
-def test_a_cispo_weight_below_one_is_refused():
-    with pytest.raises(ConfigError, match=r"epsilon_high is 0\.28: cispo"):
-        LatentGRPOConfig(loss_type="cispo", epsilon_high=0.28)
