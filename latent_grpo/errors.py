@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from latent_grpo.trl_names import HINTS
+from latent_grpo.trl_names import HINTS, SYNONYMS
 
 
 class ConfigError(ValueError):
@@ -34,6 +34,8 @@ def unknown_key(key: str, known: list[str]) -> str:
     """Return a sentence about an unknown key, with the nearest known one."""
     if key in HINTS:
         return f"unknown option {key!r}, a name of TRL: {HINTS[key]}"
+    if SYNONYMS.get(key) in known:
+        return f"unknown option {key!r}; give {SYNONYMS[key]}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 

@@ -24,6 +24,8 @@ from latent_grpo.errors import ConfigError, DataError, ModelError, first_line, r
 FORMAT_FILE = "prompt_format.json"  # beside the weights
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 LETTER_SUFFIX = "\nPlease provide the option letter (A, B, C, or D) as your final answer."
+# Arguments of the chat template that a prompt sets itself.
+_FIXED_ARGUMENTS = ("conversation", "messages", "tokenize", "add_generation_prompt", "return_dict", "return_tensors")
 BATCH = 1000  # prompts that are tokenised in one call
 
 Message = dict[str, str]
@@ -61,6 +63,8 @@ class PromptFormat:
         """Raise ConfigError if the text around a prompt and the options of the chat template do not go together."""
         template, arguments, off = self.prompt_template, self.chat_template_kwargs, self.chat_template is False
         require(template is None or off, "prompt_template", template, "it needs --chat_template false")
+        fixed = [name for name in _FIXED_ARGUMENTS if name in arguments]
+        require(not fixed, "chat_template_kwargs", arguments, f"leave out {', '.join(fixed)}, which is set already")
         require(not arguments or not off, "chat_template_kwargs", arguments, "give {} with --chat_template false")
         if template is not None:
             try:

@@ -234,8 +234,8 @@ class LatentGRPOTrainer:
         return batch, {**values, **gap, "time_old_logprob": time.perf_counter() - started}
 
     def state(self) -> TrainerState:
-        """Return the progress of the run, as reward functions get it: finished steps, their number, epoch, metrics."""
-        state = TrainerState(global_step=self.step, max_steps=self.total_steps)
+        """Return the progress of the run, for reward functions: optimizer steps, their number, epoch, metrics."""
+        state = TrainerState(global_step=self.updater.updates, max_steps=self.length.updates)
         state.epoch = self.collector.prompts_seen / len(self.rows)
         state.log_history = list(self.metrics.history) if hasattr(self, "metrics") else []
         return state

@@ -96,3 +96,6 @@ _GROUPS: tuple[tuple[str, str], ...] = (
 )
 
 HINTS = {name: hint for hint, names in _GROUPS for name in names.split()}
+
+# Names that other trainers and `generate` of transformers have for options that exist here.
+SYNONYMS = {"max_new_tokens": "max_completion_length", "num_return_sequences": "num_generations"}

@@ -5,6 +5,7 @@ Configuration files and Python code can hold any value, so `check_options` check
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Real
@@ -85,6 +86,10 @@ def check_options(config: Any) -> None:
         if allowed is not None:
             is_number = isinstance(value, Real) and not isinstance(value, bool)
             require(is_number and allowed.holds(value), name, value, f"give a number, {allowed}")
+        for number in value if list[float] in alternatives else [value]:
+            is_number = isinstance(number, Real) and not isinstance(number, bool)
+            require(is_number or number is value, name, value, "give a list of numbers")
+            require(not is_number or -math.inf < number < math.inf, name, value, "give a finite number")
         whole = int in alternatives and float not in alternatives and isinstance(value, Real)
         require(not whole or isinstance(value, int), name, value, "give a whole number")
 

@@ -247,6 +247,8 @@ def _checked_answer(answer: Any, place: str) -> str:
         kind = type(answer).__name__
         raise DataError(f"{place}: the answer is a {kind}, not a string or a number; {_COLUMN_REMEDY}")
     text = "" if answer is None else final_answer(answer)
+    if text.lower() == "nan":  # what a table writes into a text file for a missing value
+        raise DataError(f"{place}: the answer is {text!r}; remove the row, or {_COLUMN_REMEDY}")
     if not text:
         raise DataError(f"{place}: the answer is empty; remove the row, or {_COLUMN_REMEDY}")
     return _checked_text(text, "answer", place)

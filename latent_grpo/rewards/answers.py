@@ -36,7 +36,8 @@ _TAIL_CHARACTERS = 20_000
 
 _CHOICE = re.compile(r"\(?([A-J])\)?")
 _BASED_NUMERAL = re.compile(r"(?P<digits>[0-9A-Za-z]+)_(?:\{(?P<braced>\d+)\}|(?P<bare>\d+))")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]{2,}|yes|no", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]{2,}|[Yy]es|[Nn]o|YES|NO|[A-Z]{2}")
+_BETWEEN_ELEMENTS = re.compile(r",\s+|,(?!\d{3}(?!\d))")  # a comma inside 1,000 is none
 _RANGE = re.compile(rf"{DECIMAL}\s?--?\s?{DECIMAL}")
 _DATE = re.compile(r"\d+(?:[-/]\d+){2,}")
 _PAIR = re.compile(r"0*(\d+):0*(\d+)(?::0*(\d+))?(?:\s*([ap])\.?\s?m\.?)?", re.IGNORECASE)
@@ -113,6 +114,9 @@ def _same_by_text(answer: str, expected: str) -> bool | None:
     numeral = _BASED_NUMERAL.fullmatch(normalised(expected))
     if numeral and all(int(digit, 36) < _base(numeral) for digit in numeral["digits"]):
         return _same_numeral(normalised(answer), numeral)
+    numeral = _BASED_NUMERAL.fullmatch(normalised(answer))
+    if numeral and numeral["digits"].isdigit() and _base(numeral) != 10:
+        return False  # 12_3 is no 12
     # math-verify leaves the dots out, and would compare some element.
     if has_dots(answer) or has_dots(expected):
         return _same_sequence(answer, expected)
@@ -124,6 +128,10 @@ def _same_by_text(answer: str, expected: str) -> bool | None:
     kinds = {_bracket(text) for text in (answer, expected)} - {""}
     if len(kinds) == 2 and "(" in kinds:
         return False  # math-verify finds the pair (1,2), the set {1,2} and the list 1,2 equal
+    if kinds == {","}:
+        elements = [sorted(map(normalised, _BETWEEN_ELEMENTS.split(text))) for text in (answer, expected)]
+        if any(len(set(each)) < len(each) for each in elements):
+            return elements[0] == elements[1]  # math-verify finds 1,2,2 and 1,2 equal
     builders = [_SET_BUILDER.fullmatch(normalised(text)) for text in (answer, expected)]
     if any(builders):  # of which math-verify compares only the beginning
         found, wanted = builders

@@ -27,6 +27,8 @@ _RUN = re.compile(
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\[^A-Za-z]")
+_OPERATOR_BEFORE = re.compile(r"\d\)?%? ?[-+*/] ?$")
+_ALTERNATIVE_BEFORE = re.compile(r"\d%?,? or $")
 _PART_OF_A_FORMULA_BEFORE = re.compile(r"(?:[\^_{(]|\\[A-Za-z]+\s*|[A-Za-z]\(?)$")
 _PART_OF_A_FORMULA_BEHIND = re.compile(
     r"\s*(?:\\(?!\\|[,;:!. )\]$%]|text|quad|mathrm)|[\^_]|[+*/-]\s*[A-Za-z\\](?![A-Za-z]))|(?!\w{3})[a-z](?![A-Za-z])"
@@ -136,13 +138,14 @@ def _last_number(text: str) -> str | None:
         if formula.start() <= number.start() and number.end() <= formula.end():
             return _right_side(_contents(formula))
     before, behind = text[: number.start()], text[number.end() :]
-    if _PART_OF_A_FORMULA_BEFORE.search(before[-40:]) or _PART_OF_A_FORMULA_BEHIND.match(behind[:40]):
+    parts_before = (_PART_OF_A_FORMULA_BEFORE, _OPERATOR_BEFORE)
+    if any(part.search(before[-40:]) for part in parts_before) or _PART_OF_A_FORMULA_BEHIND.match(behind[:40]):
         for run in _RUN.finditer(text, max(0, number.start() - ANSWER_CHARACTERS)):
             if run.start() <= number.start() and number.end() <= run.end():
                 if len(run[0]) > _FORMULA_CHARACTERS:
                     return None
                 return _right_side(_without_article(run[0]))
-    return number[0]
+    return None if _ALTERNATIVE_BEFORE.search(before[-40:]) else number[0]  # "12 or 13" chooses none
 
 
 def _contents(match: re.Match[str]) -> str:

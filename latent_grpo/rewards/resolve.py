@@ -33,6 +33,7 @@ def resolve_rewards(
         ConfigError: there is no such function, or the numbers of functions, weights and tokenizers differ.
     """
     chosen = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    require(bool(chosen), "reward_funcs", given, "give at least one reward")
     own = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(chosen)
     remedy = f"give one for each of the {len(chosen)} rewards"
     require(len(own) == len(chosen), "reward_processing_classes", f"a list of {len(own)}", remedy)

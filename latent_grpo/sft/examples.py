@@ -13,7 +13,15 @@ from torch import Tensor
 from latent_grpo.config import LatentSFTConfig, WarmStartOptions
 from latent_grpo.errors import DataError
 from latent_grpo.model import end_marker_ids
-from latent_grpo.prompts import PromptFormat, check_ids, fits_table, required_prompt, resolve_format, short_enough
+from latent_grpo.prompts import (
+    PromptFormat,
+    check_ids,
+    fits_table,
+    require_row,
+    required_prompt,
+    resolve_format,
+    short_enough,
+)
 from latent_grpo.sft.soft_labels import SoftLabels
 
 
@@ -66,13 +74,20 @@ def text_after(tokenizer: Any, row: Any, number: int, args: WarmStartOptions, ma
     return [*marker, *plain_ids(tokenizer, visible, number, "answer"), tokenizer.eos_token_id]
 
 
-def chain_ids(tokenizer: Any, row: Any, number: int) -> list[int]:
-    """Return the ids of a row's chain of thought. DataError if there is none; number: the row's, for the message."""
+def chain_ids(tokenizer: Any, row: Any, number: int, end_marker: str) -> list[int]:
+    """Return the ids of a row's chain of thought. number: the row's, for the message.
+
+    Raises:
+        DataError: there is no chain, or the end marker stands inside it, which would teach the model to end there.
+    """
     if not row.get("chain"):
         raise DataError(
             f"row {number} has no chain of thought; the warm start needs one, name its column with --chain_column"
         )
-    return plain_ids(tokenizer, row["chain"], number, "chain of thought")
+    ids = plain_ids(tokenizer, row["chain"], number, "chain of thought")
+    inside = f"holds the end marker {end_marker!r} in its chain of thought; remove it, or choose another end_marker"
+    require_row(end_marker not in row["chain"], number, inside)
+    return ids
 
 
 def plain_ids(tokenizer: Any, text: Any, number: int, name: str) -> list[int]:
@@ -112,7 +127,7 @@ def build_example(
     tokenizer: Any, row: Any, args: LatentSFTConfig, prompt_format: PromptFormat, marker: list[int], number: int
 ) -> Example:
     """Return the tokens of a row with "prompt", "chain" and "answer". marker: ids of the end marker."""
-    chain = chain_ids(tokenizer, row, number)
+    chain = chain_ids(tokenizer, row, number, prompt_format.end_marker)
     width = args.compression if args.latent else 1
     steps = [chain[i : i + width] for i in range(0, len(chain), width)]
     text = [[token] for token in text_after(tokenizer, row, number, args, marker)]

@@ -79,7 +79,7 @@ def chain_example(
     Raises:
         DataError: the row has no chain, or an empty one.
     """
-    chain, width = chain_ids(tokenizer, row, number), args.compression
+    chain, width = chain_ids(tokenizer, row, number, prompt_format.end_marker), args.compression
     if not chain:
         raise DataError(f"row {number}: its chain of thought {row['chain']!r} has no token; remove the row")
     pieces = [chain[i : i + width] for i in range(0, len(chain), width)]

@@ -101,6 +101,19 @@ def test_functions_get_the_progress_and_log_columns_and_metrics(tokenizer, warm,
         assert line["rewards/watch/mean"] == pytest.approx(sum(row["reward/watch"] for row in rows) / len(rows))
 
 
+def test_the_progress_counts_optimizer_steps_as_in_trl(tokenizer, warm, tmp_path):
+    states = []
+
+    def watch(completions, trainer_state):
+        states.append((trainer_state.global_step, trainer_state.max_steps))
+        return even(completions)
+
+    trainer = grpo(tmp_path, tokenizer, watch, warm, max_steps=3, num_iterations=2)
+    trainer.train()
+    assert states == [(0, 3), (2, 3)]
+    assert trainer.updater.updates == 3
+
+
 def test_a_column_of_the_log_is_not_overwritten(tokenizer, warm, tmp_path):
     def overwrite(completions, log_extra):
         log_extra("prompt", [0] * len(completions))

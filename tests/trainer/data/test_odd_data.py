@@ -277,3 +277,9 @@ def test_a_file_that_datasets_saved_is_read(tmp_path):
     Dataset.from_list([{"question": "q", "answer": "#### 1"}]).save_to_disk(str(tmp_path))
     (file,) = tmp_path.glob("*.arrow")
     assert load_rows(str(file)) == [{"prompt": "q", "answer": "1"}]
+
+
+def test_a_missing_number_that_a_table_wrote_as_text_is_no_answer(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("question,answer\na,1\nb,NaN\n", encoding="utf-8")
+    assert "row 2: the answer is 'NaN'" in message_of(str(path))

@@ -13,6 +13,7 @@ from latent_grpo.commands.main import main
 from latent_grpo.commands.options import parse_config
 from latent_grpo.config import EncodeConfig, LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.errors import ConfigError
+from latent_grpo.prompts import PromptFormat
 from latent_grpo.study.config import CompareConfig
 
 CONFIGURATIONS = (LatentGRPOConfig, LatentSFTConfig, EncodeConfig, CompareConfig)
@@ -69,6 +70,27 @@ def test_a_text_is_no_number(config, name):
 @pytest.mark.parametrize("config", [LatentGRPOConfig, LatentSFTConfig, EncodeConfig])
 def test_numbers_without_a_meaning_are_refused(config, options, message):
     assert message_of(config, **options) == message
+
+
+@pytest.mark.parametrize(("config", "name"), options_of(float).values(), ids=options_of(float))
+def test_a_number_is_finite(config, name):
+    assert message_of(config, **{name: float("inf")}).startswith(f"{name} is inf: give a ")
+
+
+@pytest.mark.parametrize("weights", [["a"], [None], [True], [float("nan")], [1.0, float("inf")]], ids=str)
+def test_weights_of_rewards_are_finite_numbers(weights):
+    assert message_of(LatentGRPOConfig, reward_weights=weights).startswith(f"reward_weights is {weights!r}: give a ")
+
+
+def test_a_name_of_another_trainer_is_answered_with_ours(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--max_new_tokens", "8"])
+    assert "unknown option 'max_new_tokens'; give max_completion_length" in capsys.readouterr().err
+
+
+def test_arguments_of_the_chat_template_that_a_prompt_sets_are_refused():
+    with pytest.raises(ConfigError, match="leave out add_generation_prompt, which is set already"):
+        PromptFormat(chat_template_kwargs={"add_generation_prompt": False, "enable_thinking": True})
 
 
 def test_paths_and_numpy_numbers_become_what_a_checkpoint_can_write():

@@ -217,3 +217,12 @@ def test_eval_counts_long_prompts_too(choice, code, model, tokenizer, tmp_path, 
     else:
         (result,) = json.loads((tmp_path / "out.json").read_text())["results"].values()
         assert result["problems"] == 4
+
+
+def test_an_end_marker_inside_a_chain_is_named(make, tokenizer):
+    rows = [ROWS[0], {**ROWS[1], "chain": "1 2 </think> 3"}]
+    words = "row 2 holds the end marker '</think>' in its chain of thought; remove it, or choose another end_marker"
+    assert refused(make, "sft", rows) == words
+    assert refused(make, "sft", rows, latent=False) == words
+    with pytest.raises(DataError, match="row 2 holds the end marker"):
+        chain_examples(tokenizer, rows, EncodeConfig(), PromptFormat())

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from latent_grpo.errors import RewardError
-from latent_grpo.rewards.resolve import resolve_reward
+from latent_grpo.errors import ConfigError, RewardError
+from latent_grpo.rewards.resolve import resolve_reward, resolve_rewards
 from latent_grpo.rewards.scoring import metric_means, reward_names, score
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["a", "bb", "ccc"]
@@ -170,3 +170,8 @@ def test_a_failing_function_is_named_with_its_file_and_line(
         assert part in message, message
     assert "\n" not in message
     assert "returned" in message or caught.value.__cause__ is not None
+
+
+def test_a_run_needs_a_reward() -> None:
+    with pytest.raises(ConfigError, match=r"reward_funcs is \[\]: give at least one reward"):
+        resolve_rewards([], None)
