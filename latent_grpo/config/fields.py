@@ -18,12 +18,13 @@ from latent_grpo.errors import require
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may take. Bounds belong to the range unless they are open."""
+    """The values that a number may take. Bounds belong to the range unless they are open. Infinity seldom does."""
 
     low: float | None = None
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
+    infinite: bool = False
 
     def holds(self, value: Any) -> bool:
         """Return whether a value is in the range. NaN never is."""
@@ -89,7 +90,8 @@ def check_options(config: Any) -> None:
         for number in value if list[float] in alternatives else [value]:
             is_number = isinstance(number, Real) and not isinstance(number, bool)
             require(is_number or number is value, name, value, "give a list of numbers")
-            require(not is_number or -math.inf < number < math.inf, name, value, "give a finite number")
+            bounded = (allowed is not None and allowed.infinite) or not is_number or -math.inf < number < math.inf
+            require(bounded, name, value, "give a finite number")
         whole = int in alternatives and float not in alternatives and isinstance(value, Real)
         require(not whole or isinstance(value, int), name, value, "give a whole number")
 

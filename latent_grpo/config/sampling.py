@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, SHARE, Range, check_options, option
+from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, SHARE, Range, check_options, option
 from latent_grpo.errors import require
 
 
@@ -22,7 +22,9 @@ class SamplingOptions:
     latent_top_k: int = option(10, "Mixture size K of a latent step. Keep it near compression of sft.", Range(2))
     latent_top_p: float = option(0.95, "Nucleus mass of latent candidates. multiplex needs 1.", SHARE)
     tau: float = option(
-        1.0, "Gumbel-softmax temperature of the mixture weights. inf weighs all components alike.", POSITIVE
+        1.0,
+        "Gumbel-softmax temperature of the mixture weights. inf weighs all components alike.",
+        Range(0, open_low=True, infinite=True),
     )
     noise: Literal["one_sided", "two_sided", "none"] = option("one_sided", "Noise of latent steps while sampling.")
     noise_scale: float = option(1.0, "Factor on the noise.", NON_NEGATIVE)

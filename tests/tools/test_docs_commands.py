@@ -186,7 +186,8 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, short_quickstart: 
         assert "mine_test.jsonl" in Path("runs/mine/eval.md").read_text()
         assert all(Path("runs", name).exists() for name in ("mine/eval.json", "mine-lora/model.safetensors", "low"))
         assert Path("curves.png").is_file()
-    assert number_run or page.name in ("method.md", "options.md", "trl.md")  # these pages only name commands
+    only_names_commands = ("method.md", "models.md", "options.md", "trl.md")
+    assert number_run or page.name in only_names_commands
 
 
 @pytest.mark.parametrize("file", sorted({*ELSEWHERE.values()}))
