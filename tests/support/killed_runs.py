@@ -38,7 +38,7 @@ TRAIN = dict(
     invalid="keep",
     max_generation_batches=2,
     save_steps=2,
-    max_steps=6,
+    max_rollouts=6,
 )
 SFT = dict(
     per_device_train_batch_size=4,
