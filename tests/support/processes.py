@@ -25,7 +25,7 @@ TRAIN = dict(
     learning_rate=1e-4,
     max_completion_length=6,
     max_generation_batches=3,
-    max_steps=4,
+    max_rollouts=4,
     save_steps=0,
     log_completions=True,
     invalid="keep",
@@ -93,7 +93,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "text, token sums, entropy": train_job("tied", latent=False, loss_type="dr_grpo", entropy_coef=0.01),
     "adapters": train_job("tied", use_peft=True, lora_r=3, beta=0.04, save_steps=2),
     "responses of one step": train_job(
-        "untied", **HOT_TEXT, per_device_train_batch_size=2, max_completion_length=3, max_steps=12
+        "untied", **HOT_TEXT, per_device_train_batch_size=2, max_completion_length=3, max_rollouts=12
     ),
     "warm start": sft_job(save_steps=2),
     "warm start, recomputed layers": sft_job(gradient_checkpointing=True),
