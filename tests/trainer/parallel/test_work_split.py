@@ -57,7 +57,7 @@ def test_fillers_take_the_places_of_missing_batches() -> None:
 
 def test_a_filler_takes_part_in_an_update_and_adds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer()
-    options = {**TRAIN, "max_steps": 1, "log_completions": False, "output_dir": str(tmp_path / "run")}
+    options = {**TRAIN, "max_rollouts": 1, "log_completions": False, "output_dir": str(tmp_path / "run")}
 
     def reward(completion_ids, **columns):
         return [float(ids[-1] % 7) for ids in completion_ids]
