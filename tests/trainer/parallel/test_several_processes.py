@@ -27,7 +27,9 @@ from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
 TWO_STEPS = {
     "penalty": train_job({}, beta=0.04, num_iterations=2, max_rollouts=2),
     # A tied table that is trained, with a scale and a soft cap; a head with a bias, of which both are trained.
-    "gemma2": train_job({"architecture": "gemma2"}, freeze_embeddings=False, gradient_checkpointing=True, max_rollouts=2),
+    "gemma2": train_job(
+        {"architecture": "gemma2"}, freeze_embeddings=False, gradient_checkpointing=True, max_rollouts=2
+    ),
     "gptj": train_job({"architecture": "gptj"}, freeze_embeddings=False, max_rollouts=2),
     "gptj, frozen": train_job({"architecture": "gptj"}, latent=False, max_rollouts=2),
 }
