@@ -34,11 +34,11 @@ from support.models import tiny
 ROWS = make_problems(30, seed=1)
 
 
-def uneven(completions: list[str], answer: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+def uneven(visible_text: list[str], answer: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """Reward right answers, lengths and the last token together, so that groups disagree."""
     return [
         float(text == right) + 0.1 * len(ids) + 0.01 * (ids[-1] % 7)
-        for text, right, ids in zip(completions, answer, completion_ids, strict=True)
+        for text, right, ids in zip(visible_text, answer, completion_ids, strict=True)
     ]
 
 

@@ -53,7 +53,8 @@ def test_two_processes_train_the_model_of_one(runs: Path, name: str) -> None:
     assert_half_is_held(two)
     if job["kind"] == "train":
         assert len({row["response_length"] for row in metrics(one)}) > 1  # lengths differ
-        assert any(row["loss"] != 0 for row in metrics(one))
+        # Without a group that disagrees, the gradient is rounding, and rounding depends on the number of processes.
+        assert sum(row["groups_kept"] > 0 for row in metrics(one)) > 1
     if "adapters" in name:
         adapters = {key: value for key, value in parameters(one).items() if "lora_B" in key}
         assert adapters
