@@ -15,7 +15,8 @@ from latent_grpo.parallel.process_group import world_size
 from latent_grpo.prompts import PromptFormat
 
 # What versions without an option did, where the option's default is something else.
-EARLIER = {"use_bias_correction_kl": False}
+EARLIER = {"use_bias_correction_kl": False, "reward_completions": "visible"}
+EARLIER_CISPO_WEIGHT = 5.0  # the default of epsilon_high with cispo in versions without max_rollouts
 FINGERPRINT_ROWS = 1000  # hashed rows of the training data at most, spread over all of it
 
 # Options that a resumed run may change. Options of the evaluation (`eval_...`) are free too.
@@ -76,7 +77,7 @@ def _differences(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str,
     """Say in which respects the identities of a checkpoint and of this run differ."""
     if saved["kind"] != own["kind"]:
         yield f"is of {saved['kind']!r} training, this is {own['kind']!r}"
-    written, given = saved["options"], own["options"]
+    written, given = _in_own_words(saved["options"]), own["options"]
     # An option that the checkpoint does not have is newer than the checkpoint.
     for name in sorted(given.keys() - FREE_OPTIONS):
         value = written.get(name, EARLIER.get(name, defaults[name]))
@@ -104,6 +105,13 @@ def _differences(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str,
         then, now = saved["parameters"].get(name), own["parameters"].get(name)
         if then != now:
             yield f"is of another model: {name} is {then} there and {now} here"
+
+
+def _in_own_words(written: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a checkpoint with the values that mean here what they meant to the version that wrote it."""
+    if "max_rollouts" in written or written.get("loss_type") != "cispo" or written.get("epsilon_high") is not None:
+        return written
+    return {**written, "epsilon_high": EARLIER_CISPO_WEIGHT}
 
 
 def fingerprint(rows: Sequence[Any]) -> str:

@@ -125,6 +125,8 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
             "written with method 'latent_grpo', this run",
         ),
         ("use_bias_correction_kl", {}, "written with use_bias_correction_kl False, this run has True"),
+        ("reward_completions", {}, "written with reward_completions 'visible', this run has 'response'"),
+        ("max_rollouts", dict(loss_type="cispo"), "written with epsilon_high 5.0, this run has None"),
         ("max_rollouts", {}, "a version whose max_steps counted rollouts, as max_rollouts does now"),
     ],
 )
@@ -132,8 +134,7 @@ def test_an_option_that_a_checkpoint_is_older_than_has_its_earlier_meaning(missi
     for path in run.glob("checkpoint-*/trainer_state.json"):
         state = json.loads(path.read_text())
         del state["options"][missing]
-        if missing == "method":
-            state["options"] |= {name: value for name, value in options.items() if name != "method"}
+        state["options"] |= {name: value for name, value in options.items() if name != missing}
         path.write_text(json.dumps(state))
     assert_refused(grpo(run, **options), run, match)
 
