@@ -94,8 +94,11 @@ def reward_names(functions: Sequence[RewardFunc]) -> list[str]:
 
 
 def metric_means(metrics: Mapping[str, Sequence[float]], taken: Mapping[str, Any]) -> dict[str, float]:
-    """Return the mean of each metric of `log_metric`. RewardError for one whose name is `taken` by a run's own."""
+    """Return the mean of each metric of `log_metric`. RewardError for one whose name is `taken` by a run's own.
+
+    Names of metrics that are not there at every step are taken too.
+    """
     for name in metrics:
-        if name in taken:
+        if name in taken or name in ("phase", "step") or name.startswith("eval_"):
             raise RewardError(f"log_metric({name!r}, ...) has the name of a metric of the run; choose another name")
     return {name: sum(values) / len(values) for name, values in metrics.items() if values}

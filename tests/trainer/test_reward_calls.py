@@ -124,6 +124,17 @@ def test_a_column_of_the_log_is_not_overwritten(tokenizer, warm, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("name", ["step", "phase", "loss", "eval_pass_at_1"])
+def test_a_metric_of_the_run_is_not_overwritten(tokenizer, warm, tmp_path, name):
+    def overwrite(completions, log_metric):
+        log_metric(name, 7)
+        return even(completions)
+
+    trainer = grpo(tmp_path, tokenizer, overwrite, warm, log_table=False)
+    with pytest.raises(RewardError, match=rf"log_metric\('{name}', ...\) has the name of a metric of the run"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("invalid", ["exclude", "zero", "keep"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.filterwarnings("ignore:every reward function returned None")
