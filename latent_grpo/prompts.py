@@ -116,7 +116,8 @@ class PromptFormat:
         else:
             text = "\n".join(message["content"] for message in messages)
             text = text if self.prompt_template is None else self.prompt_template.format(prompt=text)
-        opened = text.rstrip().endswith(self.opening_marker)
+        # A template may end in "<think>\n". Neither its line break nor one of the option makes it another marker.
+        opened = text.rstrip().endswith(self.opening_marker.rstrip() or self.opening_marker)
         return text if opened else text + self.opening_marker
 
     def uses_chat_template(self, tokenizer: Any) -> bool:
