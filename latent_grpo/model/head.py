@@ -16,24 +16,30 @@ HALF = (torch.bfloat16, torch.float16)
 class Head:
     """What the logits of a model are, given its last hidden states.
 
-    `z = logit_scale * (hidden @ weight.T + bias)`, and with a soft cap `softcap * tanh(z / softcap)`. The temperature
-    of sampling divides the result.
+    `z = logit_scale * (hidden @ weight.T + bias / hidden_scale)`, and with a soft cap `softcap * tanh(z / softcap)`.
+    The temperature of sampling divides the result.
     """
 
     weight: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]
     logit_scale: float = 1.0
     softcap: float | None = None
+    hidden_scale: float = 1.0  # part of logit_scale that the model applies before it adds the bias
+
+    @property
+    def added(self) -> Tensor | None:
+        """The bias that is added before the scale [V]. It is computed anew, so it follows a bias that is trained."""
+        return self.bias if self.bias is None or self.hidden_scale == 1.0 else self.bias / self.hidden_scale
 
     def options(self) -> dict[str, Any]:
         """Return what the operators need beside the weight, as their keywords."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        return {"bias": self.added, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def finish(self, product: Tensor) -> Tensor:
         """Return the logits float32 of the products `hidden @ weight.T` [..., V]. Differentiable."""
-        z = product.float()
-        if self.bias is not None:
-            z = z + self.bias.float()
+        z, bias = product.float(), self.added
+        if bias is not None:
+            z = z + bias.float()
         if self.logit_scale != 1.0:
             z = z * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)

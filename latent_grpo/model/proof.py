@@ -311,10 +311,8 @@ def _check_rows(model: Any, ids: Tensor, parts: Parts, hidden: Tensor) -> None:
 
 def _head(module: Any, parts: Parts) -> Head:
     """Return the head of an output embedding module with measured numbers."""
-    bias, scale = getattr(module, "bias", None), parts.hidden_scale
-    # The model scales hidden states before it adds the bias.
-    bias = bias if bias is None or scale == 1.0 else bias / scale
-    return Head(module.weight, bias, parts.logit_scale * scale, parts.softcap)
+    scale = parts.hidden_scale
+    return Head(module.weight, getattr(module, "bias", None), parts.logit_scale * scale, parts.softcap, scale)
 
 
 def _nats(a: Tensor, b: Tensor) -> float:

@@ -75,6 +75,10 @@ def test_hidden_states_that_are_scaled_before_a_biased_head_are_scaled_here() ->
     hidden = model.model(input_ids=ids).last_hidden_state[0]
     torch.testing.assert_close(head_logits(hidden, head_of(model)), model(input_ids=ids).logits[0])
     assert head_of(model).logit_scale == 1 / 7.0
+    head = head_of(model)  # a decoder that is kept for the next rollout keeps its head
+    with torch.no_grad():
+        model.lm_head.bias.add_(torch.arange(48))
+        torch.testing.assert_close(head_logits(hidden, head), model(input_ids=ids).logits[0])
 
 
 def test_a_head_follows_the_parameters_of_its_model() -> None:
