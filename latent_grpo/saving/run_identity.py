@@ -108,7 +108,7 @@ def _differences(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str,
 
 
 def _in_own_words(written: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a checkpoint with the values that mean here what they meant to the version that wrote it."""
+    """Return the options of a checkpoint with the values that mean here what they meant to their own version."""
     if "max_rollouts" in written or written.get("loss_type") != "cispo" or written.get("epsilon_high") is not None:
         return written
     return {**written, "epsilon_high": EARLIER_CISPO_WEIGHT}
