@@ -131,7 +131,8 @@ class LatentGRPOTrainer:
         require(not args.eval_steps or bool(eval_dataset), "eval_steps", args.eval_steps, "it needs an eval_dataset")
         if not train_dataset:
             raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
-        self.prompt_format = resolve_format(args, model if isinstance(model, str) else args.model_name_or_path)
+        named = source if isinstance(model, str) else args.model_name_or_path or source
+        self.prompt_format = resolve_format(args, named)
         data = (train_dataset, eval_dataset)
         lengths = check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, *data)
         self.rows, self.eval_rows = (

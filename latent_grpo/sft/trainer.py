@@ -60,7 +60,7 @@ class LatentSFTTrainer(UpdateLoop):
         check_decoding(model)
         check_saved_weights(model)
         set_seed(args.seed)  # new adapters start from random values
-        prompt_format = resolve_format(args, args.model_name_or_path)
+        prompt_format = resolve_format(args, args.model_name_or_path or model.config._name_or_path)
         check_vocabulary(model, processing_class, prompt_format, True, train_dataset)
         # Soft labels are in place of chains, but are of the rows that `encode` kept.
         if args.targets == "uniform" or args.missing_chains == "drop":

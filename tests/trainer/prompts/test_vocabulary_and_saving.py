@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -178,6 +180,20 @@ def test_a_trainer_in_python_takes_the_format_of_the_folder_that_it_loads(folder
         (row, *_), mask = groups.rollout.prompt_ids.tolist(), groups.rollout.prompt_mask[0].tolist()
         ids = [token for token, real in zip(row, mask, strict=True) if real]
         assert [ids] == expected.ids(trainer.tokenizer, [groups.samples.prompts[0]])
+
+
+def test_a_model_that_was_loaded_before_keeps_the_format_of_its_folder(folder, tmp_path):
+    saved, path = PromptFormat("Think.", end_marker="</think>"), tmp_path / "warm"
+    shutil.copytree(folder / "model", path)
+    write_format(path, saved)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(path), make()[1]
+    args = LatentGRPOConfig(output_dir=str(tmp_path / "grpo"), **SMALL)
+    assert LatentGRPOTrainer(model, None, args, ROWS, None, tokenizer).prompt_format == saved
+    args = LatentSFTConfig(output_dir=str(tmp_path / "sft"), prompt_suffix=" Go.")
+    assert LatentSFTTrainer(model, args, ROWS, tokenizer).prompt_format == replace(saved, prompt_suffix=" Go.")
+    shutil.rmtree(path)  # the place that a model names need not exist any more
+    args = LatentGRPOConfig(output_dir=str(tmp_path / "grpo"), **SMALL)
+    assert LatentGRPOTrainer(model, None, args, ROWS, None, tokenizer).prompt_format == PromptFormat()
 
 
 def test_a_released_parquet_file_goes_through_the_recipe(folder, tmp_path):
