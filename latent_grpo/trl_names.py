@@ -11,7 +11,7 @@ _GROUPS: tuple[tuple[str, str], ...] = (
     ("give logging_steps", "logging_strategy logging_first_step"),
     ("give save_steps; 0 saves only at the end", "save_strategy"),
     (
-        "give dtype; float32 copies of 16-bit weights are kept, see master_weights",
+        "give dtype, which is bfloat16 on CUDA by default; float32 copies are kept, see master_weights",
         "bf16 fp16 bf16_full_eval fp16_full_eval",
     ),
     ("give device", "use_cpu local_rank"),

@@ -25,10 +25,13 @@ def run(prog: str, argv: Sequence[str]) -> int:
         for name, config in given.items()
     )
     # Below the parser, because these imports take seconds.
+    from latent_grpo.model import precision_line
     from latent_grpo.study.compare import claim_folder, make_plan, run_all
     from latent_grpo.study.compare_report import cells, write_report
 
     plan = make_plan(args, sft, grpo)
+    if not plan.embedded:
+        print(precision_line(plan.sft.model_name_or_path, plan.sft.dtype, plan.sft.device))
     claim_folder(plan)
     failures = run_all(plan)
     summary = write_report(plan, failures)

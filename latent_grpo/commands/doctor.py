@@ -26,12 +26,15 @@ from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.errors import ModelError
 from latent_grpo.model import (
     check_vocabulary,
+    choose_device,
+    choose_dtype,
     embedding_table,
     end_marker_ids,
     eos_ids,
     lm_head,
     load_model,
     load_tokenizer,
+    precision_line,
 )
 from latent_grpo.prompts import PromptFormat, encode_prompts, resolve_format
 from latent_grpo.rollout.generate import generate_latent
@@ -50,7 +53,9 @@ def doctor(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(args.model)
         prompt_format = resolve_format(prompt_options(args), args.model)
         rows = load_dataset_rows(args, args.data, args.dataset_split, None) if args.data else [{"prompt": QUESTION}]
-        checks += model_checks(args.model, tokenizer, prompt_format, args.dtype, rows)
+        print(precision_line(args.model, args.dtype, None))
+        dtype = choose_dtype(args.dtype, choose_device(None))
+        checks += model_checks(args.model, tokenizer, prompt_format, dtype, rows)
         show_row(console, tokenizer, prompt_format, rows[0])
     table = Table(title="latent-grpo doctor")
     for column in ("check", "result", ""):

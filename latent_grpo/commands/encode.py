@@ -14,13 +14,15 @@ def run(prog: str, argv: Sequence[str]) -> int:
     args = parse_config(prog, EncodeConfig, about, argv)
     require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
     # Below the parser, because these imports take seconds.
-    from latent_grpo.model import load_tokenizer
+    from latent_grpo.model import load_tokenizer, precision_line
     from latent_grpo.parallel.process_group import process_group, rank
     from latent_grpo.sft.encode import encode
 
     rows = load_dataset_rows(args, args.dataset, args.dataset_split, args.limit)
     tokenizer = load_tokenizer(args.model_name_or_path)
     with process_group():
+        if rank() == 0:
+            print(precision_line(args.model_name_or_path, args.dtype, args.device))
         results = encode(args, rows, tokenizer)
         if rank() == 0:
             for phase, values in results.items():

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from latent_grpo.config import LatentGRPOConfig
 from latent_grpo.errors import ModelError, first_line, require
-from latent_grpo.model import load_config
+from latent_grpo.model import load_config, with_chosen_dtype
 from latent_kernels import chunk_bytes
 
 FLOAT32 = 4
@@ -193,6 +193,7 @@ def make_plan(size: ModelSize, args: LatentGRPOConfig, device: str) -> Plan:
 def show_plan(path: str, args: LatentGRPOConfig) -> int:
     """Print the memory that training takes, by phase and part. Return 1 if it does not fit the GPU, else 0."""
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    args = with_chosen_dtype(args)
     size = read_model_size(path, args)
     plan = make_plan(size, args, device)
     table = Table(title=f"Memory of training {path}: {size.parameters / 1e6:.0f}M parameters, {args.dtype}")

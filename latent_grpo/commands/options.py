@@ -222,7 +222,16 @@ def prompt_options(args: argparse.Namespace) -> PromptOptions:
 def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Return model, tokenizer, sampling options and prompt format for the flags of `sampling_flags`."""
     from latent_grpo.decoding_proof import check_decoding
-    from latent_grpo.model import check_vocabulary, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
+    from latent_grpo.model import (
+        check_vocabulary,
+        end_marker_ids,
+        eos_ids,
+        lm_head,
+        load_model,
+        load_tokenizer,
+        precision_line,
+    )
+    from latent_grpo.parallel.process_group import rank
     from latent_grpo.prompts import resolve_format
 
     latent, limit = args.mode == "latent", args.max_completion_length
@@ -233,6 +242,8 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     tokenizer = load_tokenizer(args.model)
     prompt_format = resolve_format(prompt_options(args), args.model)
     sampling.end_token_id = end_marker_ids(tokenizer, prompt_format.end_marker)[0] if latent else None
+    if rank() == 0:
+        print(precision_line(args.model, args.dtype, args.device))
     model = load_model(args.model, args.dtype, args.device)
     check_decoding(model)
     check_vocabulary(model, tokenizer, prompt_format, latent)

@@ -15,6 +15,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
     require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
     # Below the parser, because these imports take seconds.
     from latent_grpo.data.rows import load_training_rows
+    from latent_grpo.model import precision_line
     from latent_grpo.parallel.process_group import process_group, rank
     from latent_grpo.trainer import LatentGRPOTrainer
 
@@ -23,6 +24,8 @@ def run(prog: str, argv: Sequence[str]) -> int:
     wanted = args.eval_dataset and args.eval_steps
     evaluation = load_dataset_rows(args, args.eval_dataset, "test", args.eval_limit) if wanted else None
     with process_group():
+        if rank() == 0:
+            print(precision_line(args.model_name_or_path, args.dtype, args.device))
         trainer = LatentGRPOTrainer(args.model_name_or_path, None, args, rows, evaluation)
         values = trainer.train()
         if rank() == 0:

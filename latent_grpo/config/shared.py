@@ -26,7 +26,11 @@ class ModelOptions:
     """Which model is used, in what precision, on what device."""
 
     model_name_or_path: str = option("", "Model folder or Hub name.")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the parameters.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "Precision of the parameters, whatever that of the model's files is, and of the models that are saved. auto: "
+        "bfloat16 on CUDA, float32 on a CPU.",
+    )
     device: str | None = option(None, "Device. Default: the GPU if there is one.")
 
 

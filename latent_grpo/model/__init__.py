@@ -15,11 +15,15 @@ from latent_grpo.model.head import Head, head_logits
 from latent_grpo.model.loading import (
     check_path,
     check_vocabulary,
+    choose_device,
+    choose_dtype,
     end_marker_ids,
     eos_ids,
     load_config,
     load_model,
     load_tokenizer,
+    precision_line,
+    with_chosen_dtype,
 )
 from latent_grpo.model.proof import check_compatible, embed, embedding_scale, head_of
 
@@ -32,6 +36,8 @@ __all__ = [
     "check_compatible",
     "check_path",
     "check_vocabulary",
+    "choose_device",
+    "choose_dtype",
     "embed",
     "embedding_scale",
     "embedding_table",
@@ -46,4 +52,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "positions",
+    "precision_line",
+    "with_chosen_dtype",
 ]

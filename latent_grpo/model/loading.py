@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from latent_grpo.architecture import check_architecture
+from latent_grpo.config import ModelOptions
 from latent_grpo.errors import ModelError, first_line
 from latent_grpo.model.access import embedding_table
 from latent_grpo.model.proof import check_compatible
 from latent_grpo.prompts import PromptFormat, check_ids, check_prompts
+
+AUTO = "auto"
+Options = TypeVar("Options", bound=ModelOptions)
+
+
+def choose_device(device: str | None) -> str:
+    """Return the device that is given, or without one the GPU if there is one, else the CPU."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """Return the name of the parameters' dtype on a device: "auto" is bfloat16 on CUDA, and float32 elsewhere."""
+    if dtype != AUTO:
+        return dtype
+    return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+
+
+def with_chosen_dtype(options: Options) -> Options:
+    """Return options that name a dtype in place of "auto"."""
+    chosen = choose_dtype(options.dtype, choose_device(options.device))
+    return replace(options, dtype=chosen)  # type: ignore[arg-type]
+
+
+def precision_line(path: str, dtype: str, device: str | None) -> str:
+    """Return the first line of a run: its model, precision and device."""
+    chosen = choose_device(device)
+    reason = " (dtype auto)" if dtype == AUTO else ""
+    return f"{path}: {choose_dtype(dtype, chosen)} on {chosen}{reason}"
 
 
 def load_tokenizer(path: str) -> Any:
@@ -42,26 +72,30 @@ def prepare_tokenizer(tokenizer: Any) -> None:
     tokenizer.padding_side = "left"
 
 
-def load_model(path: str, dtype: str = "float32", device: str | None = None) -> Any:
+def load_model(path: str, dtype: str = AUTO, device: str | None = None) -> Any:
     """Load a causal LM from safetensors, and check that latent steps are defined for it.
 
     Args:
         path: a local folder or a Hub name.
-        dtype: the name of a torch dtype, such as "bfloat16".
+        dtype: the name of a torch dtype, such as "bfloat16", or "auto": bfloat16 on CUDA, float32 elsewhere.
         device: a torch device; None stands for the GPU if there is one, else for the CPU.
 
     Raises:
         ModelError: the model cannot be loaded or used, or `device` is not available.
     """
     check_path(path)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device is {device!r}, but PyTorch sees no GPU here; choose cpu, or leave it out")
     transformers_logging.disable_progress_bar()
     config = load_config(path)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=getattr(torch, choose_dtype(dtype, device)),
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error

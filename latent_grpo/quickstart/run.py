@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -31,12 +31,14 @@ from latent_grpo.watching.responses import Response, mixtures, print_response
 TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 20_000, 1_000
 WATCHED_PROBLEMS = 200  # held-out problems that are evaluated during training
 SHOWN_PROBLEMS = 3  # held-out problems whose responses are printed
+DTYPE: Literal["float32"] = "float32"  # of the toy model on any device
 
 
 def sft_config(out: Path, seed: int) -> LatentSFTConfig:
     """Return the options of the warm start."""
     return LatentSFTConfig(
         output_dir=str(out / "latent-sft"),
+        dtype=DTYPE,
         seed=seed,
         compression=2,
         answer_template="{answer}",
@@ -54,6 +56,7 @@ def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
     """Return the options of the reinforcement."""
     return LatentGRPOConfig(
         output_dir=str(out / "latent-grpo"),
+        dtype=DTYPE,
         seed=seed,
         loss_on=loss_on,
         latent_top_k=2,  # a latent step stands for two chain tokens

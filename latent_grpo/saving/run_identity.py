@@ -50,9 +50,12 @@ def run_identity(
     kind: the training phase, "train" or "sft". rows: the training data. total_steps: length of the schedule.
     prompt_format: how prompts are put to the model.
     """
+    options = asdict(args)
+    if options["dtype"] == "auto":  # what it stands for is another on another device
+        options["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     identity = {
         "kind": kind,
-        "options": asdict(args),
+        "options": options,
         "update_size": args.update_size(world_size()),
         "total_steps": total_steps,
         "data": fingerprint(rows),

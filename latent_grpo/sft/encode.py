@@ -20,7 +20,7 @@ from transformers import set_seed
 from latent_grpo.architecture import check_length, check_own_masks
 from latent_grpo.config import PHASES, EncodeConfig
 from latent_grpo.errors import ConfigError, require
-from latent_grpo.model import check_vocabulary, embedding_table, end_marker_ids, load_model
+from latent_grpo.model import check_vocabulary, embedding_table, end_marker_ids, load_model, with_chosen_dtype
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank, world_size
 from latent_grpo.prompts import PromptFormat, resolve_format
@@ -59,6 +59,7 @@ def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str,
     choice = str(args.resume_from_checkpoint or "")
     require(choice.lower() in ("", "true"), "resume_from_checkpoint", choice, "give true: phases resume their newest")
     prompt_format = resolve_format(args, args.model_name_or_path)
+    args = with_chosen_dtype(args)  # finished phases are compared with what "auto" stands for here
     rows = with_chains(rows, args.missing_chains)
     finished = [phase for phase in args.phases if choice and has_finished(args, phase)]
     if "labels" in args.phases and has_labels(args, rows, tokenizer, prompt_format, resumed=bool(choice)):

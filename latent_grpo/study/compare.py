@@ -27,7 +27,7 @@ from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.data.rows import load_rows, load_training_rows
 from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.evaluation import evaluate
-from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer
+from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer, with_chosen_dtype
 from latent_grpo.prompts import PromptFormat, resolve_format
 from latent_grpo.quickstart.run import grpo_config, sft_config
 from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
@@ -144,8 +144,8 @@ def make_plan(args: CompareConfig, sft: LatentSFTConfig | None = None, grpo: Lat
     # The full method is the paper's, with first-token selection, which the quickstart leaves out.
     grpo = grpo or replace(grpo_config(Path(), 0, "all"), first_token="best_of_correct")
     # Folder and seed are a run's own. Zeros keep them out of what `claim_folder` compares.
-    sft = replace(sft, output_dir="", seed=0, max_steps=args.sft_steps or sft.max_steps)
-    grpo = replace(grpo, output_dir="", seed=0, save_steps=0)
+    sft = replace(with_chosen_dtype(sft), output_dir="", seed=0, max_steps=args.sft_steps or sft.max_steps)
+    grpo = replace(with_chosen_dtype(grpo), output_dir="", seed=0, save_steps=0)
     if args.grpo_steps:
         grpo = replace(grpo, max_steps=-1, max_rollouts=args.grpo_steps)
     plan = Plan(args, sft, grpo)

@@ -20,8 +20,9 @@ from latent_grpo.commands.main import main
 
 
 @pytest.mark.parametrize("preset", ["two-sided-noise", "soft-grpo", "multiplex", "text-grpo"])
-def test_a_preset_trains(preset, train_command, tmp_path):
+def test_a_preset_trains(preset, train_command, input_folder, tmp_path, capsys):
     assert main(train_command(tmp_path / "run", "--config", preset, "--max_steps", "1")) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{input_folder}/model: float32 on cpu (dtype auto)"
     (row,) = metrics_of(tmp_path / "run")
     assert (row["latent_share"] > 0) == (preset != "text-grpo")
 
@@ -76,6 +77,11 @@ def test_sft_then_eval_then_generate(input_folder, tmp_path, capsys):
     data, model, out = str(input_folder / "data.jsonl"), str(tmp_path / "sft"), str(tmp_path / "eval.json")
     short = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--output_dir", model]
     assert main(["sft", "--model_name_or_path", str(input_folder / "model"), "--dataset", data, *short]) == 0
+
+    def first_line() -> str:
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert first_line() == f"{input_folder}/model: float32 on cpu (dtype auto)"
     PreTrainedTokenizerFast.from_pretrained(model)
     options = ["--latent_top_k", "2", "--max_completion_length", "6"]
     assert main(["eval", "--model", model, "--data", data, "--pass-at", "1,2", "--out", out, *options]) == 0
@@ -83,8 +89,11 @@ def test_sft_then_eval_then_generate(input_folder, tmp_path, capsys):
     assert result["problems"] == 24
     assert 0 <= result["pass_at_1"] <= 1
     assert 0 <= result["pass@2"] <= 1
-    capsys.readouterr()
+    assert first_line() == f"{model}: float32 on cpu (dtype auto)"
+    options += ["--dtype", "bfloat16"]
     assert main(["generate", "--model", model, "--prompt", "Mia has 3 coins. finds 4. How many now?", *options]) == 0
-    assert "answer:" in capsys.readouterr().out
+    precision, *response = capsys.readouterr().out.splitlines()
+    assert precision == f"{model}: bfloat16 on cpu"
+    assert any("answer:" in line for line in response)
     assert main(["doctor", "--model", model]) == 0
     assert torch.get_default_dtype() == torch.float32  # no command changes it for its caller

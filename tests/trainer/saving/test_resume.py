@@ -109,6 +109,14 @@ def test_a_checkpoint_of_other_options_is_refused(options, match, run):
     assert_refused(grpo(run, **options), run, match)
 
 
+def test_a_checkpoint_knows_the_precision_that_auto_stood_for(run):
+    state = json.loads((run / "checkpoint-2" / STATE_FILE).read_text())
+    assert state["options"]["dtype"] == "float32"
+    grpo(run, dtype="float32", max_steps=3).train(resume_from_checkpoint=True)
+    model = make_model(make_tokenizer(), seed=0).to(torch.bfloat16)
+    assert_refused(grpo(run, model=model), run, "written with dtype 'float32', this run has 'bfloat16'")
+
+
 def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
     run = tmp_path / "run"
     grpo(run, lr_scheduler_type="linear").train()
