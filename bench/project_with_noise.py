@@ -28,8 +28,9 @@ SEED = 1234
 
 
 def cases(shape: Shape, device: torch.device) -> list[Parameters]:
-    """Return one case: 256 rows (16 on the tiny shape) through a square projection with a bias."""
-    return [{"rows": 16 if shape.name == "tiny" else 256, "hidden": shape.hidden, "noise": "one_sided"}]
+    """Return a square projection with a bias of 256 rows (16 on the tiny shape), and on a GPU also of 8,192 rows."""
+    sizes = [16] if shape.name == "tiny" else [256, 8192] if device.type == "cuda" else [256]
+    return [{"rows": rows, "hidden": shape.hidden, "noise": "one_sided"} for rows in sizes]
 
 
 def noisy_linear(hidden: Tensor, weight: Tensor, bias: Tensor, exponential: Tensor) -> Tensor:

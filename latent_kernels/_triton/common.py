@@ -1,11 +1,9 @@
-"""What several kernels share: the noise stream, options given once or per row, and a product tile."""
+"""What several kernels share: the noise stream, and options given once or per row."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from latent_kernels import _noise
 
@@ -13,21 +11,6 @@ from latent_kernels import _noise
 MAX_REGISTERS = 255
 GUMBEL_LOW = tl.constexpr(_noise.GUMBEL_LOW)
 GUMBEL_HIGH = tl.constexpr(_noise.GUMBEL_HIGH)
-
-
-def dot_dtype(*operands: Tensor) -> torch.dtype:
-    """Return the dtype to which a product's operands are converted: their own, or float32 if they differ.
-
-    The interpreter, which runs on CPU tensors, has no bfloat16 product. float32 holds the same products exactly.
-    """
-    first, *others = operands
-    same = first.is_cuda and all(other.dtype == first.dtype for other in others)
-    return first.dtype if same else torch.float32
-
-
-def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Return Triton's name of a float dtype."""
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
 @triton.jit
@@ -73,28 +56,3 @@ def gumbel_noise(exponential, delta, ONE_SIDED: tl.constexpr):
     if ONE_SIDED:
         noise = noise - GUMBEL_LOW + delta
     return noise
-
-
-@triton.jit
-def product_tile(
-    weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DOT_TYPE: tl.constexpr,
-):  # fmt: skip
-    """Return `weight[v] @ hidden[b].T` [BLOCK_V, BLOCK_B] in float32. Entries outside V and B hold any finite value.
-
-    The vocabulary is on the M axis of the matrix instruction, whose tile size is fixed. The batch is on the N axis,
-    which can be small. Row indices are clamped rather than masked. Addresses are int64, because V x D may exceed 2^31.
-    """
-    d = tl.arange(0, BLOCK_D)
-    weights = weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[:, None] * weight_stride + d[None, :]
-    hiddens = hidden_ptr + tl.minimum(b, B - 1).to(tl.int64)[None, :] * hidden_stride + d[:, None]
-    total = tl.zeros([BLOCK_V, BLOCK_B], dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if EVEN_D:
-            weight, hidden = tl.load(weights + start), tl.load(hiddens + start)
-        else:
-            weight = tl.load(weights + start, mask=(start + d < D)[None, :], other=0.0)
-            hidden = tl.load(hiddens + start, mask=(start + d < D)[:, None], other=0.0)
-        # "ieee" concerns float32 operands: TF32 would keep only ten bits of their mantissas.
-        total = tl.dot(weight.to(DOT_TYPE), hidden.to(DOT_TYPE), total, input_precision="ieee")
-    return total

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels._triton.common import MAX_REGISTERS, dot_dtype, product_tile, triton_dtype
+from latent_kernels._triton.common import MAX_REGISTERS
 from latent_kernels._triton.head import bias_argument, factor_arguments, head_logits, logits_constants
 from latent_kernels._types import PLAIN_HEAD, HeadOptions
 
@@ -47,12 +47,49 @@ class ProductConfig(NamedTuple):
     num_stages: int
 
 
+def dot_dtype(*operands: Tensor) -> torch.dtype:
+    """Return the dtype to which a product's operands are converted: their own, or float32 if they differ.
+
+    The interpreter, which runs on CPU tensors, has no bfloat16 product. float32 holds the same products exactly.
+    """
+    first, *others = operands
+    same = first.is_cuda and all(other.dtype == first.dtype for other in others)
+    return first.dtype if same else torch.float32
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return Triton's name of a float dtype."""
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
 @triton.jit
 def max_and_sum(logits, AXIS: tl.constexpr):
     """Return the maximum along an axis and the sum of exp(logit - maximum); (-inf, 0) if no logit is finite."""
     top = tl.max(logits, AXIS)
     base = tl.where(top == -float("inf"), 0.0, top)
     return top, tl.sum(tl.exp(logits - tl.expand_dims(base, AXIS)), AXIS)
+
+
+@triton.jit
+def product_tile(
+    weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Return `weight[v] @ hidden[b].T` [BLOCK_V, BLOCK_B] in float32. Entries outside V and B hold any finite value.
+
+    The vocabulary is on the M axis of the matrix instruction, whose tile size is fixed. The batch is on the N axis,
+    which can be small. Row indices are clamped rather than masked. Addresses are int64, because V x D may exceed 2^31.
+    D is a multiple of BLOCK_D.
+    """
+    d = tl.arange(0, BLOCK_D)
+    weights = weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[:, None] * weight_stride + d[None, :]
+    hiddens = hidden_ptr + tl.minimum(b, B - 1).to(tl.int64)[None, :] * hidden_stride + d[:, None]
+    total = tl.zeros([BLOCK_V, BLOCK_B], dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        weight, hidden = tl.load(weights + start), tl.load(hiddens + start)
+        # "ieee" concerns float32 operands: TF32 would keep only ten bits of their mantissas.
+        total = tl.dot(weight.to(DOT_TYPE), hidden.to(DOT_TYPE), total, input_precision="ieee")
+    return total
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -68,7 +105,7 @@ def lm_head_kernel(
     v = group * GROUP + tl.arange(0, GROUP)
     b = (tl.program_id(0) % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
     logits = product_tile(
-        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, GROUP, BLOCK_B, BLOCK_D, True, DOT_TYPE
+        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, GROUP, BLOCK_B, BLOCK_D, DOT_TYPE
     )
     inside = (v < V)[:, None]
     logits = head_logits(logits, bias_ptr, v[:, None], inside, inner, outer, HAS_BIAS, SOFTCAP, SCALED)

@@ -230,18 +230,18 @@ def latent_step_method_builds() -> Iterator[Build]:
 
 def project_with_noise_builds() -> Iterator[Build]:
     """Yield dtypes, options as numbers and as tensors, aligned widths and others."""
-    for (dtype, dot), tensors, aligned in product(DTYPES.items(), (False, True), (False, True)):
+    for dtype, tensors, aligned in product(DTYPES, (False, True), (False, True)):
         noise = noise_spec("one_sided", tensors=tensors)
-        strides = ("weight_stride", "hidden_stride")
         types = {
-            **dict.fromkeys(("weight_ptr", "hidden_ptr", "bias_ptr", "out_ptr"), f"*{dtype}"),
+            "product_ptr": "*fp32",
+            **dict.fromkeys(("bias_ptr", "out_ptr"), f"*{dtype}"),
             **option_types(noise),
-            **dict.fromkeys((*strides, "draws_stride", "B", "V", "D"), "i32"),
+            **dict.fromkeys(("draws_stride", "V"), "i32"),
         }
-        constants = project_with_noise.constants(noise, dot, has_bias=True)
+        constants = project_with_noise.constants(noise, has_bias=True)
         name = f"project_with_noise {dtype} tensors={tensors} aligned={aligned}"
-        options, whole = project_with_noise.BUILD_OPTIONS, (*strides, "D") if aligned else ()
-        yield Build(name, project_with_noise.project_with_noise_kernel, types, constants, options, aligned=whole)
+        options, whole = project_with_noise.BUILD_OPTIONS, ("V",) if aligned else ()
+        yield Build(name, project_with_noise.add_noise_kernel, types, constants, options, aligned=whole)
 
 
 def logprob_builds() -> Iterator[Build]:
