@@ -23,7 +23,7 @@ def _blocks(weight: Tensor) -> list[slice]:
     return [slice(start, start + BLOCK_ROWS) for start in range(0, len(weight), BLOCK_ROWS)]
 
 
-def _no_autocast(device: torch.device) -> Any:
+def no_autocast(device: torch.device) -> Any:
     """Disable autocast. It is entered only if it is enabled, because entering takes as long as a small product."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
@@ -37,10 +37,10 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     dtype = compute_dtype(hidden, weight)
     if out is None:
         if hidden.dtype == weight.dtype == dtype and len(weight) <= BLOCK_ROWS and not weight.is_cuda:
-            with _no_autocast(hidden.device):
+            with no_autocast(hidden.device):
                 return F.linear(hidden, weight)
         out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
-    with _no_autocast(hidden.device):
+    with no_autocast(hidden.device):
         if weight.is_cuda and weight.dtype == dtype:
             return torch.mm(hidden.to(dtype), weight.T, out=out)
         # Only CUDA multiplies 16-bit operands into a float32 result.
@@ -80,7 +80,7 @@ def back_project(dlogits: Tensor, weight: Tensor, factor: Tensor | None = None) 
 def _back_project(dlogits: Tensor, weight: Tensor) -> Tensor:
     """Return `dlogits @ weight`."""
     dtype = compute_dtype(dlogits, weight)
-    with _no_autocast(dlogits.device):
+    with no_autocast(dlogits.device):
         if dlogits.dtype == weight.dtype == dtype:
             return dlogits @ weight
         if dlogits.is_cuda and dlogits.dtype == weight.dtype:
@@ -98,7 +98,7 @@ def add_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor, factor: Tensor | No
     """
     if factor is not None:
         hidden = hidden * factor.unsqueeze(-1)
-    with _no_autocast(out.device):
+    with no_autocast(out.device):
         if dlogits.dtype == torch.float16:
             _add_float16_outer_(out, dlogits, hidden)
             return

@@ -46,25 +46,25 @@ def logprob_rows_(
         return RowScores(scored.logprob, scored.crossed, gradient)
     head_logits_(logits, spec.head)
     hard = is_hard(spec.ids)
-    inverse_temperature = _inverse_temperature(logits, spec, hard)
+    inverse_temperature = inverse_temperature_of(logits, spec, hard)
     ids, exist = spec.ids.clamp(0, logits.shape[1] - 1), has_valid_ids(spec.ids, logits.shape[1])
     logits.mul_(inverse_temperature)
     component_logits = logits.gather(-1, ids)
     highest = logits.amax(-1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
     log_probs = component_logits - (highest + total.log())
-    logprob, crossed = _score(log_probs, spec, hard, exist)
+    logprob, crossed = score(log_probs, spec, hard, exist)
     if dtype is None:
         return RowScores(logprob, crossed, None)
-    coefficients = _coefficients(log_probs, spec, hard, exist) * (inverse_temperature * spec.head.logit_scale)
+    coefficients = coefficients_of(log_probs, spec, hard, exist) * (inverse_temperature * spec.head.logit_scale)
     if upstream is not None:
         coefficients *= _per_component(upstream).to(logits.dtype)
     # sum_k c_k (onehot(id_k) - softmax): `logits` holds the exponentials, whose sum is `total`.
-    logits.mul_(-_softmax_share(coefficients, spec, hard) / total).scatter_add_(-1, ids, coefficients)
+    logits.mul_(-softmax_share(coefficients, spec, hard) / total).scatter_add_(-1, ids, coefficients)
     return RowScores(logprob, crossed, RowGradient(logits, None))
 
 
-def _inverse_temperature(logits: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
+def inverse_temperature_of(logits: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
     """Return 1 / T on text rows and 1 on latent rows, [n, 1]."""
     return logits.new_ones(len(logits), 1).masked_fill_(hard.unsqueeze(-1), 1.0 / spec.temperature)
 
@@ -74,7 +74,7 @@ def _per_component(upstream: Tensor) -> Tensor:
     return upstream.unsqueeze(-1) if upstream.ndim == 1 else upstream
 
 
-def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Tensor) -> tuple[Tensor, Tensor]:
+def score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probs and counts of crossed margins [n], from the components' log-probs [n, K].
 
     The log-prob of a row whose ids do not exist [n] is NaN.
@@ -93,7 +93,7 @@ def _score(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Tensor) ->
     return logprob, torch.where(hard | ~exist, 0, (margin < 0).sum(-1))
 
 
-def _coefficients(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Tensor) -> Tensor:
+def coefficients_of(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Tensor) -> Tensor:
     """Return the gradient of the log-prob in the log-probs of the components, [n, K]; 0 where ids do not exist."""
     scores = spec.scores.to(log_probs.dtype)
     if spec.method == "multiplex":
@@ -110,7 +110,7 @@ def _coefficients(log_probs: Tensor, spec: LogprobSpec, hard: Tensor, exist: Ten
     return torch.where(hard.unsqueeze(-1), first, coefficients).masked_fill_(~exist.unsqueeze(-1), 0.0)
 
 
-def _softmax_share(coefficients: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
+def softmax_share(coefficients: Tensor, spec: LogprobSpec, hard: Tensor) -> Tensor:
     """Return by how much of the softmax the gradient of a row falls, [n, 1]: the sum of its coefficients [n, K].
 
     A latent row of SofT-GRPO depends on the differences of its K logits alone, so its sum is exactly 0.
@@ -126,7 +126,7 @@ def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForw
     """
     head_logits_(logits, spec.head)
     hard = is_hard(spec.ids)
-    inverse_temperature = _inverse_temperature(logits, spec, hard)
+    inverse_temperature = inverse_temperature_of(logits, spec, hard)
     highest = logits.amax(-1, keepdim=True) * inverse_temperature
     total, spread = torch.zeros_like(highest), torch.zeros_like(highest)
     for block in logits.split(BLOCK_COLUMNS, -1):
@@ -138,7 +138,7 @@ def forward_rows(logits: Tensor, spec: LogprobSpec, *, entropy: bool) -> RowForw
     log_z = highest + total.log()
     ids, exist = spec.ids.clamp(0, logits.shape[1] - 1), has_valid_ids(spec.ids, logits.shape[1])
     log_probs = logits.gather(-1, ids) * inverse_temperature - log_z
-    logprob, crossed = _score(log_probs, spec, hard, exist)
+    logprob, crossed = score(log_probs, spec, hard, exist)
     nats = torch.where(hard, (total.log() - spread / total).squeeze(-1), 0.0) if entropy else None
     return RowForward(logprob, crossed, log_z.squeeze(-1), nats)
 
@@ -155,13 +155,13 @@ def backward_rows_(
     """
     hard, ids, softcap = is_hard(spec.ids), spec.ids.clamp(0, logits.shape[1] - 1), spec.head.softcap
     exist = has_valid_ids(spec.ids, logits.shape[1])
-    inverse_temperature = _inverse_temperature(logits, spec, hard)
+    inverse_temperature = inverse_temperature_of(logits, spec, hard)
     log_z = scored.log_z.unsqueeze(-1)
     picked = logits.gather(-1, ids)
     slope = inverse_temperature * spec.head.logit_scale
-    coefficients = _coefficients(picked * inverse_temperature - log_z, spec, hard, exist)
+    coefficients = coefficients_of(picked * inverse_temperature - log_z, spec, hard, exist)
     coefficients = coefficients * (slope * _per_component(upstream))
-    constant = _softmax_share(coefficients, spec, hard)
+    constant = softmax_share(coefficients, spec, hard)
     bonus = torch.zeros_like(log_z) if bonus is None else bonus.unsqueeze(-1) * slope
     if scored.entropy is not None:
         constant = constant + bonus * scored.entropy.unsqueeze(-1)
@@ -182,9 +182,9 @@ def score_rows(logits: Tensor, spec: LogprobSpec) -> Tensor:
     hard = is_hard(spec.ids)
     # On a CPU, latent rows save the product with 1. A GPU is not asked, because the host would wait for the answer.
     if spec.temperature != 1.0 and (logits.is_cuda or bool(hard.any())):
-        logits = logits * _inverse_temperature(logits, spec, hard)
+        logits = logits * inverse_temperature_of(logits, spec, hard)
     ids, exist = spec.ids.clamp(0, logits.shape[1] - 1), has_valid_ids(spec.ids, logits.shape[1])
-    return _score(logits.log_softmax(-1).gather(-1, ids), spec, hard, exist)[0]
+    return score(logits.log_softmax(-1).gather(-1, ids), spec, hard, exist)[0]
 
 
 def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None, *, wants_gradient: bool) -> StepLosses:

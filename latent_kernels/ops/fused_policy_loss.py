@@ -6,6 +6,9 @@ log-prob and its gradient in the product, in place -> loss -> dhidden, and the g
 wanted. The backward pass only scales what was saved. An entropy bonus, or one ratio per component of a latent step,
 needs the loss before the gradient in the logits; then a chunk is read twice. Masked steps, and steps whose advantage is
 zero, never reach the LM head. Deterministic.
+
+On a CPU, a loss without these two and with a frozen head has no chunk of logits: see
+`latent_kernels._eager.streamed_logprob`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager import latent_logprob as eager
+from latent_kernels._eager.streamed_logprob import streamed_chunks, streamed_logprob
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import (
     SUMS,
@@ -49,16 +53,18 @@ class RowKernels(NamedTuple):
     forward_rows: Callable[..., RowForward]
     backward_rows_: Callable[..., RowGradient]
     step_losses: Callable[..., StepLosses]
+    streams: bool = False  # whether `streamed_logprob` takes their place where it can
 
 
-def _row_kernels(implementation: str) -> RowKernels:
-    """Return the functions of "triton" or "eager"."""
+def _row_kernels(implementation: str, device: torch.device) -> RowKernels:
+    """Return the functions of "triton" or "eager" on a device."""
     if implementation == "triton":
         from latent_kernels._triton import latent_logprob as triton
         from latent_kernels._triton.policy_loss import step_losses
 
         return RowKernels(triton.logprob_rows_, triton.forward_rows, triton.backward_rows_, step_losses)
-    return RowKernels(eager.logprob_rows_, eager.forward_rows, eager.backward_rows_, eager.step_losses)
+    functions = (eager.logprob_rows_, eager.forward_rows, eager.backward_rows_, eager.step_losses)
+    return RowKernels(*functions, streams=device.type == "cpu")
 
 
 class ChunkLosses(NamedTuple):
@@ -69,6 +75,19 @@ class ChunkLosses(NamedTuple):
     sums: Tensor  # [6] in the order of SUMS
     crossed: Tensor  # [n]
     entropy: Tensor | None  # [n], 0 on latent rows
+    dhidden: Tensor | None = None  # [n, D], in place of dlogits; `factor` is multiplied in already
+
+
+def _streamed_losses(
+    rows: Tensor, lm_head: Tensor, logprob_spec: LogprobSpec, loss_spec: LossSpec, kernels: RowKernels, wanted: bool
+) -> ChunkLosses:
+    """Return the weighted loss of hidden states [n, D] and, if wanted, its gradient in them."""
+    scores = streamed_logprob(rows, lm_head, logprob_spec, wants_gradient=wanted)
+    gradient, sums = kernels.step_losses(scores.logprob, loss_spec, wants_gradient=wanted)
+    dhidden = scores.dhidden
+    if dhidden is not None and gradient is not None:
+        dhidden.mul_(gradient.unsqueeze(-1))
+    return ChunkLosses(None, None, sums, scores.crossed, None, dhidden)
 
 
 def _chunk_losses_(
@@ -120,6 +139,8 @@ class Gradients(NamedTuple):
     def add(self, losses: ChunkLosses, index: Tensor, rows: Tensor, lm_head: Tensor) -> None:
         """Add the gradients of a chunk whose hidden states are `rows` [n, D], at `index` [n] of hidden."""
         dlogits, factor = losses.dlogits, losses.factor
+        if self.hidden is not None and losses.dhidden is not None:
+            self.hidden[index] = losses.dhidden.to(self.hidden.dtype)
         if dlogits is None:
             return
         # After one pass, dlogits is the gradient of the log-prob. The loss's own factor, one number per row, is
@@ -161,14 +182,18 @@ class _Fused(torch.autograd.Function):
         )
         stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if any(ctx.needs_input_grad) else None
         sums, crossed, entropy = unit.new_zeros(len(SUMS)), unit.new_zeros(()), unit.new_zeros(())
-        chunks = row_chunks(len(active), vocab, dtype, device)
-        buffer = chunk_buffer(chunks, vocab, dtype, device)
+        needs_logits = wants_head or wants_bias or loss_spec.bonus is not None or logprob_spec.components
+        streams = kernels.streams and not needs_logits
+        chunks = streamed_chunks(len(active)) if streams else row_chunks(len(active), vocab, dtype, device)
+        buffer = None if streams else chunk_buffer(chunks, vocab, dtype, device)
         logprob_spec = with_bias(logprob_spec, bias)
         for chunk in chunks:
             index = active[chunk]
-            rows = hidden[index]
-            product = project(rows, lm_head, buffer[: len(rows)])
-            losses = _chunk_losses_(product, logprob_spec.select(index), loss_spec.select(index), stored_dtype, kernels)
+            rows, specs = hidden[index], (logprob_spec.select(index), loss_spec.select(index))
+            if buffer is None:
+                losses = _streamed_losses(rows, lm_head, *specs, kernels, wants_hidden)
+            else:
+                losses = _chunk_losses_(project(rows, lm_head, buffer[: len(rows)]), *specs, stored_dtype, kernels)
             sums += losses.sums
             crossed += losses.crossed.sum()
             # Without a bonus the entropies are not known, and the statistic is NaN.
@@ -261,7 +286,8 @@ def fused_policy_loss(
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, ratio == "component", head)
     _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
     unsupported = components_limit(ids.shape[2])
-    kernels = _row_kernels(resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported))
+    chosen = resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported)
+    kernels = _row_kernels(chosen, hidden.device)
     return _loss_of_active_steps(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options, kernels)
 
 
@@ -368,6 +394,10 @@ def _logprobs(
     hidden: Tensor, lm_head: Tensor, active: Tensor, spec: LogprobSpec, kernels: RowKernels, dtype: torch.dtype
 ) -> Tensor:
     """Return the log-probs of the active rows, without gradients."""
+    if kernels.streams:
+        indices = [active[chunk] for chunk in streamed_chunks(len(active))]
+        streamed = [streamed_logprob(hidden[i], lm_head, spec.select(i), wants_gradient=False) for i in indices]
+        return torch.cat([scores.logprob for scores in streamed] or [active.new_empty(0, dtype=dtype)])
     chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
     buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
     logprob = torch.empty(len(active), dtype=dtype, device=hidden.device)

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
+from latent_kernels._eager.streamed_logprob import streamed_chunks, streamed_logprob
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
 from latent_kernels._operator import operator, single
@@ -109,17 +110,24 @@ class _FromHidden(torch.autograd.Function):
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
         at_once = wants_hidden and not spec.components
         dhidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if at_once else None
-        stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if at_once else None
         logprob = torch.empty(_shape(len(hidden), spec), dtype=dtype, device=hidden.device)
-        chunks = row_chunks(len(hidden), len(lm_head), dtype, hidden.device)
-        buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
         given = with_bias(spec, bias)
-        for chunk in chunks:
-            product = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
-            scored = logprob_rows_fn(product, given.select(chunk), stored_dtype)
-            logprob[chunk] = scored.logprob
-            if dhidden is not None and scored.gradient is not None:
-                dhidden[chunk] = back_project(scored.gradient.dlogits, lm_head, scored.gradient.scale)
+        if logprob_rows_fn is logprob_rows_ and hidden.device.type == "cpu" and not spec.components:
+            for chunk in streamed_chunks(len(hidden)):
+                scores = streamed_logprob(hidden[chunk], lm_head, given.select(chunk), wants_gradient=at_once)
+                logprob[chunk] = scores.logprob
+                if dhidden is not None and scores.dhidden is not None:
+                    dhidden[chunk] = scores.dhidden
+        else:
+            stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if at_once else None
+            chunks = row_chunks(len(hidden), len(lm_head), dtype, hidden.device)
+            buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
+            for chunk in chunks:
+                product = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
+                scored = logprob_rows_fn(product, given.select(chunk), stored_dtype)
+                logprob[chunk] = scored.logprob
+                if dhidden is not None and scored.gradient is not None:
+                    dhidden[chunk] = back_project(scored.gradient.dlogits, lm_head, scored.gradient.scale)
         ctx.spec, ctx.logprob_rows_fn, ctx.hidden_dtype = spec, logprob_rows_fn, hidden.dtype
         recomputes = wants_head or wants_bias or spec.components
         ctx.save_for_backward(dhidden, *((hidden, lm_head, bias, *spec.rows) if recomputes else ()))

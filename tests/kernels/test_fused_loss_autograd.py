@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from latent_kernels import _chunks as chunks
 from latent_kernels import _linear as linear
 from latent_kernels import fused_policy_loss
+from latent_kernels._eager import streamed_logprob
 
 FUSED = with_kernel(fused_policy_loss)
 
@@ -51,6 +52,23 @@ def test_no_tensor_is_as_large_as_all_logits(dtype, make_trajectory, monkeypatch
     with LargestTensor() as composed:
         (batch["hidden"] @ batch["lm_head"].T).log_softmax(-1)
     assert composed.elements >= size * vocab
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_frozen_head_needs_no_chunk_of_logits(softcap, make_trajectory, monkeypatch):
+    size, vocab, block = 96, 512, 16
+    monkeypatch.setattr(streamed_logprob, "BLOCK_TOKENS", block)
+    batch = make_batch(make_trajectory, (8, 12), vocab=vocab, width=8, dtype=torch.float32)
+    batch["mask"][:] = True
+    batch["hidden"].requires_grad_()
+    with LargestTensor() as seen:
+        fused_policy_loss(**batch, softcap=softcap)[0].backward()
+    assert seen.elements == block * size < vocab * 8
+    gradient, batch["hidden"] = batch["hidden"].grad, batch["hidden"].detach()
+    batch["hidden"].requires_grad_()
+    batch["lm_head"].requires_grad_()  # its gradient needs chunks of logits
+    fused_policy_loss(**batch, softcap=softcap)[0].backward()
+    torch.testing.assert_close(gradient, batch["hidden"].grad, rtol=0, atol=tol.FLOAT32)
 
 
 # Autograd's corners

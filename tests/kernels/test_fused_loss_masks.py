@@ -20,10 +20,17 @@ FUSED = with_kernel(fused_policy_loss)
 
 @pytest.fixture
 def projected_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record how many rows each product with the head takes."""
+    """Record how many rows each product with the head takes, or each pass over it that holds no logits."""
     module, rows = sys.modules["latent_kernels.ops.fused_policy_loss"], []
-    project = module.project
-    monkeypatch.setattr(module, "project", lambda h, w, out: rows.append(len(h)) or project(h, w, out))
+
+    def record(name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda h, *args, **options: rows.append(len(h)) or function(h, *args, **options)
+        )
+
+    for name in ("project", "streamed_logprob"):
+        record(name)
     return rows
 
 

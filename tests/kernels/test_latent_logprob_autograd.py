@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from latent_kernels import _chunks as chunks
 from latent_kernels import _linear as linear
 from latent_kernels import latent_logprob, latent_logprob_from_logits
+from latent_kernels._eager import streamed_logprob
 
 FROM_HIDDEN = with_kernel(latent_logprob)
 
@@ -59,8 +60,30 @@ def test_chunks_do_not_change_the_result(rows_per_chunk, make_trajectory, monkey
     expected = run()
     monkeypatch.setattr(chunks, "CHUNK_BYTES", rows_per_chunk * 257 * 8)
     monkeypatch.setattr(linear, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(streamed_logprob, "BLOCK_TOKENS", 50)
+    monkeypatch.setattr(streamed_logprob, "MAX_ROWS", rows_per_chunk)
+    assert len(streamed_logprob.streamed_chunks(11)) == -(-11 // rows_per_chunk)
     assert len(chunks.row_chunks(11, 257, torch.float64, torch.device("cpu"))) == -(-11 // rows_per_chunk)
     for actual, reference in zip(run(), expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=0, atol=tol.FLOAT64)
+
+
+def test_tokens_without_a_probability_may_fill_the_first_blocks(make_trajectory, monkeypatch):
+    hidden, head, data = from_hidden(make_trajectory, torch.float64, (11, 257, 4, 16))
+    impossible = torch.ones(257, dtype=torch.bool)
+    impossible[data.ids.clamp_min(0)] = False
+    impossible[200:] = False
+    bias = torch.zeros(257, dtype=torch.float64).masked_fill(impossible, -torch.inf)
+
+    def run() -> tuple[Tensor, ...]:
+        return value_and_gradients(
+            lambda h, w: latent_logprob(h, w, data.ids, data.scores, bias=bias), hidden, head, upstream=torch.ones(11)
+        )
+
+    expected = run()
+    monkeypatch.setattr(streamed_logprob, "BLOCK_TOKENS", 1)
+    for actual, reference in zip(run(), expected, strict=True):
+        assert reference.isfinite().all()
         torch.testing.assert_close(actual, reference, rtol=0, atol=tol.FLOAT64)
 
 
@@ -69,6 +92,7 @@ def test_chunks_do_not_change_the_result(rows_per_chunk, make_trajectory, monkey
 def test_no_tensor_is_as_large_as_all_logits(dtype, needs_head, make_trajectory, monkeypatch):
     size, vocab, width, rows_per_chunk = 96, 512, 8, 12
     monkeypatch.setattr(chunks, "CHUNK_BYTES", rows_per_chunk * vocab * 4)
+    monkeypatch.setattr(streamed_logprob, "BLOCK_TOKENS", 64)
     hidden, head, data = from_hidden(make_trajectory, dtype, (size, vocab, 4, width))
     hidden.requires_grad_()
     head.requires_grad_(needs_head)
