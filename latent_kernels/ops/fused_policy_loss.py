@@ -13,7 +13,6 @@ On a CPU, a loss without these two and with a frozen head has no chunk of logits
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,60 +21,17 @@ from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
-from latent_kernels._eager import latent_logprob as eager
 from latent_kernels._eager.streamed_logprob import streamed_chunks, streamed_logprob
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
-from latent_kernels._loss_types import (
-    SUMS,
-    LogprobSpec,
-    LossOptions,
-    LossSpec,
-    ResponseTerms,
-    RowForward,
-    RowGradient,
-    RowScores,
-    StepLosses,
-    loss_and_stats,
-)
+from latent_kernels._loss_types import SUMS, LogprobSpec, LossOptions, LossSpec, ResponseTerms, loss_and_stats
 from latent_kernels._operator import operator
 from latent_kernels._types import HeadOptions, PolicyStats
 from latent_kernels._validate import FLOAT32_MAX, check_head, check_range, check_tensor
+from latent_kernels.ops.chunk_losses import ChunkLosses, RowKernels, chunk_losses_, row_kernels
 from latent_kernels.ops.latent_logprob import check_logprob_options, with_bias
 from latent_kernels.ops.policy_loss import RATIOS, check_loss_options, loss_result, loss_shapes
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
 from latent_kernels.reference.loss import aggregation_weights, response_terms, used_components
-
-
-class RowKernels(NamedTuple):
-    """The functions of one implementation that work on a chunk of logits."""
-
-    logprob_rows_: Callable[..., RowScores]
-    forward_rows: Callable[..., RowForward]
-    backward_rows_: Callable[..., RowGradient]
-    step_losses: Callable[..., StepLosses]
-    streams: bool = False  # whether `streamed_logprob` takes their place where it can
-
-
-def _row_kernels(implementation: str, device: torch.device) -> RowKernels:
-    """Return the functions of "triton" or "eager" on a device."""
-    if implementation == "triton":
-        from latent_kernels._triton import latent_logprob as triton
-        from latent_kernels._triton.policy_loss import step_losses
-
-        return RowKernels(triton.logprob_rows_, triton.forward_rows, triton.backward_rows_, step_losses)
-    functions = (eager.logprob_rows_, eager.forward_rows, eager.backward_rows_, eager.step_losses)
-    return RowKernels(*functions, streams=device.type == "cpu")
-
-
-class ChunkLosses(NamedTuple):
-    """The loss of a chunk of n rows. `dlogits` was written over their product with the head."""
-
-    dlogits: Tensor | None  # [n, V]; times `factor` it is the gradient of the weighted loss
-    factor: Tensor | None  # [n]; None stands for 1
-    sums: Tensor  # [6] in the order of SUMS
-    crossed: Tensor  # [n]
-    entropy: Tensor | None  # [n], 0 on latent rows
-    dhidden: Tensor | None = None  # [n, D], in place of dlogits; `factor` is multiplied in already
 
 
 def _streamed_losses(
@@ -88,40 +44,6 @@ def _streamed_losses(
     if dhidden is not None and gradient is not None:
         dhidden.mul_(gradient.unsqueeze(-1))
     return ChunkLosses(None, None, sums, scores.crossed, None, dhidden)
-
-
-def _chunk_losses_(
-    product: Tensor,
-    logprob_spec: LogprobSpec,
-    loss_spec: LossSpec,
-    stored_dtype: torch.dtype | None,
-    kernels: RowKernels,
-) -> ChunkLosses:
-    """Return the weighted loss of a product with the head [n, V].
-
-    The product is overwritten with the gradient in it, unless `stored_dtype` is None. Without an entropy bonus and
-    ratios of components, that is the gradient of the log-prob times one number per row. So one pass over the product
-    is enough: it stores the gradient of the log-prob, before the loss is known.
-    """
-    wants_gradient = stored_dtype is not None
-    if loss_spec.bonus is None and not logprob_spec.components:
-        scores = kernels.logprob_rows_(product, logprob_spec, stored_dtype)
-        gradient, sums = kernels.step_losses(scores.logprob, loss_spec, wants_gradient=wants_gradient)
-        found = scores.gradient
-        if found is None:
-            return ChunkLosses(None, None, sums, scores.crossed, None)
-        return ChunkLosses(found.dlogits, found.times(gradient), sums, scores.crossed, None)
-    scored = kernels.forward_rows(product, logprob_spec, entropy=loss_spec.bonus is not None)
-    used = used_components(logprob_spec.ids) if logprob_spec.components else None
-    gradient, sums = kernels.step_losses(scored.logprob, loss_spec, used, wants_gradient=wants_gradient)
-    bonus = None
-    if scored.entropy is not None and loss_spec.bonus is not None:
-        bonus = -loss_spec.bonus
-        sums[0] += (bonus * scored.entropy).sum()
-    if stored_dtype is None:
-        return ChunkLosses(None, None, sums, scored.crossed, scored.entropy)
-    found = kernels.backward_rows_(product, logprob_spec, scored, stored_dtype, gradient, bonus)
-    return ChunkLosses(found.dlogits, found.scale, sums, scored.crossed, scored.entropy)
 
 
 def _kept_dtype(leaf: Tensor) -> torch.dtype:
@@ -193,7 +115,7 @@ class _Fused(torch.autograd.Function):
             if buffer is None:
                 losses = _streamed_losses(rows, lm_head, *specs, kernels, wants_hidden)
             else:
-                losses = _chunk_losses_(project(rows, lm_head, buffer[: len(rows)]), *specs, stored_dtype, kernels)
+                losses = chunk_losses_(project(rows, lm_head, buffer[: len(rows)]), *specs, stored_dtype, kernels)
             sums += losses.sums
             crossed += losses.crossed.sum()
             # Without a bonus the entropies are not known, and the statistic is NaN.
@@ -287,7 +209,7 @@ def fused_policy_loss(
     _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
     unsupported = components_limit(ids.shape[2])
     chosen = resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported)
-    kernels = _row_kernels(chosen, hidden.device)
+    kernels = row_kernels(chosen, hidden.device)
     return _loss_of_active_steps(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options, kernels)
 
 
