@@ -207,8 +207,7 @@ def fused_policy_loss(
     head = HeadOptions(bias, logit_scale, softcap)
     spec = LogprobSpec(ids, scores, advantages, temperature, margin_gradient, method, ratio == "component", head)
     _check_arguments(hidden, lm_head, spec, old_logprob, advantages, mask, ref_logprob, options)
-    unsupported = components_limit(ids.shape[2])
-    chosen = resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=unsupported)
+    chosen = resolve("fused_policy_loss", impl, hidden, lm_head, unsupported=components_limit(ids.shape[2]))
     kernels = row_kernels(chosen, hidden.device)
     return _loss_of_active_steps(hidden, lm_head, spec, old_logprob, mask, ref_logprob, options, kernels)
 
