@@ -21,7 +21,7 @@ from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
 from latent_grpo.parallel.work_split import rows_of_groups, snake_draft
 from latent_grpo.prompts import PromptFormat, encode_prompts
-from latent_grpo.rewards.columns import reward_columns
+from latent_grpo.rewards.columns import check_columns, reward_columns
 from latent_grpo.rewards.scoring import reward_names, score
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.response_text import response_texts
@@ -86,6 +86,7 @@ class Collector:
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
         self.prompts_seen = self.generations = 0
         self.columns = reward_columns(rows)  # of the data
+        check_columns(reward_funcs, rows, self.columns)
         self.state = TrainerState()
 
     def collect(self, model: Any, step: int) -> tuple[Groups, dict[str, float]]:

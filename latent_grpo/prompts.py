@@ -299,6 +299,17 @@ def _with_ids(tokenizer: Any, rows: Sequence[Any], prompt_format: PromptFormat) 
         yield from zip(several, ids, strict=True)
 
 
+def require_rows(name: str, rows: Any) -> None:
+    """Raise DataError unless `rows` holds rows by number: a list of dicts, or a `datasets.Dataset`."""
+    if isinstance(rows, Mapping):
+        keys = ", ".join(map(repr, rows))
+        raise DataError(f"{name} is a mapping with the keys {keys}; give one split of it, or a list of rows")
+    if isinstance(rows, str) or hasattr(rows, "iloc") or not all(hasattr(rows, x) for x in ("__len__", "__getitem__")):
+        raise DataError(f"{name} is a {type(rows).__name__}; give a list of rows (dicts), or a datasets.Dataset")
+    if not len(rows):
+        raise DataError(f"{name} is empty; give rows with a 'prompt' column")
+
+
 def required_prompt(row: Any, number: int) -> Prompt:
     """Return the prompt of row `number`. DataError if it has none that is a text or messages with role and content."""
     has_prompt = isinstance(row, Mapping) and "prompt" in row

@@ -11,6 +11,7 @@ How it differs from textbook GRPO:
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -26,20 +27,15 @@ from latent_grpo.architecture import check_prompt_lengths
 from latent_grpo.collect import Collector
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.decoding_proof import check_decoding
-from latent_grpo.errors import ConfigError, require
+from latent_grpo.errors import require
 from latent_grpo.evaluation import evaluate
-from latent_grpo.model import (
-    check_vocabulary,
-    end_marker_ids,
-    eos_ids,
-    lm_head,
-    load_model,
-    load_tokenizer,
-)
+from latent_grpo.model import check_vocabulary, end_marker_ids, eos_ids, lm_head, load_model, load_tokenizer
 from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, rows_of_groups, share_of_rank
-from latent_grpo.prompts import resolve_format, with_short_prompts
+from latent_grpo.prompts import require_rows, resolve_format, with_short_prompts
+from latent_grpo.rewards.columns import check_columns, reward_columns
+from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.rewards.resolve import RewardFuncs, resolve_rewards
 from latent_grpo.rewards.scoring import metric_means
 from latent_grpo.rollout.samples import Samples
@@ -120,20 +116,41 @@ class LatentGRPOTrainer:
         self.args = args = args or LatentGRPOConfig()
         self.output_dir = Path(args.output_dir)
         set_seed(args.seed)  # new adapters start from random values
-        source = model if isinstance(model, str) else model.config._name_or_path
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        loaded = isinstance(model, str)
+        self.model = load_model(model, args.dtype, args.device) if loaded else model
+        check_decoding(self.model)  # it says what is no model
+        source = model if loaded else model.config._name_or_path
         self.tokenizer = processing_class or load_tokenizer(source)
-        self.model = load_model(model, args.dtype, args.device) if isinstance(model, str) else model
-        check_decoding(self.model)
         check_saved_weights(self.model)
         self.device = self.model.device
         chosen = args.reward_funcs if reward_funcs is None else reward_funcs
         self.reward_funcs = resolve_rewards(chosen, args.reward_weights, reward_processing_classes, self.device)
-        require(not args.eval_steps or bool(eval_dataset), "eval_steps", args.eval_steps, "it needs an eval_dataset")
-        if not train_dataset:
-            raise ConfigError("train_dataset is empty; give rows with a 'prompt' column")
-        named = source if isinstance(model, str) else args.model_name_or_path or source
-        self.prompt_format = resolve_format(args, named)
-        data = (train_dataset, eval_dataset)
+        self.prompt_format = resolve_format(args, source if loaded else args.model_name_or_path or source)
+        self._prepare_data(train_dataset, eval_dataset)
+        self.sampling = self._sampling_options()
+        used = (self.sampling, self.rows, self.tokenizer, self.reward_funcs, self.prompt_format)
+        self.collector = Collector(args, *used)
+        self.update_size = args.update_size(world_size())
+        prompts, remedy = self.collector.prompts_per_batch, "{} processes share its {} prompts; give each one or more"
+        shared = remedy.format(world_size(), prompts)
+        require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, shared)
+        self.length = run_length(args, len(self.rows), self.update_size)
+        self.total_steps = self.length.rollouts
+        self._prepare_models(source if loaded else None)
+        written = (args, self.model, self.full_model, self.tokenizer, self.prompt_format)
+        self.checkpoints = Checkpoints("train", *written, self.updater, self.rows, self.length.updates)
+        self.step = 0
+        set_seed(rank_seed(args.seed, rank()))  # reward functions may draw
+        self.metrics: Metrics
+
+    def _prepare_data(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Check the rows, and leave long prompts out as the options ask."""
+        args, data = self.args, (train_dataset, eval_dataset)
+        require_rows("train_dataset", train_dataset)
+        if args.eval_steps or eval_dataset is not None:
+            require(eval_dataset is not None, "eval_steps", args.eval_steps, "it needs an eval_dataset")
+            require_rows("eval_dataset", eval_dataset)
         lengths = check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, *data)
         self.rows, self.eval_rows = (
             with_short_prompts(rows, tokens, args.max_prompt_length, args.long_prompts)
@@ -142,22 +159,8 @@ class LatentGRPOTrainer:
         for rows in (self.rows, self.eval_rows):
             given = (self.model.config, self.tokenizer, rows, self.prompt_format)
             check_prompt_lengths(*given, args.max_completion_length)
-        self.sampling = self._sampling_options()
-        self.collector = Collector(
-            args, self.sampling, self.rows, self.tokenizer, self.reward_funcs, self.prompt_format
-        )
-        self.update_size = args.update_size(world_size())
-        prompts, remedy = self.collector.prompts_per_batch, "{} processes share its {} prompts; give each one or more"
-        shared = remedy.format(world_size(), prompts)
-        require(prompts >= world_size(), "generation_batch_size", args.generation_batch_size, shared)
-        self.length = run_length(args, len(self.rows), self.update_size)
-        self.total_steps = self.length.rollouts
-        self._prepare_models(source if isinstance(model, str) else None)
-        written = (args, self.model, self.full_model, self.tokenizer, self.prompt_format)
-        self.checkpoints = Checkpoints("train", *written, self.updater, self.rows, self.length.updates)
-        self.step = 0
-        set_seed(rank_seed(args.seed, rank()))  # reward functions may draw
-        self.metrics: Metrics
+        if self.eval_rows:
+            check_columns([accuracy_reward], self.eval_rows, reward_columns(self.eval_rows))
 
     def _sampling_options(self) -> LatentSampling:
         """Return the options of a rollout, with the token ids that end a latent run and a response."""

@@ -76,7 +76,7 @@ class Judge:
             responses = self.described(generate_latent(self.model, ids, mask, greedy), rows, 1)
             solved = self.solved(rows, ids, mask, numbers) if self.num_samples else []
         records = [
-            {"number": i, "prompt": row["prompt"], "answer": row["answer"], "responses": of_one}
+            {"number": i, "prompt": row["prompt"], "answer": row.get("answer"), "responses": of_one}
             for i, row, of_one in zip(numbers, rows, responses, strict=True)
         ]
         for record, count in zip(records, solved, strict=False):

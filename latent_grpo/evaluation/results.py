@@ -17,7 +17,7 @@ from latent_grpo.evaluation.statistics import bootstrap_interval, mean, pass_at_
 from latent_grpo.model import check_vocabulary
 from latent_grpo.parallel.process_group import all_gather, rank, world_size
 from latent_grpo.prompts import PromptFormat
-from latent_grpo.rewards.columns import reward_columns
+from latent_grpo.rewards.columns import check_columns, reward_columns
 from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.watching.metrics import progress_bar
 
@@ -55,7 +55,7 @@ def evaluate(
 
     Args:
         model, tokenizer: a causal LM and its tokenizer, as `generate_latent` and `encode_prompts` take them.
-        rows: N problems with the keys `prompt` (a string or chat messages) and `answer` (the reference).
+        rows: N problems with the keys `prompt` (a string or chat messages) and `answer` (if the reward needs one).
         sampling: noise and temperature of the samples, and the seed of their streams (runs have seeds of their own).
         pass_at: the k of pass@k.
         num_samples: samples per problem. The default is max(pass_at), or none if that is 1. Not with `run_seeds`.
@@ -88,7 +88,7 @@ def evaluate(
     """
     tries, prompt_format = _count_samples(pass_at, num_samples, run_seeds), prompt_format or PromptFormat()
     check_vocabulary(model, tokenizer, prompt_format, sampling.latent, rows)
-    names = reward_columns(rows)
+    check_columns([reward], rows, names := reward_columns(rows))
     judge = Judge(model, tokenizer, sampling, prompt_format, reward, tries, run_seeds, batch_size, names)
     records = _records(judge, rows, label, show_progress)
     return summarise(records, pass_at, tries, run_seeds, sampling.max_new_tokens if length_of == "finished" else None)

@@ -66,6 +66,16 @@ def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str
     return {parameter.name: given[parameter.name] for parameter in parameters if parameter.name in given}
 
 
+def required_arguments(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments without which a function cannot be called by keyword."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a function of an extension module
+        return []
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [each.name for each in parameters if each.kind in by_keyword and each.default is each.empty]
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Return the name of a function, of the function in a partial, or of the class of a callable object."""
     while isinstance(function, functools.partial):

@@ -23,7 +23,7 @@ from latent_grpo.model import (
 )
 from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_reduce_sum
-from latent_grpo.prompts import PromptFormat, resolve_format
+from latent_grpo.prompts import PromptFormat, require_rows, resolve_format
 from latent_grpo.saving.model_files import check_saved_weights, save_model
 from latent_grpo.sft.examples import Example, build_examples, check_examples, collate, with_chains
 from latent_grpo.sft.inputs import ATTEMPTS, input_mixtures, perturbed_labels
@@ -60,6 +60,7 @@ class LatentSFTTrainer(UpdateLoop):
         check_decoding(model)
         check_saved_weights(model)
         set_seed(args.seed)  # new adapters start from random values
+        require_rows("train_dataset", train_dataset)
         prompt_format = resolve_format(args, args.model_name_or_path or model.config._name_or_path)
         check_vocabulary(model, processing_class, prompt_format, True, train_dataset)
         # Soft labels are in place of chains, but are of the rows that `encode` kept.

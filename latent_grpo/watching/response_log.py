@@ -65,7 +65,7 @@ def arrow_array(values: list[Any]) -> Any:
 
     try:
         return pyarrow.array(values)
-    except pyarrow.ArrowException:
+    except (pyarrow.ArrowException, OverflowError):  # a mixture of kinds, an object, an integer of many digits
         return pyarrow.array([None if value is None else str(value) for value in values], pyarrow.string())
 
 

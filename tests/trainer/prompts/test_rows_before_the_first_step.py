@@ -226,3 +226,28 @@ def test_an_end_marker_inside_a_chain_is_named(make, tokenizer):
     assert refused(make, "sft", rows, latent=False) == words
     with pytest.raises(DataError, match="row 2 holds the end marker"):
         chain_examples(tokenizer, rows, EncodeConfig(), PromptFormat())
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"train": ROWS}, "train_dataset is a mapping with the keys 'train'; give one split of it"),
+        (iter(ROWS), "train_dataset is a list_iterator; give a list of rows"),
+        ("rows.jsonl", "train_dataset is a str; give a list of rows"),
+        (None, "train_dataset is a NoneType; give a list of rows"),
+        ([], "train_dataset is empty"),
+    ],
+)
+def test_data_that_is_no_list_of_rows_is_refused(rows, words, model, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=words):
+        LatentGRPOTrainer(model, None, LatentGRPOConfig(output_dir=str(tmp_path), **SMALL), rows, None, tokenizer)
+    with pytest.raises(DataError, match=words):
+        LatentSFTTrainer(model, LatentSFTConfig(output_dir=str(tmp_path)), rows, tokenizer)
+
+
+def test_a_model_is_a_path_too_and_what_is_none_is_refused(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    args = LatentGRPOConfig(output_dir=str(tmp_path / "run"), **SMALL)
+    assert LatentGRPOTrainer(tmp_path / "model", None, args, ROWS, None, tokenizer).rows == ROWS
+    with pytest.raises(ModelError, match="NoneType is no model of transformers"):
+        LatentGRPOTrainer(None, None, args, ROWS, None, tokenizer)

@@ -10,7 +10,9 @@ from datasets import Dataset
 from support.options import ROWS, metrics_of
 from support.trainers import even, grpo
 
+from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer
 from latent_grpo.commands.main import main
+from latent_grpo.errors import DataError
 from latent_grpo.rewards.columns import reward_columns
 
 EXTRA = {"level": 3, "tags": ["a", "b"], "info": {"source": "x"}, "text": "t", "ids": [1], "solution": "s"}
@@ -53,6 +55,30 @@ def test_columns_with_the_name_of_an_argument_are_left_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reward_columns([{"prompt": "p", "ids": 1}, {"text": 2}]) == ["ids", "text"]
+
+
+def needs_level(completions, level):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "row", "words"),
+    [
+        (needs_level, {}, r"'needs_level' needs 'level', which is no column of the data \(\[chain, answer\]\)"),
+        ("accuracy", {"answer": None}, "row 2 has the answer None, with which 'accuracy_reward' can compare"),
+        ("exact_match", {"answer": " "}, "row 2 has the answer ' ', with which 'exact_match_reward' can compare"),
+    ],
+)
+def test_what_a_reward_needs_is_missed_before_the_first_step(reward, row, words, tokenizer, warm, tmp_path):
+    columns = ("prompt", "chain", "answer")
+    rows = [{name: each[name] for name in columns} for each in ROWS[:3]]
+    rows[1] |= row
+    with pytest.raises(DataError, match=words):
+        grpo(tmp_path, tokenizer, reward, warm, rows=rows)
+    if reward == "accuracy":
+        args = LatentGRPOConfig(output_dir=str(tmp_path / "run"), latent_top_k=2, eval_steps=1)
+        with pytest.raises(DataError, match=words):
+            LatentGRPOTrainer(warm, needs_level, args, [{**ROWS[0], "level": 1}], rows, tokenizer)
 
 
 @pytest.mark.parametrize("renamed", [False, True])
