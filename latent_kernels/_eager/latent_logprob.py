@@ -196,7 +196,6 @@ def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None, *, 
     weights = spec.weights
     if used is not None:
         weights = weights.unsqueeze(-1) * used
-        # An unused component has the ratio 1, so it adds nothing to the statistics.
         ref = None if spec.ref_logprob is None else torch.where(used, spec.ref_logprob, 0.0)
         spec = spec._replace(old_logprob=torch.where(used, spec.old_logprob, 0.0), ref_logprob=ref)
     with torch.set_grad_enabled(wants_gradient):
@@ -214,5 +213,8 @@ def step_losses(logprob: Tensor, spec: LossSpec, used: Tensor | None = None, *, 
         gradient = torch.autograd.grad(total, logprob)[0] if wants_gradient else None
     if "kl" in terms:
         terms["kl"] = terms["kl"] * weights
+    if used is not None:
+        # The ratio of an unused component is 1, which "cispo" may clip too.
+        terms = {name: term * used for name, term in terms.items()}
     sums = [terms[name].sum() if name in terms else total.new_zeros(()) for name in SUMS[1:]]
     return StepLosses(gradient, torch.stack([total.detach(), *sums]))

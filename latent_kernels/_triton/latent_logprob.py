@@ -111,7 +111,7 @@ def latent_logprob_kernel(
         else:
             replaced = -float("inf")
             if MARGIN > 0:
-                replaced = tl.where(tl.load(advantages_ptr + row) <= 0, 0.0, -float("inf"))
+                replaced = tl.where(tl.load(advantages_ptr + row).to(tl.float32) <= 0, 0.0, -float("inf"))
             terms, component_coefficients, margins = component_terms(log_probs, scores, replaced, MARGIN)
             latent = tl.sum(tl.where(used, terms, 0.0), 0) / K
             component_coefficients = component_coefficients / K

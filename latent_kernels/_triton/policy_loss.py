@@ -39,8 +39,9 @@ N_SUMS = tl.constexpr(len(SUMS))
 
 @triton.jit
 def clamped(value, low, high):
-    """Clamp a value to [low, high]. NaN stays NaN, unlike with minima and maxima."""
-    return tl.where(value < low, low, tl.where(value > high, high, value))
+    """Clamp a value to [low, high], to `high` if that is below `low`. NaN stays NaN, unlike with minima and maxima."""
+    value = tl.where(value < low, low, value)
+    return tl.where(value > high, high, value)
 
 
 @triton.jit

@@ -253,7 +253,9 @@ def mix_embeddings_ref(ids: Tensor, scores: Tensor, embedding: Tensor, *, tau: f
     A text row is `embedding[ids[0]]`.
     """
     weights = mixture_weights(ids, scores.to(compute_dtype(embedding, scores)), tau)
-    return mix(ids, weights, embedding)
+    # In a wider copy of the table, the gradients of a token add up before they are rounded.
+    table = embedding.to(weights.dtype) if embedding.requires_grad else embedding
+    return mix(ids, weights, table).to(embedding.dtype)
 
 
 def project_with_noise_ref(

@@ -96,6 +96,19 @@ def test_aligned_coefficients_push_a_negative_advantage_down():
     assert coefficients_of("aligned", -1.0, -0.7) > 0 > coefficients_of("released", -1.0, -0.7)
 
 
+@FROM_LOGITS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_sign_of_an_advantage_is_read_in_any_dtype(operator, dtype, make_trajectory):
+    data = narrowed(make_trajectory(margins="mixed"), precision(operator))
+    assert (data.advantages < 0).any()
+    gradients = []
+    for advantages in (data.advantages, data.advantages.to(dtype)):
+        logits = data.logits.clone().requires_grad_()
+        operator(logits, data.ids, data.scores, advantages=advantages).sum().backward()
+        gradients.append(logits.grad)
+    assert torch.equal(*gradients)
+
+
 @PUBLIC_AND_REFERENCE
 def test_gradients_of_duplicate_ids_add_up(operator, make_trajectory):
     data = narrowed(make_trajectory(6, 33, 4, text_rows=False), precision(operator))

@@ -165,6 +165,7 @@ def make_method_batch(make_trajectory: Any, ratio: str, operator: Any) -> dict[s
 LOSSES = [
     *(dict(aggregation=aggregation) for aggregation in AGGREGATIONS),
     dict(objective="cispo", kl_estimator="k1"),
+    dict(objective="cispo", clip_high=-0.5),  # the ratio 1 is clipped too
     dict(kl_estimator="k2", dual_clip=None),
     dict(entropy_coef=0.3),
 ]

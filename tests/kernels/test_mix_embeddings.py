@@ -187,12 +187,11 @@ def test_gradients_equal_the_oracle(operator, tau):
     assert_gradients_equal_the_oracle(operator, tau, torch.float32)
 
 
-# Autograd adds up the gradients of a repeated token in the table's dtype, the kernel in float32.
-@NEEDS_TRITON
+@PUBLIC_AND_TRITON
 @pytest.mark.parametrize("tau", [0.7, "per-row"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_kernel_rounds_gradients_of_low_precision_only_once(dtype, tau):
-    assert_gradients_equal_the_oracle(triton_mix, tau, dtype)
+def test_gradients_of_low_precision_are_rounded_only_once(operator, dtype, tau):
+    assert_gradients_equal_the_oracle(operator, tau, dtype)
 
 
 @NEEDS_TRITON
