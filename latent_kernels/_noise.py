@@ -7,6 +7,7 @@ and so keep the high word of a 32 x 32 bit product.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ def philox_words(ids: Tensor, row_ids: Tensor, seed: int | Tensor, step: int | T
         step = step.unsqueeze(-1)
     if ids.device.type == "cpu":
         # A hundred small operations cost NumPy a fifth of what they cost torch.
-        return torch.from_numpy(_numpy_words(ids.numpy(), rows.numpy(), _on_host(seed), _on_host(step)))
+        keys = _round_keys(seed.numpy()) if isinstance(seed, Tensor) and seed.ndim else _kept_keys(int(seed))
+        return torch.from_numpy(_numpy_words(ids.numpy(), rows.numpy(), keys, _on_host(step)))
     c0, c1, c2, c3 = ids & _WORD, rows & _WORD, (rows >> 32) & _WORD, step & _WORD
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(_ROUNDS):
@@ -61,22 +63,29 @@ def _on_host(number: int | Tensor) -> Any:
     return number.numpy() if isinstance(number, Tensor) and number.ndim else np.array([int(number)])
 
 
-def _numpy_words(ids: Any, rows: Any, seed: Any, step: Any) -> Any:
-    """Compute `philox_words` on int64 arrays that broadcast against each other."""
+def _round_keys(seed: Any) -> list[tuple[Any, Any]]:
+    """Return the two key words of every round, given an int or an array: those of the seed plus n steps in round n."""
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    steps = [(n * _KEY_STEPS[0], n * _KEY_STEPS[1]) for n in range(_ROUNDS)]
+    return [(np.uint64((low + first) & _WORD), np.uint64((high + second) & _WORD)) for first, second in steps]
 
-    def halves(number: Any) -> tuple[Any, Any]:
-        """Return the low and the high words: views if the inner axis is contiguous."""
-        words = np.ascontiguousarray(number).view("<u4")  # little-endian: the low word comes first
-        return words[..., ::2], words[..., 1::2]
 
-    (c0, _), (c1, c2), (c3, _), (k0, k1) = halves(ids), halves(rows), halves(step), halves(seed)
-    for number in range(_ROUNDS):
-        low0, high0 = halves(c0 * np.uint64(_MULTIPLIERS[0]))
-        low1, high1 = halves(c2 * np.uint64(_MULTIPLIERS[1]))
-        # The key of round n is the first key plus n steps, modulo 2^32.
-        key0, key1 = (k + np.uint32(number * s & _WORD) for k, s in zip((k0, k1), _KEY_STEPS, strict=True))
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-    return c0.astype(np.int64)
+_kept_keys = functools.lru_cache(maxsize=64)(_round_keys)  # of a seed that is an int
+
+
+def _numpy_words(ids: Any, rows: Any, keys: list[tuple[Any, Any]], step: Any) -> Any:
+    """Compute `philox_words` on int64 arrays that broadcast against each other. Words are the low halves of uint64."""
+    half, word = np.uint64(32), np.uint64(_WORD)
+    first, second = (np.uint64(multiplier) for multiplier in _MULTIPLIERS)
+    ids, rows, step = (x.view(np.uint64) for x in (ids, rows, step))
+    c0, c1, c2, c3 = ids & word, rows & word, rows >> half, step & word
+    *keys, (last, _) = keys
+    for key0, key1 in keys:
+        product0, product1 = c0 * first, c2 * second
+        c0, c2 = (product1 >> half) ^ c1 ^ key0, (product0 >> half) ^ c3 ^ key1
+        c1, c3 = product1 & word, product0 & word
+    # Of the last round, only the first word is wanted.
+    return (((c2 * second) >> half) ^ c1 ^ last).view(np.int64)
 
 
 def uniform(words: Tensor) -> Tensor:
@@ -105,7 +114,10 @@ def gumbel_noise(exponential: Tensor, kind: str, delta: float = 0.0) -> Tensor:
     """
     exponential = exponential.to(torch.promote_types(exponential.dtype, torch.float32))
     noise = torch.clamp(-torch.log(exponential), GUMBEL_LOW, GUMBEL_HIGH)
-    return noise - GUMBEL_LOW + delta if kind == "one_sided" else noise
+    if kind != "one_sided":
+        return noise
+    noise = noise - GUMBEL_LOW
+    return noise + delta if delta else noise
 
 
 def noise_bounds(kind: str, delta: float = 0.0) -> tuple[float, float]:

@@ -62,10 +62,12 @@ def operator(
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             if torch.compiler.is_compiling():
                 return _traced(name, dict(zip(names, args, strict=False)) | kwargs)
+            if not torch.is_grad_enabled():  # nothing has a gradient, and a decoding step need not look for one
+                return function(*args, **kwargs)
             # An argument too many has no name. It is passed on, so that the function complains of it.
             positional = list(zip(itertools.chain(names, itertools.repeat("")), args, strict=False))
             given = [*positional, *kwargs.items()]
-            has_graph = torch.is_grad_enabled() and any(n in differentiable and _has_gradient(x) for n, x in given)
+            has_graph = any(n in differentiable and _has_gradient(x) for n, x in given)
             ready: list[Any] = [_ready(x, n in differentiable, has_graph) for n, x in given]
             return function(*ready[: len(args)], **dict(zip(kwargs, ready[len(args) :], strict=True)))
 

@@ -36,9 +36,9 @@ def check_tensor(
             f"{name} must be an ordinary tensor, got a DTensor; give {name}.full_tensor(), or call the operator inside "
             "the forward pass of the sharded module, where its parameters are whole"
         )
-    expected = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-    fits = value.ndim == len(shape) and all(s is None or s == got for s, got in zip(shape, value.shape, strict=True))
-    if not fits:
+    sizes = tuple(value.shape)
+    if len(sizes) != len(shape) or any(s is not None and s != got for s, got in zip(shape, sizes, strict=True)):
+        expected = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
         raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
     if dtypes is not None and value.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")

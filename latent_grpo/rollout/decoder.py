@@ -56,12 +56,15 @@ class Slots:
 
     def select(self, index: Tensor | slice) -> Slots:
         """Return the slots `index`: views for a slice, copies for a tensor."""
-        return Slots(*(getattr(self, field.name)[index] for field in fields(self)))
+        return Slots(*(getattr(self, name)[index] for name in SLOT_FIELDS))
 
     def put(self, target: Tensor | slice, values: Slots) -> None:
         """Overwrite the slots `target`."""
-        for field in fields(self):
-            getattr(self, field.name)[target] = getattr(values, field.name)
+        for name in SLOT_FIELDS:
+            getattr(self, name)[target] = getattr(values, name)
+
+
+SLOT_FIELDS = tuple(field.name for field in fields(Slots))
 
 
 class Record:

@@ -124,21 +124,22 @@ class _Schedule:
 
     def drop(self) -> None:
         """Describe the batch, and take finished rows out of it once they are at least 10% of it."""
-        state = self.decoder.state.first(self.count)
         if not self.count:
             return
-        live = ~state.done
+        state = self.decoder.state
+        done, in_latent, last = (x[: self.count] for x in (state.done, state.in_latent, state.last))
+        live = ~done
         # One tensor, so that the three numbers cost one wait for the device.
         live_count, latent_count, self.furthest = torch.stack(
-            [live.sum(), (live & state.in_latent).sum(), state.last.max()]
+            [live.sum(), (live & in_latent).sum(), last.max()]
         ).tolist()
         self.kind = TEXT if latent_count == 0 else LATENT if latent_count == live_count else MIXED
         if live_count == self.count or live_count > COMPACT_BELOW * self.count:
             return
         # As many live rows lie behind the first `live_count` slots as there are finished rows in them.
-        target = state.done[:live_count].nonzero().squeeze(-1)
+        target = done[:live_count].nonzero().squeeze(-1)
         source = live[live_count:].nonzero().squeeze(-1) + live_count
         if len(target):
             self.decoder.move(target, source)
-        state.done[live_count:] = True  # the slots behind the batch hold copies of rows that are live in it
+        done[live_count:] = True  # the slots behind the batch hold copies of rows that are live in it
         self.count = live_count
