@@ -8,9 +8,8 @@ from support import oracle
 from support import tolerances as tol
 from support.fused_losses import AGGREGATIONS, assert_equals_the_oracle, make_batch, run
 from support.kernels import narrowed, precision, with_kernel
-from support.largest_tensor import LargestTensor
+from support.largest_tensor import ROWS, VOCAB, one_chunk
 
-from latent_kernels import _chunks as chunks
 from latent_kernels import fused_policy_loss
 from latent_kernels._eager import latent_logprob as eager_rows
 from latent_kernels.reference.loss import text_entropy_ref
@@ -69,11 +68,8 @@ def test_gradients_with_a_bonus_are_those_of_the_value(make_trajectory):
 
 
 def test_entropy_bonus_holds_no_second_chunk_of_logits(make_trajectory, monkeypatch):
-    vocab, rows_per_chunk = 512, 12
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", rows_per_chunk * vocab * 4)
     monkeypatch.setattr(eager_rows, "BLOCK_COLUMNS", 64)
-    batch = make_batch(make_trajectory, (8, 12), vocab=vocab, width=8, dtype=torch.float32)
+    batch = make_batch(make_trajectory, (8, ROWS // 8), vocab=VOCAB, width=8, dtype=torch.float32)
     batch["mask"][:] = True
-    with LargestTensor() as seen:
+    with one_chunk(monkeypatch):
         run(fused_policy_loss, batch, entropy_coef=0.1)
-    assert rows_per_chunk * vocab <= seen.elements < 96 * vocab / 4
