@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, SHARE, Range, option
+from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, option
 from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.sampling import LatentSampling, SamplingOptions
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, RunOptions
@@ -107,7 +107,9 @@ class UpdateOptions:
         "Ratio of a step, or the geometric mean over its response (GSPO, with epsilon 3e-4 and epsilon_high 4e-4). "
         "component: one ratio for each component of a latent step, only with method multiplex (its released code).",
     )
-    epsilon: float = option(0.2, "Clip range below 1.", SHARE)
+    epsilon: float = option(
+        0.2, "Clip range below 1. From 1 on, the ratio has no lower bound; DeepSeek-R1 takes 10.", NON_NEGATIVE
+    )
     epsilon_high: float | None = option(
         None,
         "Clip range above 1. Default: epsilon. With cispo it is the largest weight itself; ScaleRL takes 5.",

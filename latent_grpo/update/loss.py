@@ -46,7 +46,7 @@ def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
         aggregation=AGGREGATIONS[args.loss_type],
         objective=objective,
         # The weight of CISPO has no lower bound. Its upper bound is the weight itself, not its distance from 1.
-        clip_low=1.0 if cispo else args.epsilon,
+        clip_low=1.0 if cispo else min(args.epsilon, 1.0),
         clip_high=high - 1.0 if cispo else high,
         ratio="sequence" if args.loss_type == "gspo" else args.importance_sampling_level,
         kl_coef=args.beta,

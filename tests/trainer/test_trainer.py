@@ -117,7 +117,7 @@ def test_the_reference_model_is_made_only_for_a_penalty_and_stays_as_it_was(toke
         ("noise", "none"),
         ("temperature", 0.0),
         ("max_steps", 0),
-        ("epsilon", 1.5),
+        ("epsilon", -0.1),
         ("epsilon_high", -0.1),
         ("delta", 1.0),
         ("beta", -0.1),

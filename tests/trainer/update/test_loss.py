@@ -90,6 +90,7 @@ def test_every_loss_type_is_the_textbook_formula(tokenizer, warm, tmp_path, loss
     [
         (dict(), dict(ratio="token", objective="clip", clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl_coef=0.0)),
         (dict(epsilon=0.1, epsilon_high=0.28, delta=4.0), dict(clip_low=0.1, clip_high=0.28, dual_clip=4.0)),
+        (dict(epsilon=10.0, delta=None), dict(clip_low=1.0, clip_high=10.0)),
         (dict(loss_type="gspo"), dict(ratio="sequence", aggregation="seq-mean-token-mean")),
         (dict(importance_sampling_level="sequence"), dict(ratio="sequence", aggregation="token-mean")),
         (dict(epsilon=0.3, delta=1.1), dict(clip_high=pytest.approx(0.1), dual_clip=1.3)),

@@ -29,6 +29,8 @@ SETS: list[dict[str, Any]] = [
     *(dict(loss_type=name, mask_truncated_completions=True, entropy_coef=0.1, beta=0.1) for name in LOSS_TYPES),
     *(dict(loss_type=name, importance_sampling_cap=1.2, beta=0.1) for name in LOSS_TYPES if name != "vespo"),
     dict(epsilon=0.05, epsilon_high=0.28),
+    dict(loss_type="grpo", epsilon=10.0, beta=0.001),  # DeepSeek-R1: no lower bound
+    dict(loss_type="cispo", epsilon=1.5),
     dict(epsilon=0.3, delta=1.5),
     dict(epsilon=0.3, delta=1.1),  # below 1 + epsilon
     dict(epsilon=0.3, delta=1.1, loss_type="grpo", **SEQUENCE),
