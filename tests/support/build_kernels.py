@@ -1,7 +1,7 @@
 """Build every launchable configuration of the kernels without a GPU: `python build_kernels.py CAPABILITY [--quick]`.
 
 With `--quick`, build one configuration per family of kernels. Print one JSON line per configuration: its name,
-registers, bytes of stack, local memory and shared memory, and the number of warpgroup matrix instructions (HGMMA).
+registers, bytes of stack, local memory and shared memory, and of an LM head warpgroup matrix instructions (HGMMA).
 This is a program of its own, because Triton decides when it is imported whether kernels are compiled or interpreted.
 """
 
@@ -363,15 +363,15 @@ def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Return registers per thread, bytes of stack and local memory, and HGMMA instructions of a cubin."""
+def resources(cubin: bytes, has_product: bool) -> dict[str, int]:
+    """Return registers per thread, bytes of stack and local memory of a cubin, and HGMMA of a product (slow)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = run_tool("cuobjdump", "--dump-resource-usage", file.name)
         counts = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
         assert set(counts) == {"reg", "stack", "local"}, text
-        return {**counts, "hgmma": run_tool("nvdisasm", file.name).count("HGMMA")}
+        return {**counts, "hgmma": run_tool("nvdisasm", file.name).count("HGMMA")} if has_product else counts
 
 
 def compile_one(index: int, capability: int, quick: bool) -> str:
@@ -384,14 +384,14 @@ def compile_one(index: int, capability: int, quick: bool) -> str:
     signature = {**build.types, **dict.fromkeys(build.constants, "constexpr")}
     source = ASTSource(build.kernel, signature, build.constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
-    return json.dumps({"name": build.name, "shared": built.metadata.shared, **resources(built.asm["cubin"])})
+    used = resources(built.asm["cubin"], has_product=build.kernel is lm_head.lm_head_kernel)
+    return json.dumps({"name": build.name, "shared": built.metadata.shared, **used})
 
 
 def main(capability: int, quick: bool) -> None:
     """Build everything for one target."""
     tasks = [(index, capability, quick) for index in range(len(builds(quick)))]
-    # Workers that are forked inherit the imported modules.
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:  # forked, with the imported modules
         for line in pool.starmap(compile_one, tasks, chunksize=1):
             print(line)
 
