@@ -177,8 +177,22 @@ def policy_advantages(
     if args.importance_sampling_cap is not None:
         # Truncated importance sampling: the sampler's log-probs are not exactly those of the trainer.
         weights = (old_logprob - rollout.logprob).exp().clamp_max(args.importance_sampling_cap)
-        advantages = advantages * torch.where(rollout.mask, weights, 1.0)
+        advantages = advantages * sampler_weights(args, rollout, weights)
     return advantages
+
+
+def sampler_weights(args: LatentGRPOConfig, rollout: Rollout, weights: Tensor) -> Tensor:
+    """Return what multiplies the advantages [R, T], from the capped weights of steps [R, T]; 1 behind a response.
+
+    A loss whose ratio is one number per response has the mean weight of the response at each of its steps, so that its
+    gradients are those of TRL.
+    """
+    weights = torch.where(rollout.mask, weights, 1.0)
+    if loss_options(args)["ratio"] != "sequence" or args.loss_type == "cispo":  # whose log-probs are those of steps
+        return weights
+    counted = response_mask(rollout, args.loss_on, args.max_latent_steps)
+    mean = (weights * counted).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp_min(1)
+    return mean.expand_as(weights)
 
 
 def without_unscored(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

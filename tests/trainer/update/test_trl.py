@@ -28,6 +28,7 @@ SETS: list[dict[str, Any]] = [
     *(dict(loss_type=name, entropy_coef=0.3) for name in LOSS_TYPES),
     *(dict(loss_type=name, mask_truncated_completions=True, entropy_coef=0.1, beta=0.1) for name in LOSS_TYPES),
     *(dict(loss_type=name, importance_sampling_cap=1.2, beta=0.1) for name in LOSS_TYPES if name != "vespo"),
+    *(dict(loss_type=name, importance_sampling_cap=1.2, **SEQUENCE) for name in ("grpo", "dapo", "cispo", "sapo")),
     dict(epsilon=0.05, epsilon_high=0.28),
     dict(loss_type="grpo", epsilon=10.0, beta=0.001),  # DeepSeek-R1: no lower bound
     dict(loss_type="cispo", epsilon=1.5),
