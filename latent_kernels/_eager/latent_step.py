@@ -238,15 +238,14 @@ def noisy_top_k(
 
 def sorted_step(prefix: Prefix, log_z: Tensor, noisy: Tensor, options: LatentStepOptions) -> tuple[Tensor, Tensor]:
     """Return scores and ids [B, top_k] from the sorted vocabulary of B rows, of which noisy [B] get noise."""
-    top_k = options.top_k
+    top_k, column = options.top_k, noisy.unsqueeze(-1)
+    scores, ids = prefix.logits[:, :top_k] - log_z, prefix.ids[:, :top_k]
     if options.noise == "none":
-        return prefix.logits[:, :top_k] - log_z, prefix.ids[:, :top_k]
-    noise, column = row_noise(options.noise_spec, prefix.logits), noisy.unsqueeze(-1)
-    noise = noise._replace(scale=torch.where(column, noise.scale, 0.0))
-    if noise.exponential is not None:  # an unused draw may be NaN, and 0 * NaN is NaN
-        noise = noise._replace(exponential=torch.where(column, noise.exponential, 1.0))
-    top_p = torch.as_tensor(options.top_p, dtype=torch.float64)
-    return noisy_round(prefix, log_z, top_k, top_p, noise)[:2]
+        return scores, ids
+    noise, top_p = row_noise(options.noise_spec, prefix.logits), torch.as_tensor(options.top_p, dtype=torch.float64)
+    best, best_ids, _ = noisy_round(prefix, log_z, top_k, top_p, noise)
+    # A row without noise is not ranked again: different logits may have equal log-probs, by rounding.
+    return torch.where(column, best, scores), torch.where(column, best_ids, ids)
 
 
 def grouped_step(

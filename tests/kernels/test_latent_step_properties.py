@@ -196,6 +196,17 @@ def test_draws_of_hard_rows_are_not_read():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+def test_a_row_without_noise_is_the_same_beside_rows_with_noise():
+    """Its logits differ by one unit in the last place, which their log-probs lose."""
+    logits = torch.zeros(2, 50)
+    logits[:, 30:] = 1.0
+    logits[:, 7] = 1.0 - 2.0**-24
+    table, latent = torch.randn(50, 4), torch.tensor([True, False])
+    assert logits.log_softmax(-1)[1, 7] == logits.log_softmax(-1)[1, 30]
+    mixed = latent_step_from_logits(logits, table, top_k=5, seed=0, latent_mask=latent)
+    assert torch.equal(mixed.ids[1], torch.arange(30, 35))
+
+
 def test_peaked_rows_draw_noise_for_few_tokens_only(monkeypatch):
     import latent_kernels._eager.latent_step as eager
 
