@@ -19,13 +19,15 @@ import threading
 from functools import lru_cache
 from typing import Any
 
+# Of processor time: how busy the machine is must not decide a reward.
 COMPARISON_SECONDS = 3.0
+STALL_SECONDS = 120.0  # of wall time, for a process that waits and does not compute
 START_SECONDS = 120.0  # math-verify loads sympy
 
 
 @lru_cache(maxsize=8192)
 def same_expression(answer: str, reference: str) -> bool:
-    """Return whether math-verify finds the two LaTeX expressions equal; False if it cannot read both in time.
+    """Return whether math-verify finds the two LaTeX expressions equal; False if that takes too much processor time.
 
     The first call starts the process. Threads take turns.
 
@@ -63,11 +65,11 @@ class _Verifier:
     def same(self, answer: str, reference: str) -> bool:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps([answer, reference]) + "\n")
+            self.process.stdin.write(json.dumps([answer, reference, COMPARISON_SECONDS]) + "\n")
             self.process.stdin.flush()
         except OSError:  # the process has just died; the next comparison starts another
             return False
-        return self._reply(COMPARISON_SECONDS) is True
+        return self._reply(STALL_SECONDS) is True
 
     def close(self) -> None:
         if self.owner == os.getpid():
@@ -162,7 +164,11 @@ def _serve_comparisons() -> None:
     # The first comparison also builds the parser's tables, which takes half a second.
     print(json.dumps(same("x+1", "1+x")), file=replies, flush=True)
     for line in sys.stdin:
-        print(json.dumps(same(*json.loads(line))), file=replies, flush=True)
+        answer, reference, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal ends the process, inside any operation
+        verdict = same(answer, reference)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(verdict), file=replies, flush=True)
 
 
 if __name__ == "__main__":
