@@ -6,10 +6,11 @@ The first rule that applies decides:
 1. The answer is the contents of the last ``\boxed{...}``. A last box that is never closed is a cut-off answer: the
    completion then has no answer.
 2. The answer is the rest of the line after the last ``####``.
-3. Without a mark, the kind of the reference decides. For a choice letter, the answer is a letter that is stated ("the
-   answer is (B)") or that ends a line. For an expression or a word, it is the text after "answer is", or the whole text
-   where that is the reference, or the formula that ends the text, in dollars or not. For a number, it is the last
-   number; where that is a part of a formula, it is the formula's right side: ``2\sqrt{3}`` is no 3.
+3. Without a mark, the kind of the reference decides, and only the last ``<answer>...</answer>`` is read if there is
+   one. For a choice letter, the answer is a letter that is stated ("the answer is (B)") or that ends a line. For an
+   expression or a word, it is the text after "answer is", or the whole text where that is the reference, or the formula
+   that ends the text, in dollars or not. For a number, it is the last number; where that is a part of a formula, it is
+   the formula's right side: ``2\sqrt{3}`` is no 3.
 
 Dashes, digits, spaces, wrappers and LaTeX commands of one meaning are first brought to one spelling (`notation.py`).
 Two quantities are compared exactly, as rational numbers with units (`quantities.py`); rounding is allowed only where
@@ -52,7 +53,7 @@ _UNIT_BEHIND = re.compile(
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![A-Za-z])")
 _INTERVAL = re.compile(r"[(\[].+,.+[)\]]|\\mathbb|\\mid|\|")
 _NAME_BEFORE = re.compile(r"[^=<>]*?(?<![<>!])(?:=|\\in(?![A-Za-z]))\s*")
-_ASSIGNMENT = re.compile(r"\\?[A-Za-z]\w*(?:_\{?\w+\}?)?\s*(?:=|\\approx)\s*(?=\S)")
+_ASSIGNMENT = re.compile(r"(?:\\?[A-Za-z]\w*(?:_\{?\w+\}?)?\s*)?(?:=|\\approx)\s*(?=\S)")
 
 
 def completion_text(completion: Completion) -> str:
@@ -74,6 +75,9 @@ def is_correct(text: str, reference: str) -> bool:
     """Return whether the answer in the visible text of a completion is the reference, by the rules of this module."""
     text, reference = tidy(text[-_TAIL_CHARACTERS:]), tidy(reference)
     answer = marked_answer(text)
+    if answer is None:
+        _, tag, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
+        text = tagged.strip() if tag else text
     choice = _CHOICE.fullmatch(bare(reference))
     if choice:
         return choice_letter(text, answer) == choice[1]

@@ -25,6 +25,7 @@ _FORMULA = re.compile(
 _RUN = re.compile(
     r"(?:\\[A-Za-z]+(?:\s*\{[^{}]*\})?|\\.|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[\d{}()\[\]^_+\-*/=|!<>.,' ])+"
 )
+_GOES_ON = re.compile(r"[ ,]*\.{3,}")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\[^A-Za-z]")
 _OPERATOR_BEFORE = re.compile(r"\d\)?%? ?[-+*/] ?$")
@@ -112,7 +113,7 @@ def _first_formula(statement: str) -> str:
 
 def _last_formula(text: str) -> str | None:
     """Return the formula at the end of a text, in dollars or not; None if the last line ends in words."""
-    end = text.rstrip(" \n\t.,;*")
+    end = _without_end_marks(text)
     formulas = list(_FORMULA.finditer(text))
     if formulas and formulas[-1].end() >= len(end):
         return _right_side(_contents(formulas[-1]))
@@ -158,7 +159,15 @@ def has_words(text: str) -> bool:
 
 
 def _without_article(run: str) -> str:
-    return re.sub(r"^\s*(?:a|A|I|is)\s+(?=\S)", "", run).strip(" ,.")
+    run = re.sub(r"^\s*(?:a|A|I|is)\s+(?=\S)", "", run).lstrip(" ,")
+    return _without_end_marks(re.sub(r"^\.[ ,.]+", "", run))  # ".5x" keeps its point
+
+
+def _without_end_marks(text: str) -> str:
+    """Return a text without the punctuation and stars at its end, except for the dots of a sequence that goes on."""
+    end = text.rstrip(" \n\t.,;*")
+    dots = _GOES_ON.match(text, len(end))
+    return end + dots[0] if dots else end
 
 
 def _right_side(formula: str) -> str:

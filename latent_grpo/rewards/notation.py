@@ -8,6 +8,7 @@ compared as text.
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import lru_cache
 
 # Fullwidth forms (U+FF01 to U+FF5E) of ASCII, and characters that have an ASCII or a LaTeX spelling.
@@ -30,6 +31,7 @@ _CHARACTERS |= {
         "≈": "approx",
         "±": "pm",
         "∅": "emptyset",
+        "Ø": "emptyset",
         "\u222a": "cup",
         "∩": "cap",
         "∈": "in",
@@ -37,11 +39,17 @@ _CHARACTERS |= {
         "θ": "theta",
         "\u03b1": "alpha",
         "β": "beta",
+        "\u03bc": "mu",
+        "\u00b5": "mu",
+        "\u03a9": "Omega",
+        "\u2126": "Omega",
         "…": "ldots",
         "⋯": "ldots",
     }.items()
 }
-_VULGAR_FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8", "⅜": "3/8"}
+_VULGAR_FRACTIONS = {
+    character: unicodedata.normalize("NFKD", character).replace("\u2044", "/") for character in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
+}
 _VULGAR = re.compile(rf"(?<=\d)(?P<joined>[{''.join(_VULGAR_FRACTIONS)}])|[{''.join(_VULGAR_FRACTIONS)}]")
 _RANGE_DASH = re.compile(r"(?<=\d)\s*[\u2013\u2014]\s*(?=\d)")
 _LONG_DASH = re.compile("[\u2013\u2014\u2015]")
@@ -97,7 +105,6 @@ _SYNONYMS = {
     "cdots": "ldots",
     "dotsc": "ldots",
     "dotsb": "ldots",
-    "degree": "circ",
     "lbrace": "{",
     "rbrace": "}",
     "lbrack": "[",
@@ -108,7 +115,7 @@ _SYNONYMS = {
     "varphi": "phi",
     "lnot": "neg",
     "backslash": "setminus",
-    "R": "mathbb{R}",
+    **{name: f"mathbb{{{name}}}" for name in "CNQRZ"},
 }
 # Functions without a backslash, or in a macro.
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|csc|ln|pi"
@@ -121,7 +128,8 @@ _INNER_MATHS = re.compile(r"\$\$([^$]+)\$\$|\$(?![\s$])([^$]*[^\s$\\])\$(?!\d)|\
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _UNIT_FRACTION = re.compile(r"(?<=\d)\s*\\frac\s*\{(\s*[A-Za-z][\w^ ]*)\}\s*\{\s*([A-Za-z][\w^ ]*)\}$")
 _DOTS = re.compile(r"\\(?:[lc]?dots|dots[cbmio])(?![A-Za-z])|\.{3,}")
-_DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
+_DEGREE = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ(?![A-Za-z]))|(?:\^\s*)?\\degree(?![A-Za-z])")
+_NOT = re.compile(r"\\not\s*(=|\\in(?![A-Za-z]))")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\d)\s*(\d)")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\d)")
 _SINGLE_BRACES = re.compile(r"(?<=[\^_])\{(-?\w|\\[A-Za-z]+)\}")
@@ -157,6 +165,7 @@ def unwrapped(text: str) -> str:
     text = _PLAIN_FUNCTION.sub(r"\\\1 ", text)
     if match := _NEGATIVE.match(text):
         text = "-" + text[match.end() :]
+    text = _NOT.sub(lambda match: r"\ne " if match[1] == "=" else r"\notin", _DEGREE.sub(r"^{\\circ}", text))
     text = _COMMAND.sub(_synonym, text.replace("\\%", "%").replace("\\#", "#"))
     text = re.sub(r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}", text)
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
@@ -173,7 +182,7 @@ def bare(text: str) -> str:
     text = " ".join(_SPACE_MACRO.sub(" ", text).split())
     text = _UNIT_FRACTION.sub(r"\1/\2", text)
     text = _SPACED_GROUPS.sub(lambda match: match[0].replace(" ", ","), text)
-    return _without_end_marks(_DEGREE.sub("°", text))
+    return _without_end_marks(text.replace(r"^{\circ}", "°"))
 
 
 def normalised(text: str) -> str:

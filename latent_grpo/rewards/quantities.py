@@ -44,6 +44,7 @@ _LATEX_PARTS = re.compile(r"\\frac\s*(?:\{([^}]*)\}|(\d))\s*(?:\{([^}]*)\}|(\d))
 
 _PERCENT = re.compile(r"\s*(?:\\?%|percent|per cent|pct)", re.IGNORECASE)
 _MULTIPLES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_MICRO = ("m", "s", "g", "l", "L", "A", "C", "F", "H", "V", "mol")  # units that are written with a Greek letter
 # Units whose spellings are compared. Every other word after a number is a name for what is counted.
 _UNIT_SPELLINGS = {
     "mm": "millimeter millimetre",
@@ -89,9 +90,11 @@ _UNIT_SPELLINGS = {
     "yen": "¥",
     "rupee": "₹ INR Rs",
     "unit": "",
-    **dict.fromkeys(
-        ("nm", "um", "ns", "us", "eV", "kJ", "MJ", "kN", "MW", "mV", "kV", "mA", "KB", "MB", "GB", "TB"), ""
-    ),
+    "ohm": "\\Omega",
+    "kohm": "k\\Omega",
+    "Mohm": "M\\Omega",
+    **{f"u{unit}": f"\\mu{unit}" for unit in _MICRO},
+    **dict.fromkeys(("nm", "ns", "eV", "kJ", "MJ", "kN", "MW", "mV", "kV", "mA", "KB", "MB", "GB", "TB"), ""),
 }
 _UNITS = {
     name: unit
@@ -111,7 +114,8 @@ _NO_UNITS = frozenset(
     )
 )
 _UNIT_TOKEN = re.compile(
-    r"(?P<word>°[CF]?|[$€£¥₹¢]|[A-Za-z]+(?:-[A-Za-z]{3,})*)\.?(?:\^?\{?(?P<power>(?<=[\^{])-?[1-4])\}?)?\s*"
+    rf"(?P<word>°[CF]?|[$€£¥₹¢]|[kM]?\\Omega|\\mu ?(?:{'|'.join(_MICRO)})(?![A-Za-z])|[A-Za-z]+(?:-[A-Za-z]{{3,}})*)\.?"
+    r"(?:\^?\{?(?P<power>(?<=[\^{])-?[1-4])\}?)?\s*"
 )
 _UNIT_JOIN = re.compile(r"(?P<per>/|per\b|an?\b(?=\s))|\*|\\cdot|\\times|", re.IGNORECASE)
 
@@ -226,7 +230,7 @@ def unit_powers(text: str) -> dict[str, int] | None:
         token = _UNIT_TOKEN.match(text, start)
         if token is None:
             return None
-        position, word = token.end(), token["word"]
+        position, word = token.end(), token["word"].replace(" ", "")
         if word.lower() in _SPOKEN_POWERS:
             if word.lower() in ("squared", "cubed"):
                 if not powers:
