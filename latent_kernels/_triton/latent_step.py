@@ -13,15 +13,15 @@ Tokens are compared by 64-bit keys, (logit, lower id first), so that no two are 
 among the K best only if its log-prob plus the largest noise reaches the K-th best score. So everything happens in a
 prefix of the sorted order:
 
-1. The sidecar gives log Z and a lower bound of the K-th logit, and so a first frontier.
+1. The sidecar gives log Z. At most half of the maxima of COARSE sets of ids are above the first frontier.
 2. The tokens above the frontier are gathered into a buffer of N and sorted. Their exclusive cumulative mass decides the
    nucleus.
 3. If the prefix does not settle the result, a lower frontier gives the next segment of the order. The mass and the K
    best so far are carried over.
 4. A segment that overflows the buffer is tried again with a higher frontier.
 
-So no row needs a launch of its own, and the last segment is at worst the rest of the vocabulary. Realistic rows settle
-in one segment of 30 to 350 tokens. Nearly uniform rows settle after about 20 * top_k tokens, because 4.9% of all
+So no row needs a launch of its own, and the last segment is at worst the rest of the vocabulary. Half of the rows of
+real text settle within 16 tokens. A nearly uniform row settles after about 20 * top_k tokens, because 4.9% of all
 tokens draw the largest noise.
 """
 
@@ -35,94 +35,51 @@ from torch import Tensor
 from latent_kernels._triton.common import (
     GUMBEL_HIGH,
     GUMBEL_LOW,
-    MAX_REGISTERS,
     counter_option,
     exponential_draws,
     gumbel_noise,
     row_option,
 )
 from latent_kernels._triton.lm_head import GROUP, Sidecar
+from latent_kernels._triton.token_keys import (
+    ABSENT,
+    HIGHEST,
+    LOWEST,
+    frontier_at,
+    height_value,
+    key_id,
+    key_value,
+    sortable,
+    token_key,
+)
 from latent_kernels._types import LatentStep, LatentStepOptions
 
-BUFFER, BUFFER_PER_K = 512, 32  # tokens of one segment: at least, and per mixture component
+BUFFER = 256  # tokens of one segment
+COARSE = 256  # sets of runs whose maxima are sorted
 NUM_WARPS = 8
-GROUPS_AT_ONCE = 16  # 2,048 logits gathered together, 8 per thread
-MIX_TILE = 2048  # elements of the table gathered together
+TILE = 1024  # logits gathered together, 4 per thread
+RUNS = 2048  # runs of ids whose maxima a program holds, 8 per thread
+MIX_TILE = 1024  # elements of the mixture computed together, 4 per thread
 # Without fusion, scores are rounded after each operation, as PyTorch rounds them.
-BUILD_OPTIONS = {"maxnreg": MAX_REGISTERS, "enable_fp_fusion": False}
-LOWEST, HIGHEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # below and above the key of any token
-ID_MASK = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def sortable(value):
-    """Map float32 values to int32 in the same order: 0 and -0 are equal, and every NaN is the highest.
-
-    The maximum of a group may be a NaN with other bits than those of its elements. If the two compared as different,
-    a group could lie above the row's highest token.
-    """
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    bits = tl.where(value == value, bits, 0x7FFFFFFF)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def token_key(value, ids):
-    """Return an int64 key that orders tokens by value, lower id first."""
-    return (sortable(value).to(tl.int64) << 32) | (ids ^ ID_MASK).to(tl.int64)
-
-
-@triton.jit
-def key_value(key):
-    """Return the value of a key."""
-    bits = (key >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def key_id(key):
-    """Return the id of a key."""
-    return (key & ID_MASK).to(tl.int32) ^ ID_MASK
-
-
-@triton.jit
-def frontier_at(value):
-    """Return a key just below the keys of all tokens at `value` or above it, with a margin for rounding."""
-    return sortable(value - 1e-3 - 1e-5 * tl.abs(value)).to(tl.int64) << 32
-
-
-@triton.jit
-def frontier_between(group_keys, low, high, least, most):
-    """Return `low` if at most `most` groups are above it, else a key with `least` to `most` groups above it."""
-    above = tl.sum((group_keys > low).to(tl.int32), 0)
-    while (above > most) & (low + 1 < high):  # bisection
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # low + high could overflow int64
-        count = tl.sum((group_keys > middle).to(tl.int32), 0)
-        if count < least:
-            high = middle
-        else:
-            low, above = middle, count
-    return low
+BUILD_OPTIONS = {"maxnreg": 128, "enable_fp_fusion": False}  # two blocks on a multiprocessor
 
 
 @triton.jit
 def gather_segment(
-    logits_ptr, list_ptr, buffer_ptr, group_keys, group, frontier, ceiling, V, GROUP: tl.constexpr,
-    AT_ONCE: tl.constexpr, N: tl.constexpr,
+    logits_ptr, list_ptr, buffer_ptr, heights, frontier, ceiling, V, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr,
+    TILE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Count the keys in (frontier, ceiling], and write as many as fit to the buffer, in any order."""
-    above = group_keys > frontier
+    """Count the keys in (frontier, ceiling], and write as many as fit to the buffer, in the order of their ids."""
+    above = (heights >= (frontier >> 32).to(tl.int32)) & (heights != ABSENT)
     tl.debug_barrier()  # all threads have read the list and the buffer of the last segment
-    tl.store(list_ptr + tl.cumsum(above.to(tl.int32), 0) - 1, group, mask=above)
+    tl.store(list_ptr + tl.cumsum(above.to(tl.int32), 0) - 1, tl.arange(0, BLOCK_G), mask=above)
     tl.debug_barrier()
-    groups = tl.sum(above.to(tl.int32), 0)
+    elements = tl.sum(above.to(tl.int32), 0) * WIDTH
     count = 0
-    element = tl.arange(0, AT_ONCE * GROUP)
-    for start in range(0, groups, AT_ONCE):
-        i = start + element // GROUP
-        chosen = tl.load(list_ptr + i, mask=i < groups, other=0)
-        v = chosen * GROUP + element % GROUP
-        inside = (i < groups) & (v < V)
+    for start in range(0, elements, TILE):
+        i = start + tl.arange(0, TILE)
+        v = tl.load(list_ptr + i // WIDTH, mask=i < elements, other=0) * WIDTH + i % WIDTH
+        inside = (i < elements) & (v < V)
         key = token_key(tl.load(logits_ptr + v, mask=inside, other=0.0).to(tl.float32), v)
         hit = inside & (key > frontier) & (key <= ceiling)
         place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
@@ -133,38 +90,61 @@ def gather_segment(
 
 
 @triton.jit
-def keep_best(best, keys, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return the K highest of two sets of keys, in falling order. LOWEST marks an empty place and may repeat."""
-    k = tl.arange(0, BLOCK_K)
-    kept = tl.full([BLOCK_K], LOWEST, dtype=tl.int64)
-    for i in range(K):
-        highest = tl.maximum(tl.max(best, 0), tl.max(keys, 0))
-        kept = tl.where(k == i, highest, kept)
-        best = tl.where(best == highest, LOWEST, best)
-        keys = tl.where(keys == highest, LOWEST, keys)
-    return kept
+def keep_best(best, keys, BLOCK_K: tl.constexpr):
+    """Return the BLOCK_K highest of two sets of keys, in falling order. LOWEST marks an empty place and may repeat."""
+    if BLOCK_K == 1:
+        return tl.maximum(best, tl.max(keys, 0))
+    return tl.topk(tl.interleave(best, tl.topk(keys, BLOCK_K)), BLOCK_K)
 
 
 @triton.jit
-def read_sidecar(logits_ptr, maxima_ptr, sums_ptr, row, group, V, G, GROUP: tl.constexpr):
-    """Return log Z, an upper bound of the keys in each group [BLOCK_G], and the row's highest key."""
-    maxima = tl.load(maxima_ptr + row * G + group, mask=group < G, other=-float("inf"))
-    sums = tl.load(sums_ptr + row * G + group, mask=group < G, other=0.0)
-    peak = tl.max(maxima, 0)
-    log_z = peak + tl.log(tl.sum(sums * tl.exp(maxima - peak), 0))
-    group_keys = tl.where(group < G, token_key(maxima, group * GROUP), LOWEST)
-    v = key_id(tl.max(group_keys, 0)) + tl.arange(0, GROUP)
-    first = tl.load(logits_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
-    return log_z, group_keys, tl.max(tl.where(v < V, token_key(first, v), LOWEST), 0)
+def read_sidecar(logits_ptr, maxima_ptr, sums_ptr, V, G, BLOCK_G: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr):
+    """Return log Z, the sortable maxima of runs of WIDTH ids, RUN groups each [BLOCK_G], and the row's highest key."""
+    run = tl.arange(0, BLOCK_G)
+    heights = tl.full([BLOCK_G], ABSENT, dtype=tl.int32)
+    for j in range(RUN):
+        group = run * RUN + j
+        maxima = tl.load(maxima_ptr + group, mask=group < G, other=0.0)
+        heights = tl.maximum(heights, tl.where(group < G, sortable(maxima), ABSENT))
+    peak = height_value(tl.max(heights, 0))
+    total = tl.zeros([BLOCK_G], dtype=tl.float32)
+    for j in range(RUN):  # the maxima are read again, because holding them takes too many registers
+        group = run * RUN + j
+        maxima = tl.load(maxima_ptr + group, mask=group < G, other=-float("inf"))
+        total += tl.load(sums_ptr + group, mask=group < G, other=0.0) * tl.exp(maxima - peak)
+    log_z = peak + tl.log(tl.sum(total, 0))
+    first = tl.min(tl.where(heights == tl.max(heights, 0), run, BLOCK_G), 0)
+    v = first * WIDTH + tl.arange(0, WIDTH)
+    logits = tl.load(logits_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    return log_z, heights, tl.max(tl.where(v < V, token_key(logits, v), LOWEST), 0)
 
 
 @triton.jit
-def first_frontier(group_keys, ceiling, span, K: tl.constexpr, N: tl.constexpr):
-    """Return a frontier below which nothing matters, or a higher one whose groups fill about half a buffer."""
-    # At least K logits reach the K-th largest maximum, and each of their scores gains at least the least noise.
-    reached = frontier_between(group_keys, tl.full([], LOWEST, dtype=tl.int64), ceiling, K, 2 * K)
-    frontier = tl.where(reached == LOWEST, LOWEST, frontier_at(key_value(reached) - span))
-    return frontier_between(group_keys, frontier, ceiling, N // 4 + 1, N // 2)
+def frontier_of_rank(highest, rank, COARSE: tl.constexpr):
+    """Return a key just below the `rank`-th of the sorted maxima [COARSE], or LOWEST beyond them."""
+    height = tl.min(tl.where(tl.arange(0, COARSE) < rank, highest, 0x7FFFFFFF), 0)
+    return tl.where((rank > COARSE) | (height == ABSENT), LOWEST, (height.to(tl.int64) << 32) - 1)
+
+
+@triton.jit
+def first_frontier(
+    heights, log_z, limit, span, noisy, K: tl.constexpr, COARSE: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Return sorted maxima [COARSE], the rank among them of the first frontier, and that frontier.
+
+    At least K tokens are above the frontier, and about 0.7 COARSE at most. Or nothing below it matters.
+    """
+    highest = tl.max(tl.reshape(heights, [BLOCK_G // COARSE, COARSE]), 0)
+    if COARSE > 1:
+        highest = tl.sort(highest, descending=True)
+    # With the mass of these tokens alone, the nucleus ends at this rank or before it.
+    mass = tl.cumsum(tl.where(highest == ABSENT, 0.0, tl.exp(height_value(highest) - log_z)), 0)
+    nucleus = tl.minimum(tl.sum((mass < limit).to(tl.int32), 0) + 1, COARSE // 2)
+    rank = tl.maximum(tl.where(noisy, nucleus, 0), K)
+    # At least K scores reach the K-th of these tokens and the least noise.
+    kth = frontier_of_rank(highest, K, COARSE)
+    reach = tl.where(kth == LOWEST, LOWEST, frontier_at(key_value(kth) - span))
+    return highest, rank, tl.maximum(reach, frontier_of_rank(highest, rank, COARSE))
 
 
 @triton.jit
@@ -188,9 +168,7 @@ def score_keys(
 
 
 @triton.jit
-def conclude(
-    best, frontier, log_z, noisy, largest, outside_nucleus, K: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def conclude(best, frontier, log_z, noisy, largest, outside_nucleus, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Tell whether no token below the frontier can change the K best, and return the frontier needed next."""
     worst = tl.min(tl.where(tl.arange(0, BLOCK_K) < K, best, HIGHEST), 0)
     enough = worst != LOWEST
@@ -203,12 +181,14 @@ def conclude(
 
 
 @triton.jit
-def narrower_frontier(keys, count, tries, N: tl.constexpr):
-    """Return a higher frontier for a segment of `count` > N tokens, given the N sorted keys that were gathered."""
-    # Tied tokens are gathered in their order, so a frontier just below these N may suffice. If it does not, the next
-    # try has about half a buffer of the segment above the frontier, and at least an eighth of a buffer.
-    rank = tl.where(tries % 2 == 0, N - 1, tl.maximum(N * N // (2 * count), N // 8))
-    return tl.sum(tl.where(tl.arange(0, N) == rank, keys, 0), 0)
+def narrower_frontier(keys, count, N: tl.constexpr):
+    """Return a higher frontier for a segment of `count` > N tokens, given the N sorted keys with the lowest ids."""
+    # These N are a sample of the segment: about three quarters of a buffer are above this rank of it. Tokens that tie
+    # are in the order of their keys, so all N come first.
+    rank = tl.maximum(3 * N * N // (4 * count), 3)
+    n = tl.arange(0, N)
+    tied = key_value(tl.max(keys, 0)) == key_value(tl.min(keys, 0))
+    return tl.sum(tl.where(n == tl.where(tied, N - 1, rank), keys, 0), 0) - tied.to(tl.int64)
 
 
 @triton.jit
@@ -225,11 +205,13 @@ def store_mixture(
     tl.store(ids_ptr + row * K + k, ids, mask=k < K)
     tl.store(scores_ptr + row * K + k, scores, mask=k < K)
     tl.store(weights_ptr + row * K + k, weights, mask=k < K)
-    rows = table_ptr + ids[:, None] * table_stride
+    tl.debug_barrier()  # every thread reads what some threads have stored
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        table = tl.load(rows + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        mixed = tl.sum(weights[:, None] * table, 0)
+        mixed = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for i in tl.range(0, K, loop_unroll_factor=4):  # the loads overlap
+            table = tl.load(table_ptr + tl.load(ids_ptr + row * K + i) * table_stride + d, mask=d < D, other=0.0)
+            mixed += tl.load(weights_ptr + row * K + i) * table.to(tl.float32)
         tl.store(mixture_ptr + row * D + d, mixed.to(mixture_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -246,8 +228,9 @@ def latent_step_kernel(
     logits_stride, draws_stride, table_stride, V, G, D,
     NOISE: tl.constexpr, INJECTED: tl.constexpr, ONE_SIDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
     HAS_MASK: tl.constexpr, TOP_P_PER_ROW: tl.constexpr, TAU_PER_ROW: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
-    SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
-    K: tl.constexpr, N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEED_TENSOR: tl.constexpr, STEP_TENSOR: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, COARSE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program computes the step of one row. list [B, G] and buffer [B, N] are scratch.
 
@@ -259,8 +242,9 @@ def latent_step_kernel(
     list_ptr += row * G
     buffer_ptr += row * N
 
-    group = tl.arange(0, BLOCK_G)
-    log_z, group_keys, ceiling = read_sidecar(logits_ptr, maxima_ptr, sums_ptr, row, group, V, G, GROUP)
+    log_z, heights, ceiling = read_sidecar(
+        logits_ptr, maxima_ptr + row * G, sums_ptr + row * G, V, G, BLOCK_G, RUN, WIDTH
+    )  # fmt: skip
     top_token = key_id(ceiling)
     seed, step = counter_option(seed, SEED_TENSOR), counter_option(step, STEP_TENSOR, row * step_stride)
     in_run = top_token >= 0  # always
@@ -281,22 +265,18 @@ def latent_step_kernel(
     if ONE_SIDED:
         largest = scale * (GUMBEL_HIGH - GUMBEL_LOW + delta)
 
-    frontier = first_frontier(group_keys, ceiling, span, K, N)
+    highest, rank, frontier = first_frontier(heights, log_z, limit, span, noisy, K, COARSE, BLOCK_G)
     n = tl.arange(0, N)
     best = tl.full([BLOCK_K], LOWEST, dtype=tl.int64)
     mass = tl.full([], 0.0, dtype=tl.float64)
     taken = tl.full([], 0, dtype=tl.int32)
-    tries = tl.full([], 0, dtype=tl.int32)
     settled = tl.full([], 0, dtype=tl.int32)
     while settled == 0:
-        count = gather_segment(
-            logits_ptr, list_ptr, buffer_ptr, group_keys, group, frontier, ceiling, V, GROUP, AT_ONCE, N
-        )
+        count = gather_segment(logits_ptr, list_ptr, buffer_ptr, heights, frontier, ceiling, V, WIDTH, BLOCK_G, TILE, N)
         inside = n < count
         keys = tl.sort(tl.load(buffer_ptr + n, mask=inside, other=LOWEST), descending=True)
         if count > N:
-            frontier = narrower_frontier(keys, count, tries, N)
-            tries += 1
+            frontier = narrower_frontier(keys, count, N)
         else:
             log_probs = key_value(keys) - log_z
             probs = tl.where(inside, tl.exp(log_probs), 0.0).to(tl.float64)
@@ -307,18 +287,16 @@ def latent_step_kernel(
                     keys, log_probs, inside, noisy, scale, delta, row, noise_row, draws_ptr, draws_stride, seed, step,
                     INJECTED, ONE_SIDED,
                 )  # fmt: skip
-            best = keep_best(best, tl.where(candidate, keys, LOWEST), K, BLOCK_K)
+            best = keep_best(best, tl.where(candidate, keys, LOWEST), BLOCK_K)
             mass += tl.sum(probs, 0)
             taken += count
 
             done, needed = conclude(best, frontier, log_z, noisy, largest, mass >= limit, K, BLOCK_K)
             settled = done.to(tl.int32)
             ceiling = frontier
-            tries = 0
-            if settled == 0:
-                # Doubling the groups above the frontier keeps the number of segments logarithmic.
-                doubled = tl.maximum(N // 2, 2 * tl.sum((group_keys > frontier).to(tl.int32), 0))
-                frontier = frontier_between(group_keys, needed, ceiling, doubled // 2 + 1, doubled)
+            # About 0.7 COARSE tokens are between this rank and the last.
+            rank += (COARSE - rank) // 2 + 1
+            frontier = tl.maximum(needed, frontier_of_rank(highest, rank, COARSE))
 
     noisy_end = noisy & ends_run(key_id(tl.max(best, 0)), noisy_end_id, step, least)
     latent = latent & (noisy_end == 0)
@@ -332,16 +310,18 @@ def latent_step_kernel(
 
 def constants(vocab: int, options: LatentStepOptions) -> dict[str, int | bool]:
     """Return the constants of the kernel."""
-    block_k = triton.next_power_of_2(options.top_k)
+    block_k, groups = (triton.next_power_of_2(size) for size in (options.top_k, triton.cdiv(vocab, GROUP)))
+    block_g = min(groups, RUNS)
+    run = groups // block_g
     return {
         "NOISE": options.noise != "none", "ONE_SIDED": options.noise == "one_sided",
         "INJECTED": options.exponential is not None, "HAS_ROW_IDS": options.row_ids is not None,
         "HAS_MASK": options.latent_mask is not None,
         "TOP_P_PER_ROW": isinstance(options.top_p, Tensor), "TAU_PER_ROW": isinstance(options.tau, Tensor),
         "SCALE_PER_ROW": isinstance(options.noise_scale, Tensor), "SEED_TENSOR": isinstance(options.seed, Tensor),
-        "STEP_TENSOR": isinstance(options.step, Tensor), "GROUP": GROUP, "AT_ONCE": GROUPS_AT_ONCE,
-        "K": options.top_k, "N": max(BUFFER, BUFFER_PER_K * block_k), "BLOCK_K": block_k,
-        "BLOCK_G": triton.next_power_of_2(triton.cdiv(vocab, GROUP)), "BLOCK_D": min(512, MIX_TILE // block_k),
+        "STEP_TENSOR": isinstance(options.step, Tensor), "RUN": run, "WIDTH": run * GROUP, "TILE": TILE,
+        "COARSE": min(COARSE, block_g), "K": options.top_k, "N": BUFFER, "BLOCK_K": block_k, "BLOCK_G": block_g,
+        "BLOCK_D": MIX_TILE,
     }  # fmt: skip
 
 

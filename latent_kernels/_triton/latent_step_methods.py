@@ -7,8 +7,8 @@ ids, scores, weights and mixture of latent rows in place, and apply the noisy en
     multiplex  id_k = the first id whose cumulative probability is above u_k,  score = log p(id_k)
     both       weights = softmax(scores / tau),  mixture = sum_k weights_k table[ids_k]
 
-A draw of multiplex picks a group of 128 ids from the sidecar, whose masses are summed in float64, then an id in the
-group. So it neither sorts nor reads the vocabulary. soft_grpo reads it once, to count the tokens that tie with the
+A draw of multiplex picks a run of 128 ids from the sidecar, whose masses are summed in float64, then an id in the
+run. So it neither sorts nor reads the vocabulary. soft_grpo reads it once, to count the tokens that tie with the
 K-th. There is no backward pass, and the results repeat bit for bit.
 """
 
@@ -19,26 +19,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latent_kernels._triton.common import counter_option, exponential_draws, gumbel_noise, philox_words, row_option
-from latent_kernels._triton.latent_step import (
-    BUILD_OPTIONS,
-    LOWEST,
-    ends_run,
-    keep_best,
-    key_id,
-    key_value,
-    latent_step_from_sidecar,
-    per_row,
-    store_mixture,
-    token_key,
+from latent_kernels._triton.common import (
+    MAX_REGISTERS,
+    counter_option,
+    exponential_draws,
+    gumbel_noise,
+    philox_words,
+    row_option,
 )
 from latent_kernels._triton.latent_step import constants as step_constants
-from latent_kernels._triton.lm_head import Sidecar
+from latent_kernels._triton.latent_step import ends_run, latent_step_from_sidecar, per_row, store_mixture
+from latent_kernels._triton.lm_head import GROUP, Sidecar
+from latent_kernels._triton.token_keys import LOWEST, key_id, key_value, token_key
 from latent_kernels._types import LatentStep, LatentStepOptions
 from latent_kernels.reference import latent_step as steps
 
 SOFT_GRPO_FLOOR = tl.constexpr(steps.SOFT_GRPO_FLOOR)
 SOFT_GRPO_WARPS, MULTIPLEX_WARPS = 4, 8
+# Without fusion, scores are rounded after each operation, as PyTorch rounds them.
+BUILD_OPTIONS = {"maxnreg": MAX_REGISTERS, "enable_fp_fusion": False}
+WIDTH = 128  # ids of a run, whose masses multiplex adds up first
 TILE = tl.constexpr(2048)  # logits compared together, 16 per thread
 COUNTERS = ["noisy_end_id", "least", "seed", "step", "step_stride"]  # no value of them compiles a variant
 
@@ -97,7 +97,9 @@ def soft_grpo_kernel(
                 draws = exponential_draws(ids, noise_row, counter_option(seed, SEED_TENSOR), step)
             scores += gumbel_noise(draws, delta, ONE_SIDED) * row_option(scale, row, SCALE_PER_ROW)
         keys = tl.where(k < K, token_key(scores, ids), LOWEST)
-        best = keep_best(tl.full([BLOCK_K], LOWEST, dtype=tl.int64), keys, K, BLOCK_K)
+        best = keys
+        if BLOCK_K > 1:
+            best = tl.sort(keys, descending=True)
         store_mixture(
             key_id(best), key_value(best), temperature, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr,
             table_stride, V, D, K, BLOCK_K, BLOCK_D,
@@ -123,8 +125,8 @@ def multiplex_kernel(
     top_ptr, is_latent_ptr, tau, seed, step, step_stride, noisy_end_id, least, logits_stride, draws_stride,
     table_stride, V, G, D,
     INJECTED: tl.constexpr, HAS_ROW_IDS: tl.constexpr, TAU_PER_ROW: tl.constexpr, SEED_TENSOR: tl.constexpr,
-    STEP_TENSOR: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    STEP_TENSOR: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Replace the mixture of a latent row by K independent draws from the row's distribution."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,7 +134,7 @@ def multiplex_kernel(
     step = counter_option(step, STEP_TENSOR, row * step_stride)
     tl.debug_barrier()  # every thread has read what some thread overwrites
     if latent:
-        k, group, member = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G), tl.arange(0, GROUP)
+        k, group, member = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G * RUN), tl.arange(0, WIDTH)
         if INJECTED:
             draws = tl.exp(-tl.load(draws_ptr + row * draws_stride + k, mask=k < K, other=1.0).to(tl.float64))
         else:
@@ -145,17 +147,18 @@ def multiplex_kernel(
         sums = tl.load(sums_ptr + row * G + group, mask=group < G, other=0.0)
         peak = tl.max(maxima, 0)
         masses = sums.to(tl.float64) * tl.exp((maxima - peak).to(tl.float64))
+        masses, run = tl.sum(tl.reshape(masses, [BLOCK_G, RUN]), 1), tl.arange(0, BLOCK_G)
         ends = tl.cumsum(masses, 0)
         log_z = peak + tl.log(tl.sum(sums * tl.exp(maxima - peak), 0))
         ids = tl.zeros([BLOCK_K], dtype=tl.int32)
         scores = tl.full([BLOCK_K], -float("inf"), dtype=tl.float32)
         for i in range(K):
-            picked, share = pick(masses, ends, group, tl.sum(tl.where(k == i, draws, 0.0), 0), BLOCK_G)
-            v = picked * GROUP + member
+            picked, share = pick(masses, ends, run, tl.sum(tl.where(k == i, draws, 0.0), 0), BLOCK_G)
+            v = picked * WIDTH + member
             logits = tl.load(logits_ptr + row * logits_stride + v, mask=v < V, other=-float("inf")).to(tl.float32)
             inner = tl.exp((logits - tl.max(logits, 0)).to(tl.float64))
-            index, _ = pick(inner, tl.cumsum(inner, 0), member, share, GROUP)
-            ids = tl.where(k == i, picked * GROUP + index, ids)
+            index, _ = pick(inner, tl.cumsum(inner, 0), member, share, WIDTH)
+            ids = tl.where(k == i, picked * WIDTH + index, ids)
             scores = tl.where(k == i, tl.sum(tl.where(member == index, logits, 0.0), 0) - log_z, scores)
         store_mixture(
             ids, scores, row_option(tau, row, TAU_PER_ROW), row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr,
@@ -167,9 +170,10 @@ def multiplex_kernel(
 
 def constants(vocab: int, options: LatentStepOptions) -> dict[str, int | bool]:
     """Return the constants of the kernel of `options.method`."""
-    chosen = step_constants(vocab, options)
+    chosen = {**step_constants(vocab, options), "RUN": WIDTH // GROUP, "WIDTH": WIDTH}
+    chosen["BLOCK_G"] = triton.next_power_of_2(triton.cdiv(vocab, WIDTH))
     shared = ["INJECTED", "HAS_ROW_IDS", "TAU_PER_ROW", "SEED_TENSOR", "STEP_TENSOR", "K", "BLOCK_K", "BLOCK_D"]
-    soft_grpo, multiplex = ["NOISE", "ONE_SIDED", "TOP_P_PER_ROW", "SCALE_PER_ROW"], ["GROUP", "BLOCK_G"]
+    soft_grpo, multiplex = ["NOISE", "ONE_SIDED", "TOP_P_PER_ROW", "SCALE_PER_ROW"], ["RUN", "WIDTH", "BLOCK_G"]
     return {name: chosen[name] for name in shared + (soft_grpo if options.method == "soft_grpo" else multiplex)}
 
 

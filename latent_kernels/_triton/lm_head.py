@@ -1,15 +1,16 @@
-"""Logits with a sidecar: for each group of 128 ids, the largest logit and the sum of exponentials.
+"""Logits with a sidecar: for each group of 32 ids, the largest logit and the sum of exponentials.
 
     logits = hidden @ lm_head.T   [B, V] float32, from operands of one 16-bit dtype, accumulated in float32
-    maxima_g = max of the logits of group g,  sums_g = sum of exp(logit - maxima_g)   both [B, ceil(V / 128)] float32
+    maxima_g = max of the logits of group g,  sums_g = sum of exp(logit - maxima_g)   both [B, ceil(V / 32)] float32
 
-The sidecar, 8 KB per row, tells the selection which few groups can matter and gives log Z, so that no kernel reads the
-logits twice. It comes from the epilogue of the LM-head product (`lm_head_sidecar`), where lm_head [V, D] is read once
-for every BLOCK_B rows, or from one pass over existing logits (`logits_sidecar`). Bias, scale and soft cap of a head are
-applied in that epilogue, or in that pass, which then writes the logits back over the product. There is no backward
-pass, and results repeat bit for bit.
+The sidecar, V / 4 bytes per row, tells the selection which few groups can matter and gives log Z. It comes from the
+epilogue of the LM-head product (`lm_head_sidecar`), where lm_head [V, D] is read once for every BLOCK_B rows, or from
+one pass over existing logits (`logits_sidecar`). Bias, scale and soft cap of a head are applied in that epilogue, or in
+that pass, which then writes the logits back over the product. There is no backward pass, and results repeat bit for
+bit.
 
-Bytes of the product: 2 V D of lm_head, once for B <= 128 and from L2 beyond, and 4 B V of float32 logits written.
+Bytes of the product: 2 V D of lm_head, once for B <= 128 and from L2 beyond, and 4.25 B V written: float32 logits and
+the sidecar.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from latent_kernels._triton.common import MAX_REGISTERS
 from latent_kernels._triton.head import bias_argument, factor_arguments, head_logits, logits_constants
 from latent_kernels._types import PLAIN_HEAD, HeadOptions
 
-GROUP = 128  # ids per group, and the M axis of the product's tile
-GROUPS_PER_PROGRAM = 16  # in the pass over existing logits: 2,048 logits, 16 per thread
+GROUP = 32  # ids per group
+TILE = 128  # ids of a tile of the product, on the M axis of the matrix instruction
+GROUPS_PER_PROGRAM = 64  # in the pass over existing logits: 2,048 logits, 16 per thread
 SIDECAR_WARPS = 4
 
 
@@ -95,27 +97,29 @@ def product_tile(
 @triton.jit(do_not_specialize=["B"])
 def lm_head_kernel(
     weight_ptr, hidden_ptr, bias_ptr, logits_ptr, maxima_ptr, sums_ptr, inner, outer, weight_stride, hidden_stride,
-    B, V, D, G,
-    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    logits_stride, B, V, D, G,
+    GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     # Programs of one tile of the head follow each other, so that all except the first find it in L2.
     blocks = tl.cdiv(B, BLOCK_B)
-    group = tl.program_id(0) // blocks
-    v = group * GROUP + tl.arange(0, GROUP)
+    tile = tl.program_id(0) // blocks
+    v = tile * TILE + tl.arange(0, TILE)
     b = (tl.program_id(0) % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
     logits = product_tile(
-        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, GROUP, BLOCK_B, BLOCK_D, DOT_TYPE
+        weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, TILE, BLOCK_B, BLOCK_D, DOT_TYPE
     )
     inside = (v < V)[:, None]
     logits = head_logits(logits, bias_ptr, v[:, None], inside, inner, outer, HAS_BIAS, SOFTCAP, SCALED)
     logits = tl.where(inside, logits, -float("inf"))
-    top, total = max_and_sum(logits, 0)
-    row = b.to(tl.int64)
-    # A row of the logits has room for G * GROUP, so the vocabulary's tail needs no mask.
-    tl.store(logits_ptr + row[None, :] * (G * GROUP) + v[:, None], logits, mask=(b < B)[None, :])
-    tl.store(maxima_ptr + row * G + group, top, mask=b < B)
-    tl.store(sums_ptr + row * G + group, total, mask=b < B)
+    row = b.to(tl.int64)[None, :]
+    # A row of the logits has room for whole tiles, so the vocabulary's tail needs no mask.
+    tl.store(logits_ptr + row * logits_stride + v[:, None], logits, mask=(b < B)[None, :])
+    top, total = max_and_sum(tl.reshape(logits, [TILE // GROUP, GROUP, BLOCK_B]), 1)
+    group = (tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP))[:, None]
+    inside = (b < B)[None, :] & (group < G)
+    tl.store(maxima_ptr + row * G + group, top, mask=inside)
+    tl.store(sums_ptr + row * G + group, total, mask=inside)
 
 
 @triton.jit
@@ -141,8 +145,8 @@ def product_constants(
 ) -> dict[str, object]:  # fmt: skip
     """Return the constants of `lm_head_kernel`, which multiplies in `dtype`."""
     return {
-        "GROUP": GROUP, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d, "DOT_TYPE": triton_dtype(dtype),
-        **logits_constants(head),
+        "GROUP": GROUP, "TILE": TILE, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d,
+        "DOT_TYPE": triton_dtype(dtype), **logits_constants(head),
     }  # fmt: skip
 
 
@@ -174,13 +178,13 @@ def lm_head_sidecar(
     The inputs are those that `routes.fits` accepts.
     """
     (rows, width), vocab = hidden.shape, len(lm_head)
-    groups = triton.cdiv(vocab, GROUP)
-    logits = torch.empty(rows, groups * GROUP, dtype=torch.float32, device=hidden.device)
+    tiles = triton.cdiv(vocab, TILE)
+    logits = torch.empty(rows, tiles * TILE, dtype=torch.float32, device=hidden.device)
     maxima, sums = _empty_sidecar(rows, vocab, hidden.device)
-    lm_head_kernel[(groups * triton.cdiv(rows, config.block_b),)](
+    lm_head_kernel[(tiles * triton.cdiv(rows, config.block_b),)](
         weight_ptr=lm_head, hidden_ptr=hidden, bias_ptr=bias_argument(head, logits), logits_ptr=logits,
         maxima_ptr=maxima, sums_ptr=sums, **factor_arguments(head), weight_stride=lm_head.stride(0),
-        hidden_stride=hidden.stride(0), B=rows, V=vocab, D=width, G=groups,
+        hidden_stride=hidden.stride(0), logits_stride=logits.stride(0), B=rows, V=vocab, D=width, G=maxima.shape[1],
         **product_constants(config, dot_dtype(hidden, lm_head), head), **product_options(config),
     )  # fmt: skip
     return Sidecar(logits, maxima, sums)

@@ -18,4 +18,4 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
         import latent_kernels._triton.latent_step as module
 
         monkeypatch.setattr(module, "BUFFER", 64)
-        monkeypatch.setattr(module, "BUFFER_PER_K", 4)
+        monkeypatch.setattr(module, "COARSE", 32)

@@ -105,12 +105,12 @@ def head_types(dtype: str) -> dict[str, str]:
 def lm_head_builds() -> Iterator[Build]:
     """Yield every tile of the product in both 16-bit dtypes with every head, and the pass over logits of any dtype."""
     sidecar = {"maxima_ptr": "*fp32", "sums_ptr": "*fp32"}
-    sizes = dict.fromkeys(("weight_stride", "hidden_stride", "B", "V", "D", "G"), "i32")
+    sizes = dict.fromkeys(("weight_stride", "hidden_stride", "logits_stride", "B", "V", "D", "G"), "i32")
     for dtype, config, head in product(("bf16", "fp16"), routes.PRODUCTS, HEADS):
         types = {"weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "logits_ptr": "*fp32", **sidecar, **sizes}
         types, constants = {**types, **head_types(dtype)}, lm_head.product_constants(config, DTYPES[dtype], head)
         name, options = f"lm_head {dtype} {config.block_b} rows{HEADS[head]}", lm_head.product_options(config)
-        whole = ("weight_stride", "hidden_stride", "D")
+        whole = ("weight_stride", "hidden_stride", "logits_stride", "D")
         yield Build(name, lm_head.lm_head_kernel, types, constants, options, aligned=whole)
     for dtype, head in (*((dtype, PLAIN_HEAD) for dtype in DTYPES), *(("fp32", head) for head in list(HEADS)[1:])):
         types = {"logits_ptr": f"*{dtype}", **sidecar, **dict.fromkeys(("logits_stride", "V", "G"), "i32")}
@@ -222,7 +222,7 @@ def latent_step_method_builds() -> Iterator[Build]:
             types["G"] = "i32"
         name = f"{method} {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
         launch = {"num_warps": methods.SOFT_GRPO_WARPS if soft else methods.MULTIPLEX_WARPS}
-        launch |= latent_step.BUILD_OPTIONS
+        launch |= methods.BUILD_OPTIONS
         kernel = methods.soft_grpo_kernel if soft else methods.multiplex_kernel
         strides = ("logits_stride", "table_stride", "D")
         yield Build(name, kernel, types, methods.constants(vocab, options), launch, aligned=strides)
