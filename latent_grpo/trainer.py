@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from latent_grpo.rewards.columns import check_columns, reward_columns
 from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.rewards.resolve import RewardFuncs, resolve_rewards
 from latent_grpo.rewards.scoring import metric_means
-from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.checkpoint import Checkpoints
 from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
@@ -47,9 +46,11 @@ from latent_grpo.seeds import derive_seed, rank_seed, shuffle_seed
 from latent_grpo.update.length import run_length
 from latent_grpo.update.lora import add_adapters, without_adapters
 from latent_grpo.update.loss import (
+    Batch,
     entropy_share,
     loss_mask,
     policy_advantages,
+    replay_with_gradients,
     share_of_update,
     step_logprob,
     update_loss,
@@ -61,19 +62,6 @@ from latent_grpo.update.replay import replay_logprob
 from latent_grpo.watching.metrics import CONSOLE, Metrics, progress_bar
 from latent_grpo.watching.response_log import print_completions, write_completions
 from latent_kernels import PolicyStats
-
-
-@dataclass
-class Batch:
-    """A rollout with everything that its update needs: R responses of up to T steps."""
-
-    rollout: Rollout
-    group: Tensor  # [R] int64, the group of each response
-    rewards: Tensor  # [R] float32; NaN for a response that no reward function applies to
-    old_logprob: Tensor  # [R, T] or, of components, [R, T, K] float32, under the policy before the update
-    ref_logprob: Tensor | None  # the same under the reference model; None without a KL penalty
-    advantages: Tensor  # [R, T] float32
-    samples: Samples | None = None  # the texts, for the logs
 
 
 class LatentGRPOTrainer:
@@ -251,10 +239,10 @@ class LatentGRPOTrainer:
         Return the batch, and {"logprob_gap": mean |log-prob of the trainer - log-prob of the sampler| in nats}, which
         is empty with `old_logprobs` rollout.
         """
-        args, gap = self.args, {}
-        old = rollout.logprob
+        args, gap, hidden, old = self.args, {}, None, rollout.logprob
         if args.old_logprobs == "recompute":
-            old = self.logprobs(self.full_model, rollout)
+            hidden = self.only_replay(rollout)
+            old = self.logprobs(self.full_model, rollout, hidden)
             distance = (step_logprob(old) - rollout.logprob).abs()
             gap["logprob_gap"] = float((distance * rollout.mask).sum() / rollout.mask.sum())
             self.check_gap(gap["logprob_gap"])
@@ -262,20 +250,30 @@ class LatentGRPOTrainer:
         advantages = policy_advantages(args, rollout, rewards, group, step_logprob(old))
         with without_adapters(self.reference):
             reference = None if self.reference is None else self.logprobs(self.reference, rollout)
-        return Batch(rollout, group, rewards, old, reference, advantages), gap
+        return Batch(rollout, group, rewards, old, reference, advantages, hidden=hidden), gap
 
-    def logprobs(self, model: Any, rollout: Rollout) -> Tensor:
+    def only_replay(self, rollout: Rollout) -> Tensor | None:
+        """Return hidden states [R, T, D] with gradients that serve old log-probs and loss alike, or None.
+
+        They do if the rollout is one micro-batch of one update: then the policy that is updated is the old one.
+        """
+        args, rows = self.args, torch.arange(len(rollout.mask), device=self.device)
+        one_update = args.num_iterations == 1 and self.update_size >= len(rows) and world_size() == 1
+        one = one_update and len(self.micro_batches(rollout, rows)) == 1
+        return replay_with_gradients(self.full_model, rollout.select(rows), args) if one else None
+
+    def logprobs(self, model: Any, rollout: Rollout, hidden: Tensor | None = None) -> Tensor:
         """Return the log-probs [R, T] float32 of a rollout under a full model, in micro-batches.
 
-        With a ratio for each component they are [R, T, K].
-
+        With a ratio for each component they are [R, T, K]. hidden: those of `only_replay`, if there are any.
         Collective: each rank computes its share of the rows, and every rank gets all of them.
         """
         args, each = self.args, self.args.importance_sampling_level == "component"
         out = torch.zeros(rollout.ids.shape if each else rollout.mask.shape, device=rollout.logprob.device)
         rows = share_of_rank(rollout, torch.arange(len(out), device=out.device), rank(), world_size())
         for micro_batch in self.micro_batches(rollout, rows):
-            logprob = replay_logprob(model, rollout.select(micro_batch), args.temperature, args.method, each)
+            selected, known = rollout.select(micro_batch), None if hidden is None else hidden[micro_batch]
+            logprob = replay_logprob(model, selected, args.temperature, args.method, each, known)
             out[micro_batch, : logprob.shape[1]] = logprob
         return all_reduce_sum(out)  # the rows of other ranks are 0 here
 
@@ -338,6 +336,7 @@ class LatentGRPOTrainer:
         Collective: each rank replays its share of the rows, in micro-batches. The statistics are those of all ranks.
         """
         args = self.args
+        hidden, batch.hidden = batch.hidden, None  # a graph serves one backward pass
         active = loss_mask(args, batch.rollout)
         total = active[rows].sum()
         sums = torch.zeros(1 + len(PolicyStats._fields), dtype=torch.float64)
@@ -359,6 +358,7 @@ class LatentGRPOTrainer:
                 None if batch.ref_logprob is None else batch.ref_logprob[micro_batch, :steps],
                 args,
                 entropy_share(args, mask, total, response_share),
+                None if hidden is None else hidden[micro_batch, :steps],
             )
             loss = loss * share_of_update(args, mask, total, response_share)
             self.updater.backward(loss)

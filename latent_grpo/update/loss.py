@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from latent_grpo.config import LatentGRPOConfig
 from latent_grpo.model import head_of
+from latent_grpo.rollout.samples import Samples
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.activation_checkpointing import recomputed
 from latent_grpo.update.replay import replay
@@ -27,6 +29,20 @@ AGGREGATIONS = {
     "dr_grpo": "seq-mean-token-sum-norm",
 }
 TOKENS_OF_UPDATE = ("dapo", "cispo", "vespo")  # means over all tokens of an update
+
+
+@dataclass
+class Batch:
+    """A rollout with everything that its update needs: R responses of up to T steps."""
+
+    rollout: Rollout
+    group: Tensor  # [R] int64, the group of each response
+    rewards: Tensor  # [R] float32; NaN for a response that no reward function applies to
+    old_logprob: Tensor  # [R, T] or, of components, [R, T, K] float32, under the policy before the update
+    ref_logprob: Tensor | None  # the same under the reference model; None without a KL penalty
+    advantages: Tensor  # [R, T] float32
+    samples: Samples | None = None  # the texts, for the logs
+    hidden: Tensor | None = None  # [R, T, D] with gradients, if the only update of the batch can use them
 
 
 def loss_options(args: LatentGRPOConfig) -> dict[str, Any]:
@@ -68,13 +84,14 @@ def update_loss(
     ref_logprob: Tensor | None,  # like old_logprob
     args: LatentGRPOConfig,
     entropy_coef: float | Tensor,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """Replay a rollout with gradients. Return its policy loss (0-d; Eq. 22-23) and statistics of the masked steps.
 
     entropy_coef: the coefficient of `entropy_share`, in place of the one in `args`.
+    hidden: the hidden states [R, T, D] of `replay_with_gradients`, if they are known. Default: replay the rollout.
     """
-    with recomputed(model, args.gradient_checkpointing):
-        hidden = replay(model, rollout)
+    hidden = replay_with_gradients(model, rollout, args) if hidden is None else hidden
     head = head_of(model)
     return fused_policy_loss(
         hidden,
@@ -88,6 +105,12 @@ def update_loss(
         **head.options(),
         **{**loss_options(args), "entropy_coef": entropy_coef},
     )
+
+
+def replay_with_gradients(model: Any, rollout: Rollout, args: LatentGRPOConfig) -> Tensor:
+    """Return the hidden states of `replay`, with gradients, checkpointed as the options ask."""
+    with torch.enable_grad(), recomputed(model, args.gradient_checkpointing):
+        return replay(model, rollout)
 
 
 def share_of_update(args: LatentGRPOConfig, mask: Tensor, total: Tensor, responses: float) -> Tensor | float:

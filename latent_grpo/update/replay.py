@@ -71,7 +71,12 @@ def input_table(model: Any) -> Tensor:
 
 
 def replay_logprob(
-    model: Any, rollout: Rollout, temperature: float, method: str = "latent_grpo", components: bool = False
+    model: Any,
+    rollout: Rollout,
+    temperature: float,
+    method: str = "latent_grpo",
+    components: bool = False,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Return the log-probs [R, T] float32 of the steps of a rollout under `model`; 0 on masked steps.
 
@@ -81,8 +86,9 @@ def replay_logprob(
         temperature: the sampling temperature, which divides the logits of text steps only.
         method: what the log-prob of a latent step is, see `latent_logprob_from_logits`.
         components: with the method "multiplex", return the log-prob of every component [R, T, K] instead of their sum.
+        hidden: what `replay` returned for the rollout [R, T, D], if it is known. Default: replay it.
     """
-    hidden = replay(model, rollout)
+    hidden = replay(model, rollout) if hidden is None else hidden
     active, head = rollout.mask, head_of(model)
     logprob = latent_logprob(
         hidden[active],

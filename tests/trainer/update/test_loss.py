@@ -30,6 +30,29 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tokenizer, warm, tmp
         assert_same_gradients(results[1], results[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"loss_type": "gspo", "beta": 0.1}], ids=str)
+def test_a_rollout_of_one_micro_batch_is_replayed_once(tokenizer, warm, tmp_path, options):
+    trainer = grpo(tmp_path, tokenizer, even, warm, invalid="keep", **options)
+    batch, _ = trainer.collect()
+    known = batch.hidden
+    assert known is not None
+    assert known.requires_grad
+    order = torch.arange(15, -1, -1)
+    trainer.accumulate(batch, order)
+    once = gradients(trainer.model)
+    assert batch.hidden is None  # a graph serves one backward pass
+    torch.testing.assert_close(batch.old_logprob, trainer.logprobs(trainer.model, batch.rollout).detach())
+    trainer.model.zero_grad()
+    trainer.accumulate(batch, order)  # replays
+    assert once.abs().max() > 0
+    assert_same_gradients(once, gradients(trainer.model))
+
+
+@pytest.mark.parametrize("options", [FOUR_MICRO_BATCHES, {"num_iterations": 2}, {"old_logprobs": "rollout"}], ids=str)
+def test_other_rollouts_are_replayed_for_the_old_logprobs(tokenizer, warm, tmp_path, options):
+    assert grpo(tmp_path, tokenizer, even, warm, **options).collect()[0].hidden is None
+
+
 def textbook_loss(
     loss_type: str,
     logprob: torch.Tensor,
