@@ -93,7 +93,8 @@ class Collector:
         """Return the groups for update number `step`, and the metrics of their rollouts.
 
         Collective: every rank must call it; every rank gets all groups. Warns if `max_generation_batches` rollouts did
-        not give enough groups. Without a single group that disagrees, the last rollout is returned: an update of zero.
+        not give enough groups. Without a single group that disagrees, the last rollout is returned: its
+        advantages are zero.
         """
         args, started = self.args, time.perf_counter()
         kept: list[Groups] = []

@@ -13,6 +13,7 @@ from latent_grpo.saving.atomic_files import write_json, write_whole
 from latent_grpo.study.compare import ARMS, FULL, LATENT, RESULT, Plan, Run, all_runs
 from latent_grpo.study.config import CompareConfig
 from latent_grpo.watching.figures import COLOURS, INK, drawn_figure
+from latent_grpo.watching.metrics import read_metrics
 from latent_grpo.watching.tables import Cells, figure
 
 # Figures of a result and their headings: on the page, and on the console.
@@ -45,8 +46,7 @@ def read_records(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 def read_curves(plan: Plan, run: Run) -> dict[str, dict[str, list[float]]]:
     """Return, for each metric of CURVES, the steps and values of a run. A warm start has none."""
     metrics = run.folder(plan.args) / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rows = [row for row in rows if row.get("phase") == "train"]
+    rows = [row for row in read_metrics(metrics) if row.get("phase") == "train"]
     curves = {}
     for key in CURVES:
         measured = [row for row in rows if key in row]  # eval_pass_at_1 is in few rows

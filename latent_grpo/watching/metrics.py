@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,15 +123,17 @@ class Metrics:
 
 
 def json_line(values: dict[str, Any]) -> str:
-    """Return the line of metrics.jsonl for the metrics of one step."""
-    return json.dumps(values) + "\n"
+    """Return the line of metrics.jsonl for the metrics of one step. JSON has no NaN and no infinity: they are null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without a last line that a killed run left half written."""
+    """Return the lines of a metrics.jsonl, without a last line that a killed run left half written. Null is NaN."""
     # A complete line ends with a line break, so the last item is either empty or half a line.
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = (json.loads(line) for line in lines[:-1])
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def last_step(history: list[dict[str, Any]]) -> int:

@@ -54,8 +54,8 @@ def group_advantages(
             winner before it sets the advantage of invalid rows to 0 ("all"). If an invalid row wins there, no row keeps
             a positive advantage at the first step. Rows that "exclude" leaves out never win.
 
-    The standard deviation has Bessel's correction. A group with one counted row has mean 0 and std 1. Computed in
-    float64, returned in float32.
+    The standard deviation has Bessel's correction. A group with one counted row has mean 0 and std 1. Sums
+    are in float64, the result in float32; the kernel divides in float32.
     Raises ValueError or TypeError naming the argument, and RuntimeError if `impl="triton"` cannot run.
     """
     check_tensor("rewards", rewards, [None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -18,7 +19,7 @@ from latent_grpo.rewards.scoring import reward_names
 from latent_grpo.rollout.trajectory import visible_text
 from latent_grpo.watching.alarms import ALARMS, WINDOW, Alarms
 from latent_grpo.watching.inspect_run import sparkline
-from latent_grpo.watching.metrics import LINES_PER_HEADING, Metrics, read_metrics
+from latent_grpo.watching.metrics import LINES_PER_HEADING, Metrics, json_line, read_metrics
 from latent_grpo.watching.response_log import completion_steps, read_completions
 
 ROWS = make_problems(12, seed=1)
@@ -81,6 +82,16 @@ def test_a_whole_run_prints_no_table_where_it_is_not_wanted(tmp_path, capsys):
 def test_a_half_written_last_line_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_metrics_without_a_number_are_null_in_the_file(tmp_path):
+    row = {"phase": "train", "step": 1, "reward": math.nan, "kl": 0.5, "margin": -math.inf}
+    (tmp_path / "metrics.jsonl").write_text(json_line(row))
+    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)  # called for NaN
+    assert strict == {"phase": "train", "step": 1, "reward": None, "kl": 0.5, "margin": None}
+    (read,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(read["reward"])
+    assert read["kl"] == 0.5
 
 
 class Recorder(types.ModuleType):
