@@ -91,25 +91,29 @@ def _back_project(dlogits: Tensor, weight: Tensor) -> Tensor:
         return out
 
 
-def add_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor, factor: Tensor | None = None) -> None:
+def add_outer_(
+    out: Tensor, dlogits: Tensor, hidden: Tensor, factor: Tensor | None = None, *, fresh: bool = False
+) -> None:
     """Add `dlogits.T @ (factor * hidden)` to out [V, D], float32 or float64.
 
-    dlogits is [n, V], hidden [n, D], and factor [n]; None stands for 1.
+    dlogits is [n, V], hidden [n, D], and factor [n]; None stands for 1. A `fresh` out holds nothing yet, and is not
+    read.
     """
+    beta = 0.0 if fresh else 1.0
     if factor is not None:
         hidden = hidden * factor.unsqueeze(-1)
     with no_autocast(out.device):
         if dlogits.dtype == torch.float16:
-            _add_float16_outer_(out, dlogits, hidden)
+            _add_float16_outer_(out.zero_() if fresh else out, dlogits, hidden)
             return
         hidden = hidden.to(dlogits.dtype)
         # 16-bit operands, accumulated in float32 over the chunks.
         if dlogits.is_cuda and dlogits.dtype != out.dtype:
-            torch.addmm(out, dlogits.T, hidden, out_dtype=out.dtype, out=out)
+            torch.addmm(out, dlogits.T, hidden, out_dtype=out.dtype, beta=beta, out=out)
             return
         hidden = hidden.to(out.dtype)
         for block in _blocks(out):
-            out[block].addmm_(dlogits[:, block].T.to(out.dtype), hidden)
+            out[block].addmm_(dlogits[:, block].T.to(out.dtype), hidden, beta=beta)
 
 
 def _add_float16_outer_(out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:

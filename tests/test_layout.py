@@ -28,12 +28,13 @@ KERNEL_ROOMS = (
     "_operator",
     "reference",
     "_linear",
+    "_scored_chunks",
     "_eager",
     "_triton",
     "ops",
     "__init__",
 )
-NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:10])  # and NumPy; the other rooms may need Triton
+NEEDS_TORCH_ONLY = frozenset(KERNEL_ROOMS[:11])  # and NumPy; the other rooms may need Triton
 TRAINER_ROOMS = (
     "trl_names",
     "errors",

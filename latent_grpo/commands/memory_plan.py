@@ -128,9 +128,12 @@ def activation_bytes(
 
 
 def loss_bytes(size: ModelSize, rows: int, steps: int, device: str) -> int:
-    """Return the bytes of the fused loss: one chunk of float32 logits, and hidden states with their gradient."""
+    """Return the bytes of the fused loss: one chunk of logits, and hidden states with their gradient.
+
+    The head counts as trained, which allows the largest chunks.
+    """
     all_logits = rows * steps * size.vocab * FLOAT32
-    return min(all_logits, chunk_bytes(device)) + 2 * rows * steps * size.width * size.itemsize
+    return min(all_logits, chunk_bytes(device, trained_head=True)) + 2 * rows * steps * size.width * size.itemsize
 
 
 def cache_bytes(size: ModelSize, rows: int, length: int) -> int:

@@ -36,23 +36,22 @@ from latent_kernels._loss_types import LogprobSpec, RowForward, RowGradient, Row
 from latent_kernels._triton.common import MAX_REGISTERS
 from latent_kernels._triton.head import bias_argument, factor_arguments, head_constants, read_capped
 from latent_kernels._triton.latent_logprob_terms import (
-    component_terms,
+    MARGINS,
+    METHODS,
     range_scale,
+    row_components,
     row_log_z,
     row_log_z_and_entropy,
-    soft_terms,
+    row_scores,
     store_dlogits,
+    store_scores,
+    sum_of_coefficients,
 )
 from latent_kernels._types import PLAIN_HEAD, HeadOptions
-from latent_kernels.reference import latent_step as steps
 
-UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
 BLOCK_V, NUM_WARPS = 8192, 16  # 16 elements per thread
 WIDE = 32  # components of a row whose comparison needs many registers
 REGISTERS = 65536  # per multiprocessor
-MARGINS = {"none": 0, "aligned": 1, "released": 2}
-METHODS = {"latent_grpo": 0, "soft_grpo": 1, "multiplex": 2}
-SOFT_GRPO, MULTIPLEX = tl.constexpr(METHODS["soft_grpo"]), tl.constexpr(METHODS["multiplex"])
 
 
 # These pointers are read or written once per row, so their alignment is not worth another compiled variant.
@@ -71,14 +70,7 @@ def latent_logprob_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # n * V may exceed 2^31
     row_ptr = logits_ptr + row * logits_stride
-    k = tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
-    hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
-    used = k < tl.where(hard, 1, K)  # the only component of a text row is its token
-    # A row with an id outside the vocabulary is NaN, without a gradient. An error would have to wait for the device.
-    exist = tl.sum((used & ((ids < 0) | (ids >= V))).to(tl.int32), 0) == 0
-    valid = k < tl.where(exist, tl.where(hard, 1, K), 0)
-    ids = tl.where(valid, ids, 0)
+    ids, used, valid, hard, exist = row_components(ids_ptr, row, V, K, BLOCK_K)
     # The temperature is that of text rows only.
     inverse_temperature = tl.where(hard, inverse_temperature, 1.0) * outer
     slope = inverse_temperature * inner
@@ -100,39 +92,22 @@ def latent_logprob_kernel(
 
     picked = read_capped(row_ptr, bias_ptr, ids, valid, inner, float("nan"), HAS_BIAS, SOFTCAP)
     log_probs = picked * inverse_temperature - log_z
-    if METHOD == MULTIPLEX:
-        latent = tl.sum(tl.where(used, log_probs, 0.0), 0)
-        component_coefficients = 1.0
-        margins = tl.zeros([BLOCK_K], dtype=tl.float32)  # there are none
-    else:
-        scores = tl.load(scores_ptr + row * K + k, mask=used, other=0.0).to(tl.float32)
-        if METHOD == SOFT_GRPO:
-            latent, component_coefficients, margins = soft_terms(log_probs, scores, used)
-        else:
-            replaced = -float("inf")
-            if MARGIN > 0:
-                replaced = tl.where(tl.load(advantages_ptr + row).to(tl.float32) <= 0, 0.0, -float("inf"))
-            terms, component_coefficients, margins = component_terms(log_probs, scores, replaced, MARGIN)
-            latent = tl.sum(tl.where(used, terms, 0.0), 0) / K
-            component_coefficients = component_coefficients / K
+    latent, component_coefficients, margins = row_scores(
+        scores_ptr, advantages_ptr, row, log_probs, used, K, BLOCK_K, MARGIN, METHOD
+    )
     if FORWARD:
-        if COMPONENTS:
-            each = tl.where(exist, tl.where(used, log_probs, 0.0), float("nan"))
-            tl.store(logprob_ptr + row * K + k, each, mask=k < K)
-        else:
-            text = tl.sum(tl.where(k == 0, log_probs, 0.0), 0)
-            tl.store(logprob_ptr + row, tl.where(exist, tl.where(hard, text, latent), float("nan")))
-        tl.store(crossed_ptr + row, tl.where(hard, 0, tl.sum((valid & (margins < 0)).to(tl.int32), 0)))
+        store_scores(
+            logprob_ptr, crossed_ptr, row, log_probs, latent, margins, used, valid, hard, exist, K, BLOCK_K, COMPONENTS
+        )
     if DLOGITS:
         coefficients = tl.where(valid, tl.where(hard, 1.0, component_coefficients), 0.0)
         factor = slope
         if HAS_UPSTREAM and COMPONENTS:
-            coefficients = tl.load(upstream_ptr + row * K + k, mask=valid, other=0.0)  # of log-probs that add up
+            at = upstream_ptr + row * K + tl.arange(0, BLOCK_K)
+            coefficients = tl.load(at, mask=valid, other=0.0)  # of log-probs that add up
         elif HAS_UPSTREAM:
             factor = slope * tl.load(upstream_ptr + row)
-        total = tl.sum(coefficients, 0)
-        if METHOD == SOFT_GRPO:
-            total = tl.where(hard, total, 0.0)  # what is left of it on a latent row is a rounding
+        total = sum_of_coefficients(coefficients, hard, METHOD)
         shrink = 1.0
         if RELATIVE:
             bound = tl.abs(factor) * (tl.sum(tl.abs(coefficients), 0) + tl.abs(total))

@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 
 from latent_kernels._triton.head import read_capped
+from latent_kernels.reference import latent_step as steps
 from latent_kernels.reference import loss
+
+UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
+MARGINS = {"none": 0, "aligned": 1, "released": 2}
+METHODS = {"latent_grpo": 0, "soft_grpo": 1, "multiplex": 2}
+SOFT_GRPO, MULTIPLEX = tl.constexpr(METHODS["soft_grpo"]), tl.constexpr(METHODS["multiplex"])
 
 EXPONENT_MAX = tl.constexpr(loss.EXPONENT_MAX)
 MARGIN_MAX = tl.constexpr(loss.MARGIN_MAX)  # exp(-MARGIN_MAX) is 0
@@ -19,6 +25,79 @@ SOFT_EPSILON = tl.constexpr(loss.SOFT_EPSILON)
 SOFT_MARGIN_MIN, SOFT_MARGIN_MAX = tl.constexpr(loss.SOFT_MARGIN_MIN), tl.constexpr(loss.SOFT_MARGIN_MAX)
 SOFT_LOGPROB_MIN = tl.constexpr(loss.SOFT_LOGPROB_MIN)
 LOWEST = tl.constexpr(-3.0e38)  # below any logit that matters, and finite: differences from it are numbers
+
+
+@triton.jit
+def row_components(ids_ptr, row, V, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the ids of a row's components, which are used, which of those are valid, and whether it is a text row.
+
+    The last result is whether all ids exist. A row with an id outside the vocabulary is NaN, without a gradient: an
+    error would have to wait for the device.
+    """
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
+    hard = tl.sum(((ids == UNUSED_ID) & (k > 0)).to(tl.int32), 0) > 0
+    used = k < tl.where(hard, 1, K)  # the only component of a text row is its token
+    exist = tl.sum((used & ((ids < 0) | (ids >= V))).to(tl.int32), 0) == 0
+    valid = k < tl.where(exist, tl.where(hard, 1, K), 0)
+    return tl.where(valid, ids, 0), used, valid, hard, exist
+
+
+@triton.jit
+def row_scores(
+    scores_ptr, advantages_ptr, row, log_probs, used, K: tl.constexpr, BLOCK_K: tl.constexpr, MARGIN: tl.constexpr,
+    METHOD: tl.constexpr,
+):  # fmt: skip
+    """Return the log-prob of a latent row, its gradient in the log-probs of the components, and the margins."""
+    k = tl.arange(0, BLOCK_K)
+    if METHOD == MULTIPLEX:
+        latent = tl.sum(tl.where(used, log_probs, 0.0), 0)
+        coefficients = tl.full([BLOCK_K], 1.0, dtype=tl.float32)
+        margins = tl.zeros([BLOCK_K], dtype=tl.float32)  # there are none
+    else:
+        scores = tl.load(scores_ptr + row * K + k, mask=used, other=0.0).to(tl.float32)
+        if METHOD == SOFT_GRPO:
+            latent, coefficients, margins = soft_terms(log_probs, scores, used)
+        else:
+            replaced = -float("inf")
+            if MARGIN > 0:
+                replaced = tl.where(tl.load(advantages_ptr + row).to(tl.float32) <= 0, 0.0, -float("inf"))
+            terms, coefficients, margins = component_terms(log_probs, scores, replaced, MARGIN)
+            latent = tl.sum(tl.where(used, terms, 0.0), 0) / K
+            coefficients = coefficients / K
+    return latent, coefficients, margins
+
+
+@triton.jit
+def store_scores(
+    logprob_ptr, crossed_ptr, row, log_probs, latent, margins, used, valid, hard, exist, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, COMPONENTS: tl.constexpr,
+):  # fmt: skip
+    """Store the log-prob of a row, or of each of its components, and the number of its crossed margins."""
+    k = tl.arange(0, BLOCK_K)
+    if COMPONENTS:
+        each = tl.where(exist, tl.where(used, log_probs, 0.0), float("nan"))
+        tl.store(logprob_ptr + row * K + k, each, mask=k < K)
+    else:
+        text = tl.sum(tl.where(k == 0, log_probs, 0.0), 0)
+        tl.store(logprob_ptr + row, tl.where(exist, tl.where(hard, text, latent), float("nan")))
+    tl.store(crossed_ptr + row, tl.where(hard, 0, tl.sum((valid & (margins < 0)).to(tl.int32), 0)))
+
+
+@triton.jit
+def sum_of_coefficients(coefficients, hard, METHOD: tl.constexpr):
+    """Return by how much of its softmax the gradient of a row falls."""
+    total = tl.sum(coefficients, 0)
+    if METHOD == SOFT_GRPO:
+        total = tl.where(hard, total, 0.0)  # what is left of it on a latent row is a rounding
+    return total
+
+
+@triton.jit
+def over_equal_ids(ids, coefficients):
+    """Return, for each component of a row, the sum of the coefficients of all components with its id."""
+    narrow = ids.to(tl.int32)  # half the registers of a K x K comparison
+    return tl.sum(tl.where(narrow[:, None] == narrow[None, :], coefficients[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -136,9 +215,7 @@ def store_dlogits(
     """
     # An id that occurs twice stores the same value twice: the sum of what all its occurrences contribute. Of the picked
     # components only this value is alive during the tiles.
-    narrow = ids.to(tl.int32)  # half the registers of a K x K comparison
-    shared = tl.sum(tl.where(narrow[:, None] == narrow[None, :], coefficients[None, :], 0.0), 1)
-    last = factor * (shared - total * tl.exp(log_probs))
+    last = factor * (over_equal_ids(ids, coefficients) - total * tl.exp(log_probs))
     if ENTROPY:
         finite = tl.where(log_probs < -MARGIN_MAX, -MARGIN_MAX, log_probs)
         last -= bonus * tl.exp(finite) * (finite + entropy)

@@ -7,8 +7,8 @@ wanted. The backward pass only scales what was saved. An entropy bonus, or one r
 needs the loss before the gradient in the logits; then a chunk is read twice. Masked steps, and steps whose advantage is
 zero, never reach the LM head. Deterministic.
 
-On a CPU, a loss without these two and with a frozen head has no chunk of logits: see
-`latent_kernels._eager.streamed_logprob`.
+A loss without these two stores no logits on some GPUs (`latent_kernels._triton.scaled_exp`) and, with a frozen head, on
+a CPU (`latent_kernels._eager.streamed_logprob`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
+from latent_kernels._chunks import dlogits_dtype
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager.streamed_logprob import streamed_chunks, streamed_logprob
-from latent_kernels._linear import add_outer_, add_rows_, back_project, project
+from latent_kernels._linear import add_outer_, add_rows_, back_project
 from latent_kernels._loss_types import SUMS, LogprobSpec, LossOptions, LossSpec, ResponseTerms, loss_and_stats
 from latent_kernels._operator import operator
+from latent_kernels._scored_chunks import plan_chunks
 from latent_kernels._types import HeadOptions, PolicyStats
 from latent_kernels._validate import FLOAT32_MAX, check_head, check_range, check_tensor
-from latent_kernels.ops.chunk_losses import ChunkLosses, RowKernels, chunk_losses_, row_kernels
+from latent_kernels.ops.chunk_losses import ChunkLosses, RowKernels, chunk_losses, in_one_pass, row_kernels
 from latent_kernels.ops.latent_logprob import check_logprob_options, with_bias
 from latent_kernels.ops.policy_loss import RATIOS, check_loss_options, loss_result, loss_shapes
 from latent_kernels.reference.latent_step import compute_dtype, is_hard
@@ -58,7 +59,7 @@ class Gradients(NamedTuple):
     lm_head: Tensor | None  # [V, D] float32 or float64
     bias: Tensor | None  # [V] float32 or float64
 
-    def add(self, losses: ChunkLosses, index: Tensor, rows: Tensor, lm_head: Tensor) -> None:
+    def add(self, losses: ChunkLosses, index: Tensor, rows: Tensor, lm_head: Tensor, *, first: bool) -> None:
         """Add the gradients of a chunk whose hidden states are `rows` [n, D], at `index` [n] of hidden."""
         dlogits, factor = losses.dlogits, losses.factor
         if self.hidden is not None and losses.dhidden is not None:
@@ -70,7 +71,7 @@ class Gradients(NamedTuple):
         if self.hidden is not None:
             self.hidden[index] = back_project(dlogits, lm_head, factor).to(self.hidden.dtype)
         if self.lm_head is not None:
-            add_outer_(self.lm_head, dlogits, rows, factor)
+            add_outer_(self.lm_head, dlogits, rows, factor, fresh=first)
         if self.bias is not None:
             add_rows_(self.bias, dlogits, factor)
 
@@ -99,28 +100,34 @@ class _Fused(torch.autograd.Function):
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
         gradients = Gradients(
             torch.zeros(hidden.shape, dtype=_kept_dtype(hidden), device=device) if wants_hidden else None,
-            torch.zeros(lm_head.shape, dtype=dtype, device=device) if wants_head else None,
+            # The first chunk writes it without reading it.
+            (torch.empty if len(active) else torch.zeros)(lm_head.shape, dtype=dtype, device=device)
+            if wants_head
+            else None,
             torch.zeros(vocab, dtype=dtype, device=device) if wants_bias else None,
         )
         stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if any(ctx.needs_input_grad) else None
         sums, crossed, entropy = unit.new_zeros(len(SUMS)), unit.new_zeros(()), unit.new_zeros(())
-        needs_logits = wants_head or wants_bias or loss_spec.bonus is not None or logprob_spec.components
-        streams = kernels.streams and not needs_logits
-        chunks = streamed_chunks(len(active)) if streams else row_chunks(len(active), vocab, dtype, device)
-        buffer = None if streams else chunk_buffer(chunks, vocab, dtype, device)
-        logprob_spec = with_bias(logprob_spec, bias)
-        for chunk in chunks:
+        one_pass, logprob_spec = in_one_pass(logprob_spec, loss_spec), with_bias(logprob_spec, bias)
+        plan = None
+        if not (kernels.streams and one_pass and not wants_head and not wants_bias):
+            scaled_exp = kernels.scaled_exp if one_pass else None
+            plan = plan_chunks(
+                len(active), hidden, lm_head, stored_dtype, kernels.logprob_rows_, scaled_exp, logprob_spec.head,
+                trained_head=wants_head,
+            )  # fmt: skip
+        for chunk in streamed_chunks(len(active)) if plan is None else plan.slices:
             index = active[chunk]
             rows, specs = hidden[index], (logprob_spec.select(index), loss_spec.select(index))
-            if buffer is None:
+            if plan is None:
                 losses = _streamed_losses(rows, lm_head, *specs, kernels, wants_hidden)
             else:
-                losses = chunk_losses_(project(rows, lm_head, buffer[: len(rows)]), *specs, stored_dtype, kernels)
+                losses = chunk_losses(rows, lm_head, *specs, plan, kernels)
             sums += losses.sums
             crossed += losses.crossed.sum()
             # Without a bonus the entropies are not known, and the statistic is NaN.
             entropy += torch.nan if losses.entropy is None else losses.entropy.sum()
-            gradients.add(losses, index, rows, lm_head)
+            gradients.add(losses, index, rows, lm_head, first=chunk.start == 0)
         leaves = (hidden, lm_head, bias)
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
         pairs = zip(gradients, leaves, strict=True)
@@ -319,11 +326,9 @@ def _logprobs(
         indices = [active[chunk] for chunk in streamed_chunks(len(active))]
         streamed = [streamed_logprob(hidden[i], lm_head, spec.select(i), wants_gradient=False) for i in indices]
         return torch.cat([scores.logprob for scores in streamed] or [active.new_empty(0, dtype=dtype)])
-    chunks = row_chunks(len(active), len(lm_head), dtype, hidden.device)
-    buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
+    chunks = plan_chunks(len(active), hidden, lm_head, None, kernels.logprob_rows_, kernels.scaled_exp, spec.head)
     logprob = torch.empty(len(active), dtype=dtype, device=hidden.device)
-    for chunk in chunks:
+    for chunk in chunks.slices:
         index = active[chunk]
-        logits = project(hidden[index], lm_head, buffer[: len(index)])
-        logprob[chunk] = kernels.logprob_rows_(logits, spec.select(index), None).logprob
+        logprob[chunk] = chunks.score(hidden[index], lm_head, spec.select(index)).logprob
     return logprob

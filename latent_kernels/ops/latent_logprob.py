@@ -23,6 +23,7 @@ every gradient of log-probs of components, which are K numbers per row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from latent_kernels._eager.streamed_logprob import streamed_chunks, streamed_log
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
 from latent_kernels._operator import operator, single
+from latent_kernels._scored_chunks import plan_chunks
 from latent_kernels._types import METHODS, HeadOptions
 from latent_kernels._validate import (
     FLOAT32_MAX,
@@ -105,6 +107,7 @@ class _FromHidden(torch.autograd.Function):
         bias: Tensor | None,
         spec: LogprobSpec,
         logprob_rows_fn: LogprobRowsFn,
+        scaled_exp: ModuleType | None,
     ) -> Tensor:
         dtype = compute_dtype(hidden, lm_head)
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
@@ -120,11 +123,9 @@ class _FromHidden(torch.autograd.Function):
                     dhidden[chunk] = scores.dhidden
         else:
             stored_dtype = dlogits_dtype(hidden, lm_head, dtype) if at_once else None
-            chunks = row_chunks(len(hidden), len(lm_head), dtype, hidden.device)
-            buffer = chunk_buffer(chunks, len(lm_head), dtype, hidden.device)
-            for chunk in chunks:
-                product = project(hidden[chunk], lm_head, buffer[: chunk.stop - chunk.start])
-                scored = logprob_rows_fn(product, given.select(chunk), stored_dtype)
+            chunks = plan_chunks(len(hidden), hidden, lm_head, stored_dtype, logprob_rows_fn, scaled_exp, given.head)
+            for chunk in chunks.slices:
+                scored = chunks.score(hidden[chunk], lm_head, given.select(chunk))
                 logprob[chunk] = scored.logprob
                 if dhidden is not None and scored.gradient is not None:
                     dhidden[chunk] = back_project(scored.gradient.dlogits, lm_head, scored.gradient.scale)
@@ -142,7 +143,7 @@ class _FromHidden(torch.autograd.Function):
         if saved:
             recomputed, grad_head, grad_bias = _recomputed_gradients(ctx, grad, *saved)
             grad_hidden = recomputed if grad_hidden is None else grad_hidden
-        return grad_hidden, grad_head, grad_bias, None, None
+        return grad_hidden, grad_head, grad_bias, None, None, None
 
 
 def with_bias(spec: LogprobSpec, bias: Tensor | None) -> LogprobSpec:
@@ -305,7 +306,9 @@ def latent_logprob(
         ids, scores, len(hidden), hidden, temperature, advantages, margin_gradient, method, components
     )
     logprob_rows_fn: LogprobRowsFn = logprob_rows_
+    scaled_exp: ModuleType | None = None
     if resolve("latent_logprob", impl, hidden, lm_head, unsupported=components_limit(ids.shape[1])) == "triton":
+        from latent_kernels._triton import scaled_exp
         from latent_kernels._triton.latent_logprob import logprob_rows_ as logprob_rows_fn
     # Under no_grad, inputs that require a gradient would still make the forward pass compute it.
     if not torch.is_grad_enabled():
@@ -313,5 +316,5 @@ def latent_logprob(
     spec = LogprobSpec(
         ids, scores, advantages, temperature, margin_gradient, method, components, head._replace(bias=None)
     )
-    logprob: Tensor = _FromHidden.apply(hidden, lm_head, bias, spec, logprob_rows_fn)
+    logprob: Tensor = _FromHidden.apply(hidden, lm_head, bias, spec, logprob_rows_fn, scaled_exp)
     return logprob

@@ -15,8 +15,9 @@ import pytest
 # Bytes of shared memory that one block can have on an A100, H100 and B200.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # In the order of `build_kernels.FAMILIES`: latent_step, its methods, its LM head, project_with_noise, mix_embeddings,
-# group_advantages, logprob, policy_loss.
-CONFIGURATIONS = (7, 5, 29, 12, 36, 23, 66, 27)
+# group_advantages, logprob, policy_loss, scaled_exp.
+CONFIGURATIONS = (7, 5, 29, 12, 36, 23, 66, 27, 20)
+HOPPER_ONLY = 6  # products of scaled_exp
 
 # A folder with another Triton, the oldest supported: `pip install --target FOLDER --no-deps triton==3.6.0`
 OTHER_TRITON = os.environ.get("LATENT_GRPO_OTHER_TRITON")
@@ -27,7 +28,7 @@ NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def build(capability: int, repository: Path, cache: Path, *options: str, triton: str | None = None) -> list[Any]:
     """Return what `build_kernels.py` reports, with the installed Triton or the one in a folder."""
     program = repository / "tests" / "support" / "build_kernels.py"
-    path = os.pathsep.join(filter(None, (triton, str(repository))))
+    path = os.pathsep.join(filter(None, (triton, str(repository), str(repository / "tests"))))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(program), str(capability), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
@@ -41,7 +42,7 @@ def assert_builds_fit(builds: list[Any], capability: int) -> None:
         assert built["reg"] > 0
         assert built["stack"] == built["local"] == 0, f"{built['name']} spills: {built}"
         assert built["shared"] <= SHARED_MEMORY[capability], built
-        if capability == 90 and built["name"].startswith("lm_head"):
+        if capability == 90 and built["name"].startswith(("lm_head", "scaled exp")):
             assert built["hgmma"] > 0, f"{built['name']} does not use the warpgroup matrix instructions"
 
 
@@ -71,5 +72,6 @@ def test_every_configuration_compiles_without_spills(release: str, capability: i
     if (release == "other" or capability == 100) and not EVERY_BUILD:
         pytest.skip("LATENT_GRPO_EVERY_BUILD is not 1")
     builds = build(capability, repository, tmp_path, triton=folder_of(release))
-    assert len(builds) == len({built["name"] for built in builds}) == sum(CONFIGURATIONS)
+    expected = sum(CONFIGURATIONS) + (HOPPER_ONLY if capability == 90 else 0)
+    assert len(builds) == len({built["name"] for built in builds}) == expected
     assert_builds_fit(builds, capability)

@@ -158,14 +158,17 @@ def test_the_compiled_loss_is_deterministic_and_equals_eager():
 
 @NEEDS_GPU
 def test_memory_does_not_grow_with_rows_times_vocabulary():
+    from latent_kernels._triton import scaled_exp
+
     batch = make_batch(64, 128, 128_256, 2048, "cuda")
+    limit = 600e6 if scaled_exp.choose(batch["hidden"].flatten(0, 1), batch["lm_head"]) is None else 400e6
     gradients(batch, ("hidden",), "triton")  # compiles, and allocates the workspace of the product library
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = gradients(batch, ("hidden",), "triton")
     extra = torch.cuda.max_memory_allocated() - before - results[1].nbytes
-    assert extra < 600e6, f"{extra / 1e6:.0f} MB beyond inputs and dHidden"
+    assert extra < limit, f"{extra / 1e6:.0f} MB beyond inputs and dHidden"
 
 
 @NEEDS_GPU

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,24 +27,13 @@ from triton.compiler import ASTSource
 from latent_kernels._loss_types import LossOptions, LossSpec
 from latent_kernels._triton import group_advantages as advantages
 from latent_kernels._triton import latent_logprob as logprob
-from latent_kernels._triton import latent_step, lm_head, policy_loss, project_with_noise
+from latent_kernels._triton import latent_step, lm_head, policy_loss, project_with_noise, scaled_exp
 from latent_kernels._triton import latent_step_methods as methods
 from latent_kernels._triton import lm_head_routes as routes
 from latent_kernels._triton import mix_embeddings as mix
-from latent_kernels._types import PLAIN_HEAD, HeadOptions, LatentStepOptions, NoiseSpec
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Build(NamedTuple):
-    """A kernel with the types of its arguments, its constants, and the options of its launch."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    aligned: tuple[str, ...] = ()  # sizes and strides that are multiples of 16, as pointers always are
+from latent_kernels._types import PLAIN_HEAD, LatentStepOptions, NoiseSpec
+from support.build_scaled_exp import scaled_exp_builds
+from support.kernel_build import DTYPES, HEADS, Build, head_types
 
 
 def mix_embeddings_builds() -> Iterator[Build]:
@@ -88,18 +76,6 @@ def group_advantages_builds() -> Iterator[Build]:
         name = f"group_advantages {dtype} {invalid} {first_token} {winner} std={normalize_std} mask={has_invalid}"
         options = {"num_warps": advantages.NUM_WARPS}
         yield Build(name, advantages.group_advantages_kernel, types, constants, options)
-
-
-HEADS = {
-    PLAIN_HEAD: "",
-    HeadOptions(logit_scale=0.5): " scale",
-    HeadOptions(torch.zeros(1), 0.5, 30.0): " bias and cap",
-}
-
-
-def head_types(dtype: str) -> dict[str, str]:
-    """Return types of the arguments of a head whose bias is of a dtype."""
-    return {"bias_ptr": f"*{dtype}", "inner": "fp32", "outer": "fp32"}
 
 
 def lm_head_builds() -> Iterator[Build]:
@@ -349,12 +325,17 @@ FAMILIES = (
     group_advantages_builds,
     logprob_builds,
     policy_loss_builds,
+    scaled_exp_builds,
 )
 
 
-def builds(quick: bool) -> list[Build]:
-    """Return every configuration that can be launched, or the first of each family."""
-    return [build for family in FAMILIES for build in (islice(family(), 1) if quick else family())]
+PRODUCTS = (lm_head.lm_head_kernel, scaled_exp.scaled_exp_kernel)
+
+
+def builds(quick: bool, capability: int) -> list[Build]:
+    """Return every configuration that can be launched on a GPU, or the first of each family."""
+    every = [build for family in FAMILIES for build in (islice(family(), 1) if quick else family())]
+    return [build for build in every if build.major in (None, capability // 10)]
 
 
 def run_tool(name: str, *arguments: str) -> str:
@@ -376,7 +357,7 @@ def resources(cubin: bytes, has_product: bool) -> dict[str, int]:
 
 def compile_one(index: int, capability: int, quick: bool) -> str:
     """Build a configuration and return its JSON line."""
-    build = builds(quick)[index]
+    build = builds(quick, capability)[index]
     pointers = [name for name, kind in build.types.items() if kind.startswith("*")]
     divisible = [["tt.divisibility", 16]]
     names = build.kernel.arg_names
@@ -384,13 +365,13 @@ def compile_one(index: int, capability: int, quick: bool) -> str:
     signature = {**build.types, **dict.fromkeys(build.constants, "constexpr")}
     source = ASTSource(build.kernel, signature, build.constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
-    used = resources(built.asm["cubin"], has_product=build.kernel is lm_head.lm_head_kernel)
+    used = resources(built.asm["cubin"], has_product=build.kernel in PRODUCTS)
     return json.dumps({"name": build.name, "shared": built.metadata.shared, **used})
 
 
 def main(capability: int, quick: bool) -> None:
     """Build everything for one target."""
-    tasks = [(index, capability, quick) for index in range(len(builds(quick)))]
+    tasks = [(index, capability, quick) for index in range(len(builds(quick, capability)))]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:  # forked, with the imported modules
         for line in pool.starmap(compile_one, tasks, chunksize=1):
             print(line)
