@@ -35,6 +35,7 @@ from torch import Tensor
 from latent_kernels._triton.common import (
     GUMBEL_HIGH,
     GUMBEL_LOW,
+    MAX_REGISTERS,
     counter_option,
     exponential_draws,
     gumbel_noise,
@@ -60,8 +61,10 @@ NUM_WARPS = 8
 TILE = 1024  # logits gathered together, 4 per thread
 RUNS = 2048  # runs of ids whose maxima a program holds, 8 per thread
 MIX_TILE = 1024  # elements of the mixture computed together, 4 per thread
+# With 128 registers, two blocks run on a multiprocessor. Older releases of Triton need up to 212.
+REGISTERS = 128 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else MAX_REGISTERS
 # Without fusion, scores are rounded after each operation, as PyTorch rounds them.
-BUILD_OPTIONS = {"maxnreg": 128, "enable_fp_fusion": False}  # two blocks on a multiprocessor
+BUILD_OPTIONS = {"maxnreg": REGISTERS, "enable_fp_fusion": False}
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from latent_kernels._types import PLAIN_HEAD, HeadOptions
 GROUP = 32  # ids per group
 TILE = 128  # ids of a tile of the product, on the M axis of the matrix instruction
 GROUPS_PER_PROGRAM = 64  # in the pass over existing logits: 2,048 logits, 16 per thread
-SIDECAR_WARPS = 4
+SIDECAR_OPTIONS = {"num_warps": 4, "maxnreg": MAX_REGISTERS}
 
 
 class Sidecar(NamedTuple):
@@ -203,6 +203,6 @@ def logits_sidecar(logits: Tensor, head: HeadOptions = PLAIN_HEAD) -> Sidecar:
         sidecar_kernel[(rows, triton.cdiv(groups, GROUPS_PER_PROGRAM))](
             logits_ptr=logits, bias_ptr=bias_argument(head, logits), maxima_ptr=maxima, sums_ptr=sums,
             **factor_arguments(head), logits_stride=logits.stride(0), V=vocab, G=groups,
-            **sidecar_constants(head), num_warps=SIDECAR_WARPS,
+            **sidecar_constants(head), **SIDECAR_OPTIONS,
         )  # fmt: skip
     return Sidecar(logits, maxima, sums)

@@ -21,16 +21,16 @@ FUSED = with_kernel(fused_policy_loss)
 @pytest.fixture
 def projected_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record how many rows each product with the head takes, or each pass over it that holds no logits."""
-    module, rows = sys.modules["latent_kernels.ops.fused_policy_loss"], []
+    rows: list[int] = []
 
-    def record(name: str) -> None:
-        function = getattr(module, name)
+    def record(module: str, name: str) -> None:
+        function = getattr(sys.modules[module], name)
         monkeypatch.setattr(
-            module, name, lambda h, *args, **options: rows.append(len(h)) or function(h, *args, **options)
+            module + "." + name, lambda h, *args, **options: rows.append(len(h)) or function(h, *args, **options)
         )
 
-    for name in ("project", "streamed_logprob"):
-        record(name)
+    record("latent_kernels._scored_chunks", "project")
+    record("latent_kernels.ops.fused_policy_loss", "streamed_logprob")
     return rows
 
 

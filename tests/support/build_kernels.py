@@ -91,7 +91,7 @@ def lm_head_builds() -> Iterator[Build]:
     for dtype, head in (*((dtype, PLAIN_HEAD) for dtype in DTYPES), *(("fp32", head) for head in list(HEADS)[1:])):
         types = {"logits_ptr": f"*{dtype}", **sidecar, **dict.fromkeys(("logits_stride", "V", "G"), "i32")}
         types, constants = {**types, **head_types(dtype)}, lm_head.sidecar_constants(head)
-        options = {"num_warps": lm_head.SIDECAR_WARPS}
+        options = lm_head.SIDECAR_OPTIONS
         yield Build(f"sidecar {dtype}{HEADS[head]}", lm_head.sidecar_kernel, types, constants, options)
 
 
