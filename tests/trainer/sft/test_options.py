@@ -100,8 +100,10 @@ def test_the_commands_run_both_stages(tokenizer, tmp_path, capsys):
     common += ["--answer_template", "{answer}", "--per_device_train_batch_size", "4"]
     out, start = str(tmp_path / "encode"), ["--model_name_or_path", str(tmp_path / "base")]
     assert main(["encode", *start, *common, "--output_dir", out, "--read_back_rows", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert [line.split(":")[0] for line in printed.splitlines()[:3]] == ["encoder", "decoder", "union"]
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'base'}: float32 on cpu (dtype auto)"
+    phases = ["encoder", "decoder", "union"]
+    assert [name for line in lines if (name := line.split(":")[0]) in phases][:3] == phases
     labels = ["--targets", "soft_labels", "--soft_labels", f"{out}/{LABEL_FILE}", "--gumbel_scale", "1"]
     start = ["--model_name_or_path", f"{out}/union/decoder"]
     assert main(["sft", *start, *common, *labels, "--output_dir", str(tmp_path / "sft")]) == 0
