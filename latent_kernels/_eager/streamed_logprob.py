@@ -25,7 +25,7 @@ from latent_kernels._linear import head_logits_, no_autocast, softcap_slope
 from latent_kernels._loss_types import LogprobSpec
 from latent_kernels.reference.latent_step import compute_dtype, has_valid_ids, is_hard
 
-BLOCK_TOKENS = 1024  # rows of the head at a time
+BLOCK_TOKENS = 4096  # rows of the head at a time: fewer are more operations, each of which waits for all cores
 MAX_ROWS = 512  # rows of hidden at a time: products with more are no faster
 
 
@@ -42,7 +42,7 @@ class _Sums(NamedTuple):
 
     log_z: Tensor  # [n, 1] log-sum-exp of the logits, on a text row of logits / temperature
     picked: Tensor  # [n, K] logits of the components, under the same temperature
-    mean: Tensor | None  # [n, D] sum_v p_v s_v W_v, with s the slope of the soft cap; None if it is not wanted
+    mean: Tensor | None  # [n, D] sum_v p_v s_v W_v, with s the slope of the soft cap; stored by columns
 
 
 def streamed_chunks(rows: int) -> list[slice]:
@@ -66,7 +66,7 @@ def streamed_logprob(hidden: Tensor, lm_head: Tensor, spec: LogprobSpec, *, want
         if sums.mean is None:
             return StreamedScores(logprob, crossed, None)
         coefficients = coefficients_of(log_probs, spec, hard, exist) * (inverse_temperature * spec.head.logit_scale)
-        dhidden = sums.mean.mul_(-softmax_share(coefficients, spec, hard))
+        dhidden = sums.mean.contiguous().mul_(-softmax_share(coefficients, spec, hard))
         if spec.head.softcap is not None:
             coefficients = coefficients * softcap_slope(sums.picked / inverse_temperature, spec.head.softcap)
         for k in range(ids.shape[1]):  # K gathers need less memory than [n, K, D]
@@ -84,7 +84,9 @@ def _pass_over_vocabulary(
 ) -> _Sums:
     """Return the sums of a row of logits that a log-prob and its gradient need."""
     dtype, bias, softcap = inverse_temperature.dtype, spec.head.bias, spec.head.softcap
-    columns = hidden.to(dtype).T.contiguous()
+    scales_states = bias is None and softcap is None  # then the temperature need not be applied to logits
+    states = hidden.to(dtype)
+    columns = (states * inverse_temperature if scales_states else states).T.contiguous()
     buffer = columns.new_empty(min(BLOCK_TOKENS, len(lm_head)), len(hidden))
     # Not -inf: a first block of logits -inf has exp(-inf - highest) = 0.
     highest = columns.new_full((len(hidden), 1), torch.finfo(dtype).min)
@@ -96,7 +98,7 @@ def _pass_over_vocabulary(
         logits = torch.mm(weight, columns, out=buffer[: len(weight)]).T  # [n, block]
         head_logits_(logits, spec.head if bias is None else spec.head._replace(bias=bias[block]))
         slope = None if softcap is None or weighted is None else softcap_slope(logits, softcap)
-        if spec.temperature != 1.0:
+        if spec.temperature != 1.0 and not scales_states:
             logits.mul_(inverse_temperature)
         place = ids - start
         inside = (place >= 0) & (place < len(weight))
@@ -108,5 +110,4 @@ def _pass_over_vocabulary(
         if weighted is not None:
             weights = logits if slope is None else logits.mul_(slope)
             weighted.mul_(shrink.T).addmm_(weight.T, weights.T)
-    mean = None if weighted is None else weighted.div_(total.T).T.contiguous()
-    return _Sums(highest + total.log(), picked, mean)
+    return _Sums(highest + total.log(), picked, None if weighted is None else weighted.div_(total.T).T)
