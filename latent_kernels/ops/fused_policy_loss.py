@@ -201,7 +201,7 @@ def fused_policy_loss(
             of the step is their sum. Statistics are means over components, a text step being one. Old and reference
             log-probs are then `latent_logprob(..., components=True)`, [R, T, K].
         entropy_coef: subtract this much, a number or a 0-d tensor, of the mean entropy of softmax(logits / T) over all
-            text steps, whatever the aggregation. A chunk of logits is then read once more.
+            text steps, whatever the aggregation. Then a chunk of logits is read once more, and every text step counts.
 
     Differentiable once, in `hidden`, `lm_head` and `bias`. Extra memory: one chunk of logits, dhidden, and [V, D] in
     float32 if `lm_head` requires a gradient. Masked steps may hold anything. Raises ValueError or TypeError naming the
@@ -311,11 +311,10 @@ def _entropy_weights(keep: Tensor, spec: LogprobSpec, options: LossOptions, dtyp
 def _steps_that_count(keep: Tensor, spec: LogprobSpec, options: LossOptions) -> Tensor:
     """Return the active steps [R, T] on which the loss without a KL, or its gradient, depends."""
     counts = keep & (spec.advantages != 0)
-    if options.reads_responses:
-        counts = keep & counts.any(-1, keepdim=True)
     if isinstance(options.entropy_coef, Tensor) or options.entropy_coef:
         counts |= keep & is_hard(spec.ids.flatten(0, 1)).view_as(keep)
-    return counts
+    # Last, because the ratio of a response is that of all its steps.
+    return keep & counts.any(-1, keepdim=True) if options.reads_responses else counts
 
 
 def _logprobs(

@@ -48,6 +48,19 @@ def test_loss_and_gradients_with_a_bonus_equal_the_oracle(operator, case, loss, 
         assert without.hidden.abs().max() == 0.0
 
 
+@FUSED
+def test_a_bonus_leaves_no_step_out_of_the_ratio_of_a_response(operator, make_trajectory):
+    """Text steps count for their entropy, so the statistics show the ratio of a response without an advantage too."""
+    batch = narrowed(make_batch(make_trajectory), precision(operator)) | {"ref_logprob": None}
+    batch["advantages"][:] = 0.0
+    batch["ids"][:, 0, 1:], batch["ids"][:, 1:] = -100, batch["ids"][:, 1:].abs()  # text, then latent steps
+    batch["old_logprob"][:, 0] += 3.0  # the first ratios are far below those of the responses
+    options = dict(ratio="sequence", clip_low=0.6, clip_high=0.0, objective="cispo")
+    actual, expected = assert_equals_the_oracle(operator, batch, stats=False, entropy_coef=0.1, **options)
+    for name in ("clip_fraction", "approx_kl", "abs_log_ratio"):
+        assert getattr(actual.stats, name).item() == pytest.approx(expected.stats[name], abs=tol.FLOAT32)
+
+
 def test_the_references_entropy_and_its_gradient_equal_the_oracle():
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     ids = torch.full((5, 2), -100)
