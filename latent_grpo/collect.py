@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import TrainerState
 
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
-from latent_grpo.parallel.process_group import all_gather, rank, world_size
+from latent_grpo.errors import RewardError
+from latent_grpo.parallel.process_group import all_gather, raise_together, rank, world_size
 from latent_grpo.parallel.work_split import rows_of_groups, snake_draft
 from latent_grpo.prompts import PromptFormat, encode_prompts
 from latent_grpo.rewards.columns import check_columns, reward_columns
@@ -159,7 +160,13 @@ class Collector:
             return self.respond(model, sampling, rows, ids, mask, range(len(rows)))
         # By the length of the prompts: the length of a response is not known before it is sampled.
         shares = snake_draft(mask.sum(-1).tolist(), world_size())
-        own = self.respond(model, sampling, rows, ids, mask, shares[rank()])
+        own, failed = None, None
+        try:
+            own = self.respond(model, sampling, rows, ids, mask, shares[rank()])
+        except RewardError as error:  # the other ranks are about to wait for this one
+            failed = error
+        raise_together(failed)
+        assert own is not None
         gathered = concatenate_groups(all_gather([own.to("cpu")])).to(model.device)
         # The gathered prompts stand rank after rank. Put them back into the order of the rollout.
         order = torch.tensor([index for share in shares for index in share]).argsort()
@@ -219,6 +226,14 @@ class Collector:
         answers = [row.get("answer") for row in rows]
         samples = Samples(prompts, texts, answers, by_function, scores.extra, scores.metrics)
         return torch.tensor(scores.total, dtype=torch.float32, device=rollout.token.device), samples
+
+    def position(self) -> dict[str, int]:
+        """Return how far the data has been read, for a checkpoint."""
+        return {"prompts_seen": self.prompts_seen, "generations": self.generations}
+
+    def restore(self, position: Mapping[str, int]) -> None:
+        """Go to a `position`, or to the start if it is empty."""
+        self.prompts_seen, self.generations = position.get("prompts_seen", 0), position.get("generations", 0)
 
     def next_prompts(self) -> list[int]:
         """Return the indices of the next `prompts_per_batch` rows. Every epoch has a new order."""

@@ -24,6 +24,14 @@ class RewardError(RuntimeError):
     """A reward function failed. The message names the function and the sample that it failed on."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint or a model could not be written. The message names the folder, the cause and the remedy."""
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on, because its numbers are no longer finite. The message names the cause and what is left."""
+
+
 def require(holds: bool, name: str, value: Any, remedy: str) -> None:
     """Raise ConfigError that names the option, its value and the remedy unless `holds`."""
     if not holds:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +39,9 @@ from latent_grpo.rewards.resolve import RewardFuncs, resolve_rewards
 from latent_grpo.rewards.scoring import metric_means
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.checkpoint import Checkpoints
-from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
+from latent_grpo.saving.interrupt import stops
 from latent_grpo.saving.model_files import check_saved_weights, save_model
+from latent_grpo.saving.run_folder import only_run_in
 from latent_grpo.seeds import derive_seed, rank_seed, shuffle_seed
 from latent_grpo.update.length import run_length
 from latent_grpo.update.lora import add_adapters, without_adapters
@@ -58,7 +58,7 @@ from latent_grpo.update.loss import (
 from latent_grpo.update.micro_batches import micro_batches
 from latent_grpo.update.optimizer import Updater
 from latent_grpo.update.probe import start_probe
-from latent_grpo.update.replay import replay_logprob
+from latent_grpo.update.replay import replay_logprob, warn_of_gap
 from latent_grpo.watching.metrics import CONSOLE, Metrics, progress_bar
 from latent_grpo.watching.response_log import print_completions, write_completions
 from latent_kernels import PolicyStats
@@ -182,38 +182,47 @@ class LatentGRPOTrainer:
         """Train to the last step, write the model to `output_dir`, and return the metrics of the last step.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder of this run, or True for the newest one in `output_dir`.
-                Default: `args.resume_from_checkpoint`.
+            resume_from_checkpoint: a checkpoint folder of this run, True for the newest one in `output_dir`, or "auto"
+                to start or continue. Default: `args.resume_from_checkpoint`.
 
         Raises:
-            ConfigError: the checkpoint is missing, torn or of another run, or a new run would overwrite an old one.
-            KeyboardInterrupt: after SIGINT. The step at hand is finished and a checkpoint is written first.
+            ConfigError: the checkpoint is missing, damaged or of another run, or a new run would overwrite an old one.
+            KeyboardInterrupt: after SIGINT or another signal. The step is finished and a checkpoint written first.
+            SaveError, TrainingError: a file could not be written, or the numbers are no longer finite.
         """
         args = self.args
         choice = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        history = self.resume(choice) if choice else None
-        self.metrics = Metrics(args, history)
-        values: dict[str, float] = dict(history[-1]) if history else {}
-        with graceful_interrupt() as interrupt, progress_bar(args.label(), self.total_steps, self.step) as bar:
+        with only_run_in(self.output_dir), stops(args, self.checkpoints) as stop:
+            history = self.resume(choice) if choice else None
+            self.metrics = Metrics(args, history)
+            values: dict[str, float] = dict(history[-1]) if history else {}
             if self.length.note() and rank() == 0:
                 CONSOLE.print(self.length.note(), soft_wrap=True, markup=False)
-            while not self.length.reached(self.step, self.updater.updates):
-                batch, values = self.collect()
-                probe = start_probe(self.full_model, batch.rollout, args, self.step + 1)
-                values |= self.update(batch, self.length.updates_left(self.updater.updates))
-                values |= probe()
-                assert batch.samples is not None
-                values |= metric_means(batch.samples.metrics, values)
-                self.step += 1
-                if args.eval_steps and self.step % args.eval_steps == 0:
-                    values |= self.evaluate()
-                if self.step % args.logging_steps == 0:
-                    self.metrics.write({"phase": "train", "step": self.step, **values})
-                    self.log_completions(batch)
-                bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
-                save_if_due(interrupt, self.step, args.save_steps, self.save)
-        self.metrics.close()
-        save_model(self.output_dir, self.full_model, self.tokenizer, self.prompt_format)
+            with progress_bar(args.label(), self.total_steps, self.step) as bar:
+                while not self.length.reached(self.step, self.updater.updates):
+                    values = self.take_step()
+                    bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
+                    self.checkpoints.mark(self.step, self.collector.position(), self.metrics.history)
+                    stop.after_step(self.step, self.save)
+            self.metrics.close()
+            save_model(self.output_dir, self.full_model, self.tokenizer, self.prompt_format)
+        return values
+
+    def take_step(self) -> dict[str, float]:
+        """Sample, score, update, and write the metrics as the options ask. Return them."""
+        args = self.args
+        batch, values = self.collect()
+        probe = start_probe(self.full_model, batch.rollout, args, self.step + 1)
+        values |= self.update(batch, self.length.updates_left(self.updater.updates))
+        values |= probe()
+        assert batch.samples is not None
+        values |= metric_means(batch.samples.metrics, values)
+        self.step += 1
+        if args.eval_steps and self.step % args.eval_steps == 0:
+            values |= self.evaluate()
+        if self.step % args.logging_steps == 0:
+            self.metrics.write({"phase": "train", "step": self.step, **values})
+            self.log_completions(batch)
         return values
 
     def collect(self) -> tuple[Batch, dict[str, float]]:
@@ -245,7 +254,7 @@ class LatentGRPOTrainer:
             old = self.logprobs(self.full_model, rollout, hidden)
             distance = (step_logprob(old) - rollout.logprob).abs()
             gap["logprob_gap"] = float((distance * rollout.mask).sum() / rollout.mask.sum())
-            self.check_gap(gap["logprob_gap"])
+            warn_of_gap(gap["logprob_gap"], args.max_logprob_gap, self.step + 1)
         group = torch.arange(len(rewards), device=self.device) // args.num_generations
         advantages = policy_advantages(args, rollout, rewards, group, step_logprob(old))
         with without_adapters(self.reference):
@@ -281,16 +290,6 @@ class LatentGRPOTrainer:
         """Divide `rows` [n] int64 into the micro-batches that are replayed together."""
         return micro_batches(rollout, rows, self.args.per_device_train_batch_size, self.args.micro_batch_tokens)
 
-    def check_gap(self, gap: float) -> None:
-        """Warn if the log-probs of sampler and trainer differ by more than `max_logprob_gap` nats in the mean."""
-        if gap > self.args.max_logprob_gap:
-            warnings.warn(
-                f"step {self.step + 1}: sampled log-probs are off the trainer's by {gap:.3g} nats, over "
-                f"max_logprob_gap {self.args.max_logprob_gap:g}; "
-                "use old_logprobs recompute with importance_sampling_cap 2",
-                stacklevel=2,
-            )
-
     def update(self, batch: Batch, limit: int | None = None) -> dict[str, float]:
         """Train `num_iterations` epochs on a batch, in mini-batches of whole groups. Return the metrics of the updates.
 
@@ -313,7 +312,7 @@ class LatentGRPOTrainer:
                 if updates == 0 and args.old_logprobs == "rollout":
                     # Before the first update the policy is the one that sampled: any log-ratio is a numerical gap.
                     gap["logprob_gap"] = stats["abs_log_ratio"]
-                    self.check_gap(gap["logprob_gap"])
+                    warn_of_gap(gap["logprob_gap"], args.max_logprob_gap, self.step + 1)
                 stats["grad_norm"] = self.updater.step()
                 updates += 1
                 for name, value in stats.items():
@@ -390,11 +389,10 @@ class LatentGRPOTrainer:
 
     def save(self) -> Path:
         """Write `output_dir/checkpoint-STEP` and return its path. Collective: every rank must call it."""
-        position = {"prompts_seen": self.collector.prompts_seen, "generations": self.collector.generations}
-        return self.checkpoints.save(self.step, position, self.metrics.history)
+        return self.checkpoints.save(self.step, self.collector.position(), self.metrics.history)
 
     def resume(self, choice: str | bool) -> list[dict[str, Any]]:
-        """Restore a checkpoint of this run (`train` says which `choice` there is). Return its metrics so far."""
+        """Restore a checkpoint (`train` says which `choice` there is). Return its metrics so far; [] at the start."""
         self.step, position, history = self.checkpoints.resume(choice)
-        self.collector.prompts_seen, self.collector.generations = position["prompts_seen"], position["generations"]
+        self.collector.restore(position)
         return history

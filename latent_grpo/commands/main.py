@@ -1,6 +1,7 @@
 """The command line: `latent-grpo COMMAND`, or `python -m latent_grpo COMMAND`.
 
-Exit codes: 0 done, 1 a failure while running, 2 bad arguments or input (one line), 130 interrupted.
+Exit codes: 0 done, 1 a failure while running, 2 bad arguments or input (one line), 130 interrupted, 143 stopped by
+another signal or the wall clock.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from latent_grpo.commands.options import FAILURE, INPUT_ERROR, INTERRUPTED, Parser, PrintVersion
-from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError
+from latent_grpo.commands.options import FAILURE, INPUT_ERROR, INTERRUPTED, STOPPED, Parser, PrintVersion
+from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError, SaveError, TrainingError
 
 # Command, its module in this folder, what it does. A module is imported when its command runs, because most of them
 # import PyTorch, and `--help` and typing mistakes should answer at once.
@@ -49,9 +50,9 @@ def run_command(command: str, prog: str, argv: Sequence[str]) -> int:
     try:
         module = importlib.import_module(f"latent_grpo.commands.{COMMANDS[command][0]}")
         return int(module.run(prog, argv))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return STOPPED if type(stop) is not KeyboardInterrupt else INTERRUPTED
     except Exception as error:
         code = exit_code(error)
         if code is None:
@@ -89,4 +90,4 @@ def exit_code(error: Exception) -> int | None:
     """Return the exit code of an error that one line explains. None for an error that needs its traceback."""
     if isinstance(error, ConfigError | DataError | ModelError):
         return INPUT_ERROR
-    return FAILURE if isinstance(error, RewardError) else None
+    return FAILURE if isinstance(error, RewardError | SaveError | TrainingError) else None

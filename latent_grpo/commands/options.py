@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from latent_grpo.config import LatentGRPOConfig, LatentSampling, PromptOptions, check_options, default_of, groups_of
 from latent_grpo.errors import ConfigError, require, unknown_key
 
-INPUT_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+INPUT_ERROR, FAILURE, INTERRUPTED, STOPPED = 2, 1, 130, 143
 SEVERAL_PROCESSES = "Under torchrun the model is sharded and the work is split over the ranks."
 # Options of `train` that commands which sample from a finished model take too.
 STEP_FLAGS = (

@@ -45,6 +45,7 @@ class Range:
 
 
 POSITIVE, NON_NEGATIVE, ONE_OR_MORE = Range(0, open_low=True), Range(0), Range(1)
+RATE = Range(0, 10, open_low=True)  # of learning: beyond it, AdamW throws every weight away at each step
 SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, open_high=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_grpo.config.fields import BELOW_ONE, NON_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, option
+from latent_grpo.config.fields import BELOW_ONE, NON_NEGATIVE, ONE_OR_MORE, RATE, Range, option
 from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, RunOptions
 from latent_grpo.errors import require
@@ -17,7 +17,7 @@ PHASES = ("encoder", "decoder", "union", "labels")  # of `encode`, in the order 
 class WarmStartOptions(RunOptions):
     """How a chain of thought becomes latent steps."""
 
-    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", POSITIVE)
+    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", RATE)
     compression: int = option(
         2, "Consecutive chain tokens per latent step. Soft labels have their own.", Range(1, 4096)
     )

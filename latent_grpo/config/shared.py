@@ -11,6 +11,7 @@ from latent_grpo.config.fields import (
     NON_NEGATIVE,
     ONE_OR_MORE,
     POSITIVE,
+    RATE,
     SHARE,
     Range,
     check_options,
@@ -82,11 +83,11 @@ class OptimizerOptions:
     gradient_checkpointing: bool = option(
         False, "Keep only the inputs of decoder layers for the backward pass, which computes the rest again."
     )
-    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.", POSITIVE)
+    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.", RATE)
     lr_scheduler_type: str = option("constant_with_warmup", "Name of a transformers scheduler.")
     warmup_steps: int = option(0, "Optimizer steps of linear warm-up.", NON_NEGATIVE)
     warmup_ratio: float = option(0.0, "Share of all optimizer steps that is warm-up, in place of warmup_steps.", SHARE)
-    weight_decay: float = option(0.0, "AdamW weight decay.", NON_NEGATIVE)
+    weight_decay: float = option(0.0, "AdamW weight decay.", Range(0, 10))
     adam_beta1: float = option(0.9, "AdamW beta1.", BELOW_ONE)
     adam_beta2: float = option(0.999, "AdamW beta2.", BELOW_ONE)
     max_grad_norm: float = option(1.0, "Gradient clipping norm. 0 does not clip.", NON_NEGATIVE)
@@ -121,7 +122,16 @@ class RunOptions(OptimizerOptions):
     save_steps: int = option(500, "Steps between checkpoints. 0 saves only at the end.", NON_NEGATIVE)
     save_total_limit: int | None = option(None, "Newest checkpoints that are kept. null keeps all.", ONE_OR_MORE)
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder of this run, or true for the newest in output_dir."
+        None, "A checkpoint folder of this run, true for the newest in output_dir, or auto to start or continue."
+    )
+    save_failure: Literal["stop", "continue"] = option(
+        "stop", "What a checkpoint that could not be written, as on a full disk, does to the run."
+    )
+    max_skipped_updates: int = option(
+        5, "Updates in a row with gradients that are not finite, after which the run stops.", ONE_OR_MORE
+    )
+    max_hours: float | None = option(
+        None, "Hours of training, after which the run saves and stops. A slow step or save has its time.", POSITIVE
     )
     log_table: bool = option(True, "Print a line of metrics at every logged step.")
     report_to: list[str] = option([], "Extra sinks of metrics: tensorboard, wandb, trackio.")

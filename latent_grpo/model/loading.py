@@ -55,7 +55,7 @@ def load_tokenizer(path: str) -> Any:
     """
     check_path(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file, or a library that is missing, can raise anything
         raise ModelError(f"cannot load a tokenizer from {path!r}: {first_line(error)}") from error
     prepare_tokenizer(tokenizer)
@@ -93,6 +93,7 @@ def load_model(path: str, dtype: str = AUTO, device: str | None = None) -> Any:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
+            trust_remote_code=False,
             dtype=getattr(torch, choose_dtype(dtype, device)),
             use_safetensors=True,
             output_loading_info=True,
@@ -127,7 +128,7 @@ def load_config(path: str) -> Any:
     """
     check_path(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error
     check_architecture(config)

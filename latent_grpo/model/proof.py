@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from latent_grpo.architecture import check_architecture
 from latent_grpo.errors import ModelError, first_line
 from latent_grpo.model.access import backbone, body, embedding_table, positions
+from latent_grpo.model.finite import check_finite
 from latent_grpo.model.head import HALF, Head
 
 CONTEXTS, LENGTH, SHORTER, CACHED = 4, 12, 7, 9  # of the proof; the last two are of the check of rows
@@ -89,6 +90,7 @@ def parts_of(model: Any) -> Parts:
     proved = _PROVED.get(model) if isinstance(model, torch.nn.Module) else None
     if proved is None or proved[0] != embedding_table(model).dtype:
         _check_object(model)
+        check_finite(model)
         table = embedding_table(model)
         with torch.no_grad(), torch.random.fork_rng([table.device] if table.is_cuda else []), evaluating(model):
             proved = _PROVED[model] = table.dtype, _prove(model)

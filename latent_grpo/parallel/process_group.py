@@ -16,13 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from latent_grpo.errors import ConfigError
+from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError, SaveError, TrainingError
 
 Result = TypeVar("Result")
 # After its last collective, gloo's worker thread frees the tensors of it, for which it needs the interpreter. Before
 # Python 3.14, an interpreter that is shutting down ends such a thread, and C++ answers with an abort. So the workers
 # get this many seconds. `destroy_process_group` does not wait for them while a sharded model still holds the group.
 WORKERS_FINISH = 0.5
+
+
+class OtherRankError(RuntimeError):
+    """Another rank has failed, with an error of a kind that only its traceback explains."""
 
 
 def rank() -> int:
@@ -97,20 +101,43 @@ def all_reduce_max(value: int) -> int:
 def on_rank_zero(function: Callable[[], Result]) -> Result:
     """Call `function` on rank 0 only, and return its result on every rank. Collective: every rank must call it.
 
-    The other ranks wait for rank 0. If `function` raises ConfigError, every rank raises it. Other errors stay on rank
-    0, where torchrun sees them and ends all processes.
+    The other ranks wait for rank 0. If `function` raises an error that one line explains, every rank raises it. Of
+    another error the other ranks raise OtherRankError.
     """
     if world_size() == 1:
         return function()
-    outcome: list[Any] = [None, None]  # the result, the message of a ConfigError
+    outcome: list[Any] = [None, None]  # the result, the error's kind and message
+    raised: Exception | None = None
     if rank() == 0:
-        # A ConfigError that left the function here would leave the other ranks waiting in the broadcast.
+        # An error that left the function here would leave the other ranks waiting in the broadcast.
         try:
             outcome[0] = function()
-        except ConfigError as error:
-            outcome[1] = str(error)
+        except Exception as error:
+            raised, outcome[1] = error, (type(error).__name__, str(error))
     dist.broadcast_object_list(outcome)
+    if raised is not None:
+        raise on_every_rank(raised)
     if outcome[1] is not None:
-        raise ConfigError(outcome[1])
+        raise on_every_rank(_error_of(*outcome[1]))
     result: Result = outcome[0]
     return result
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise the error of the first rank that has one, on every rank. Collective: every rank must call it."""
+    found = [each for each in all_gather([error and (type(error).__name__, str(error))]) if each]
+    if found:
+        raise on_every_rank(error if error is not None else _error_of(*found[0]))
+
+
+def on_every_rank(error: Exception) -> Exception:
+    """Return an error, marked as one that every rank raises at the same place: a checkpoint may follow."""
+    error.on_every_rank = True  # type: ignore[attr-defined]
+    return error
+
+
+def _error_of(kind: str, message: str) -> Exception:
+    kinds = {
+        each.__name__: each for each in (ConfigError, DataError, ModelError, RewardError, SaveError, TrainingError)
+    }
+    return kinds[kind](message) if kind in kinds else OtherRankError(f"{kind} on another rank: {message}")

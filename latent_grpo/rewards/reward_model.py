@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from latent_grpo.errors import first_line
+from latent_grpo.model.finite import first_not_finite
 
 BATCH = 16  # texts of one forward pass
 
@@ -64,6 +65,8 @@ class RewardModel:
         if getattr(config, "num_labels", None) != 1:
             labels = getattr(config, "num_labels", None)
             raise ValueError(f"reward {name!r} has {labels} labels; give a sequence classifier with num_labels=1")
+        if (bad := first_not_finite(model.named_parameters())) is not None:
+            raise ValueError(f"reward {name!r}: its weight {bad!r} holds NaN or infinity; give another model")
         if tokenizer is None:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, trust_remote_code=False)

@@ -8,35 +8,61 @@ The folder `checkpoint-STEP` holds:
   the prompts;
 - `optimizer/`: the large tensors of the optimizer. Every rank writes its part; any number of ranks resumes.
 - `trainer_state.pt`: small tensors and numbers of the optimizer, random streams, position in the data;
-- `trainer_state.json`: step, metrics, identity of the run, and the size of every other file.
+- `trainer_state.json`: step, metrics, identity of the run, size and SHA-256 of every file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from latent_grpo.config import RunOptions, default_of
-from latent_grpo.errors import ConfigError, first_line
+from latent_grpo.errors import ConfigError, SaveError, TrainingError, first_line
+from latent_grpo.model.finite import first_not_finite
 from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank
 from latent_grpo.prompts import PromptFormat
-from latent_grpo.saving.atomic_files import flush
-from latent_grpo.saving.model_files import read_model, write_model
+from latent_grpo.saving.atomic_files import flush, usual_mode
+from latent_grpo.saving.integrity import (
+    SHARDS,
+    STATE_FILE,
+    TENSOR_FILE,
+    checkpoints_in,
+    files_in,
+    find_checkpoint,
+    newest_whole,
+    read_state,
+    step_of,
+    with_checksums,
+)
+from latent_grpo.saving.model_files import OwnFiles, read_model, write_model
 from latent_grpo.saving.random_streams import random_state, set_random_state
+from latent_grpo.saving.run_folder import REPLACED, remove_leftovers
 from latent_grpo.saving.run_identity import check_identity, run_identity
 from latent_grpo.saving.tensor_shards import read_shards, write_shards
+from latent_grpo.update.lora import has_adapters
 from latent_grpo.update.optimizer import Updater
 
-STATE_FILE, TENSOR_FILE, SHARDS = "trainer_state.json", "trainer_state.pt", "optimizer"
+SMALL_FILES = 32 * 2**20  # bytes of tokenizer, configuration and metrics, at most
+
+
+@dataclass
+class Mark:
+    """Where a run stands after a step: everything of a checkpoint but the tensors of model and optimizer."""
+
+    step: int
+    position: dict[str, Any]
+    history: list[dict[str, Any]]  # to which later steps add
+    lines: int  # of the history that belong to this step and those before it
+    random: Any  # the random streams of this rank
+    updates: int  # of the optimizer
 
 
 class Checkpoints:
@@ -70,40 +96,124 @@ class Checkpoints:
         self.kind, self.args, self.rows, self.total_steps = kind, args, rows, total_steps
         self.model, self.full_model, self.tokenizer, self.updater = model, full_model, tokenizer, updater
         self.output_dir, self.prompt_format = Path(args.output_dir), prompt_format
+        self.marked: Mark | None = None
+
+    def mark(self, step: int, position: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """Remember where the run stands after a step, without the large tensors. `save_last` can write it later.
+
+        position: where the trainer stands in its data and random streams (numbers, lists, tensors), for it alone.
+        history: the metrics so far, to which later steps add.
+        """
+        self.marked = Mark(step, position, history, len(history), random_state(), self.updater.updates)
 
     def save(self, step: int, position: dict[str, Any], history: list[dict[str, Any]]) -> Path:
         """Write `checkpoint-STEP`, remove the oldest checkpoints beyond `save_total_limit`, and return its path.
 
-        position: where the trainer stands in its data and random streams (numbers, lists, tensors).
-        history: the metrics so far.
+        The arguments are those of `mark`.
+
+        Raises:
+            TrainingError: a weight or a tensor of the optimizer is not finite. Nothing is written.
+            SaveError: the space does not suffice or a file could not be written. What was written is removed.
         """
-        final, partial = self.output_dir / f"checkpoint-{step}", self.output_dir / f".checkpoint-{step}.partial"
-        on_rank_zero(lambda: self._make_partial(partial))
-        write_shards(partial / SHARDS, self.updater.tensors())
-        copy_to_full(self.full_model, self.model)  # rank 0 writes the full model, which may lag behind the shards
-        tensors = {"updater": self.updater.state_dict(), "random": all_gather([random_state()]), "position": position}
-        on_rank_zero(lambda: self._finish(final, partial, tensors, {"step": step, "log_history": history}))
+        self.mark(step, position, history)
+        return self._save_mark()
+
+    def save_last(self) -> Path | None:
+        """Write the checkpoint of the last finished step, unless it is there or an update has changed the model since.
+
+        For the end of a run within a step. Return the checkpoint, or None.
+        """
+        mark = self.marked
+        if mark is None or mark.step == 0 or mark.updates != self.updater.updates:
+            return None
+        final = self.output_dir / f"checkpoint-{mark.step}"
+        return final if on_rank_zero(final.exists) else self._save_mark()
+
+    def _save_mark(self) -> Path:
+        mark = self.marked
+        assert mark is not None
+        self.check_finite(mark.step)
+        final, partial = (
+            self.output_dir / name.format(mark.step) for name in ("checkpoint-{}", ".checkpoint-{}.partial")
+        )
+        try:
+            on_rank_zero(lambda: self._make_partial(partial))
+            write_shards(partial / SHARDS, self.updater.tensors())
+            copy_to_full(self.full_model, self.model)  # rank 0 writes the full model, which may lag behind the shards
+            random = all_gather([mark.random])
+            tensors = {"updater": self.updater.state_dict(), "random": random, "position": mark.position}
+            state = {"step": mark.step, "log_history": mark.history[: mark.lines]}
+            on_rank_zero(lambda: self._finish(final, partial, tensors, state))
+        except BaseException as error:
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space now
+            if isinstance(error, ConfigError | SaveError) or not isinstance(error, Exception):
+                raise
+            cause = f"checkpoint {str(final)!r} could not be written ({first_line(error)})"
+            raise SaveError(f"{cause}; {self._kept()}") from error
         return final
 
+    def check_finite(self, step: int) -> None:
+        """Raise TrainingError that names a tensor which is not finite. Collective: every rank must call it."""
+        weights = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        name = first_not_finite(weights) or first_not_finite(self.updater.tensors().items())
+        found = next((name for name in all_gather([name]) if name is not None), None)
+        if found is not None:
+            cause = f"after step {step}, {found!r} holds NaN or infinity, so it is not saved"
+            raise TrainingError(f"{cause}; {self._kept()}, with a lower learning_rate or other data")
+
+    def _kept(self) -> str:
+        whole = newest_whole(self.output_dir)
+        return (
+            f"the last good checkpoint is {str(whole)!r}: resume it" if whole else "there is no checkpoint: start anew"
+        )
+
+    def poisoned(self) -> None:
+        """Raise TrainingError if `max_skipped_updates` in a row were skipped. It names the cause.
+
+        Collective: every rank must call it.
+        """
+        count, limit = self.updater.skipped_in_row, self.args.max_skipped_updates
+        if count < limit:
+            return
+        self.check_finite(self.marked.step if self.marked else 0)
+        what = f"{count} updates in a row were skipped, because their gradients are not finite"
+        where = self.updater.bad_gradient or "the loss"
+        raise TrainingError(f"{what} (first in {where!r}); {self._kept()}, or raise max_skipped_updates")
+
     def _make_partial(self, partial: Path) -> None:
-        """Make an empty folder for a new checkpoint, and remove what killed runs left behind."""
-        for leftover in self.output_dir.glob(".checkpoint-*"):
-            shutil.rmtree(leftover)
+        """Make an empty folder for a new checkpoint, and check that it fits on the disk."""
+        remove_leftovers(self.output_dir)
         partial.mkdir(parents=True)
+        need, free = self._bytes(), shutil.disk_usage(partial).free
+        if need > free:
+            sizes = f"it needs {need / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free"
+            raise SaveError(f"checkpoint in {str(self.output_dir)!r} could not be written: {sizes}; {self._kept()}")
+
+    def _bytes(self) -> int:
+        """Return the bytes of a checkpoint, within a few MiB."""
+        whole = not has_adapters(self.model) and not isinstance(self.model, OwnFiles)
+        saved = [p for p in self.model.parameters() if whole or p.requires_grad]
+        return sum(t.numel() * t.element_size() for t in (*saved, *self.updater.tensors().values())) + SMALL_FILES
 
     def _finish(self, final: Path, partial: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Write the files of rank 0, and rename the checkpoint once all of it is on the disk."""
         write_model(partial, self.full_model, self.tokenizer, self.prompt_format)
         torch.save(tensors, partial / TENSOR_FILE)
-        # The sizes tell a torn checkpoint from a whole one, so this file is the last.
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in files_in(partial)}
-        (partial / STATE_FILE).write_text(json.dumps({**state, **self._identity(), "files": files}, indent=1))
+        # It tells a torn or damaged checkpoint from a whole one, so this file is the last.
+        state = with_checksums(partial, {**state, **self._identity()})
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in files_in(partial):
+            path.chmod(usual_mode())
         for path in (*files_in(partial), partial / SHARDS, partial):
             flush(path)
-        if final.exists():  # a resumed run writes a step again
-            discard(final)
+        replaced = final.with_name(f".{final.name}{REPLACED}")
+        if final.exists():  # a resumed run writes a step again; `remove_leftovers` gives it its name back after a kill
+            os.replace(final, replaced)
         os.replace(partial, final)
         flush(self.output_dir)
+        if replaced.exists():
+            shutil.rmtree(replaced)
         if self.args.save_total_limit is not None:
             # Checkpoints of later steps are left if the run was resumed from an older one. They do not count.
             older = [folder for folder in checkpoints_in(self.output_dir) if step_of(folder) <= state["step"]]
@@ -113,14 +223,17 @@ class Checkpoints:
     def resume(self, choice: str | bool) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
         """Restore model, optimizer, schedule and random streams. Return step, `position` and `history` of `save`.
 
-        choice: a checkpoint folder, or True for the newest one in `output_dir`.
+        choice: a checkpoint folder, True for the newest one in `output_dir`, or "auto" for the newest whole one. If
+            "auto" finds none, step 0, {} and [] are returned.
 
         Raises:
-            ConfigError: the checkpoint is missing, torn or of another run. Nothing has been written then.
+            ConfigError: the checkpoint is missing, damaged or of another run. Nothing has been written then.
         """
-        # Rank 0 chooses, since all ranks must resume the same checkpoint.
-        folder = on_rank_zero(lambda: find_checkpoint(self.output_dir, choice))
-        state = read_state(folder)
+        # Rank 0 chooses and checks, since all ranks must resume the same checkpoint.
+        found = on_rank_zero(lambda: find_checkpoint(self.output_dir, choice))
+        if found is None:
+            return 0, {}, []
+        folder, state = found, on_rank_zero(lambda: read_state(found))
         check_identity(folder, state, self._identity(), {item.name: default_of(item) for item in fields(self.args)})
         # A checkpoint from elsewhere would continue into the metrics of the run that is here.
         if folder.resolve().parent != self.output_dir.resolve() and (self.output_dir / "metrics.jsonl").exists():
@@ -131,22 +244,18 @@ class Checkpoints:
             tensors = torch.load(folder / TENSOR_FILE, weights_only=True, map_location="cpu")
             read_model(folder, self.model)
             self.updater.load(tensors["updater"], read_shards(folder / SHARDS, self.updater.empty))
+            streams, position = tensors["random"], tensors["position"]
         except Exception as error:  # a damaged file can raise anything
             raise ConfigError(
                 f"checkpoint {str(folder)!r} cannot be read ({first_line(error)}); choose another"
             ) from error
         copy_to_full(self.full_model, self.model, frozen=True)
-        if rank() < len(tensors["random"]):  # a rank that the saved run did not have keeps the streams it started with
-            set_random_state(tensors["random"][rank()])
-        return state["step"], tensors["position"], state["log_history"]
+        if rank() < len(streams):  # a rank that the saved run did not have keeps the streams it started with
+            set_random_state(streams[rank()])
+        return state["step"], position, state["log_history"]
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.kind, self.args, self.rows, self.total_steps, self.model, self.prompt_format)
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Return all files below a folder, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def discard(folder: Path) -> None:
@@ -155,53 +264,3 @@ def discard(folder: Path) -> None:
     shutil.rmtree(nameless, ignore_errors=True)
     os.replace(folder, nameless)
     shutil.rmtree(nameless)
-
-
-def step_of(folder: Path) -> int:
-    """Return the step in the name of a checkpoint; -1 if the name is not that of a checkpoint."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match else -1
-
-
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    return sorted((p for p in output_dir.glob("checkpoint-*") if step_of(p) >= 0), key=step_of)
-
-
-def find_checkpoint(output_dir: Path, choice: str | bool) -> Path:
-    """Return the folder to resume from: `choice` itself, or the newest in `output_dir` for True or "true".
-
-    Raises:
-        ConfigError: there is no checkpoint.
-    """
-    if choice is True or str(choice).lower() == "true":  # a configuration file or a flag may give the word
-        checkpoints = checkpoints_in(output_dir)
-        if not checkpoints:
-            raise ConfigError(f"no checkpoint to resume from in {str(output_dir)!r}")
-        return checkpoints[-1]
-    folder = Path(str(choice))
-    if not (folder / STATE_FILE).is_file():
-        raise ConfigError(f"{str(folder)!r} is not a checkpoint: it has no {STATE_FILE}")
-    return folder
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's STATE_FILE.
-
-    Raises:
-        ConfigError: it cannot be read, or a file that it lists is missing or has another size.
-    """
-    where, others = f"checkpoint {str(folder)!r}", [str(p) for p in checkpoints_in(folder.parent) if p != folder]
-    remedy = f"choose another, as {others[-1]!r}" if others else "start anew in another output_dir"
-    try:
-        state = json.loads((folder / STATE_FILE).read_text())
-        files = {name: int(size) for name, size in state["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}: {STATE_FILE} cannot be read ({type(error).__name__}); {remedy}") from error
-    for name, expected in files.items():
-        path = folder / name
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != expected:
-            damage = "is missing" if actual is None else f"has {actual} bytes of {expected}"
-            raise ConfigError(f"{where} is torn: {name} {damage}; {remedy}")
-    return dict(state)

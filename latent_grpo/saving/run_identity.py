@@ -24,6 +24,7 @@ FREE_OPTIONS = frozenset(
     (
         # They say where the run writes and what it reports. They do not reach the parameters.
         *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to"),
+        *("save_failure", "max_skipped_updates", "max_hours", "reward_timeout"),
         *("project", "run_name", "log_table", "log_completions", "num_completions_to_print", "probe_steps"),
         # They say which phases `encode` runs, and when it measures.
         *("phases", "read_back_steps"),

@@ -21,11 +21,11 @@ from latent_grpo.architecture import check_length, check_own_masks
 from latent_grpo.config import PHASES, EncodeConfig
 from latent_grpo.errors import ConfigError, require
 from latent_grpo.model import check_vocabulary, embedding_table, end_marker_ids, load_model, with_chosen_dtype
-from latent_grpo.parallel.fsdp import call_inside, copy_to_full
+from latent_grpo.parallel.fsdp import call_inside
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank, world_size
 from latent_grpo.prompts import PromptFormat, resolve_format
 from latent_grpo.saving.atomic_files import replaced_whole, write_json
-from latent_grpo.saving.checkpoint import checkpoints_in
+from latent_grpo.saving.integrity import AUTO
 from latent_grpo.saving.model_files import save_model
 from latent_grpo.saving.run_identity import FREE_OPTIONS
 from latent_grpo.sft.chain_model import ChainModel
@@ -57,7 +57,8 @@ def encode(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any) -> dict[str,
         ConfigError, ModelError, DataError: an option, model or data set cannot be used; one line with the remedy.
     """
     choice = str(args.resume_from_checkpoint or "")
-    require(choice.lower() in ("", "true"), "resume_from_checkpoint", choice, "give true: phases resume their newest")
+    words = ("", "true", AUTO)
+    require(choice.lower() in words, "resume_from_checkpoint", choice, "give true or auto: phases resume their newest")
     prompt_format = resolve_format(args, args.model_name_or_path)
     args = with_chosen_dtype(args)  # finished phases are compared with what "auto" stands for here
     rows = with_chains(rows, args.missing_chains)
@@ -117,7 +118,7 @@ def train_phase(
     folder = Path(args.output_dir) / phase
     own = replace(args, output_dir=str(folder), resume_from_checkpoint=None)
     trainer = Phase(phase, load_parts(args, phase), own, rows, tokenizer, prompt_format)
-    return trainer.train(bool(resumed and checkpoints_in(folder)))
+    return trainer.train(AUTO if resumed else None)
 
 
 def load_parts(args: EncodeConfig, phase: str) -> ChainModel:
@@ -180,17 +181,18 @@ class Phase(UpdateLoop):
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, float]:
         """Train to the last step, write the trained parts, and return the metrics of the last step.
 
-        resume_from_checkpoint: a checkpoint folder of this run, or True for its newest one.
+        resume_from_checkpoint: a checkpoint folder of this run, True for its newest one, "auto" to start or continue.
         """
-        values = self.run(resume_from_checkpoint)
-        copy_to_full(self.full_model, self.model)
+        return self.run(resume_from_checkpoint)
+
+    def finish(self, values: dict[str, float]) -> None:
+        """Write the trained parts, and that the phase has finished."""
         for part in TRAINED[self.phase]:
             full = getattr(self.full_model, part, None)
             save_model(self.output_dir / part, full, self.tokenizer, self.prompt_format)
-        on_rank_zero(lambda: self.finish(values))
-        return values
+        on_rank_zero(lambda: self.write_last_files(values))
 
-    def finish(self, values: dict[str, float]) -> None:
+    def write_last_files(self, values: dict[str, float]) -> None:
         """Write the compress token, and the file that says that the phase has finished."""
         if "encoder" in TRAINED[self.phase]:
             token = self.full_model.compress_token.detach().cpu()

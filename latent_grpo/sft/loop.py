@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import set_seed
 
 from latent_grpo.config import WarmStartOptions
-from latent_grpo.parallel.fsdp import call_inside, shard
+from latent_grpo.parallel.fsdp import call_inside, copy_to_full, shard
 from latent_grpo.parallel.process_group import all_reduce_max, all_reduce_sum, rank, world_size
 from latent_grpo.parallel.work_split import pad_to_count, snake_draft
 from latent_grpo.prompts import PromptFormat
 from latent_grpo.saving.checkpoint import Checkpoints
-from latent_grpo.saving.interrupt import graceful_interrupt, save_if_due
+from latent_grpo.saving.interrupt import stops
+from latent_grpo.saving.run_folder import only_run_in
 from latent_grpo.seeds import rank_seed
 from latent_grpo.update.optimizer import Updater
 from latent_grpo.watching.metrics import Metrics, progress_bar
@@ -96,32 +97,44 @@ class UpdateLoop(ABC):
         """Train to the last step and return the metrics of the last step. Errors are those of the trainers' `train`."""
         args = self.args
         choice = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        history = self.resume(choice) if choice else None
-        self.metrics = Metrics(args, history)
-        values: dict[str, float] = dict(history[-1]) if history else {}
-        self.model.train()
-        with graceful_interrupt() as interrupt, progress_bar(f"{self.label} ", self.total_steps, self.step) as bar:
-            while self.step < self.total_steps:
-                values = self.update(self.next_examples())
-                self.step += 1
-                values |= self.measures()
-                if self.step % args.logging_steps == 0:
-                    self.metrics.write({"phase": self.phase, "step": self.step, **values})
-                bar.advance(f"loss {values['loss']:.3f}")
-                save_if_due(interrupt, self.step, args.save_steps, self.save)
-        self.metrics.close()
+        with only_run_in(self.output_dir), stops(args, self.checkpoints) as stop:
+            history = self.resume(choice) if choice else None
+            self.metrics = Metrics(args, history)
+            values: dict[str, float] = dict(history[-1]) if history else {}
+            self.model.train()
+            with progress_bar(f"{self.label} ", self.total_steps, self.step) as bar:
+                while self.step < self.total_steps:
+                    values = self.update(self.next_examples())
+                    self.step += 1
+                    values |= self.measures()
+                    if self.step % args.logging_steps == 0:
+                        self.metrics.write({"phase": self.phase, "step": self.step, **values})
+                    bar.advance(f"loss {values['loss']:.3f}")
+                    self.checkpoints.mark(self.step, self.position(), self.metrics.history)
+                    stop.after_step(self.step, self.save)
+            self.metrics.close()
+            copy_to_full(self.full_model, self.model)
+            self.finish(values)
         return values
+
+    @abstractmethod
+    def finish(self, values: dict[str, float]) -> None:
+        """Write what the run has trained. values: the metrics of its last step. Collective."""
+
+    def position(self) -> dict[str, Any]:
+        """Return where the trainer stands in its data, for a checkpoint."""
+        return {"queue": list(self.queue), "generator": self.generator.get_state()}
 
     def save(self) -> Path:
         """Write `output_dir/checkpoint-STEP` and return its path. Collective: every rank must call it."""
-        position = {"queue": self.queue, "generator": self.generator.get_state()}
-        return self.checkpoints.save(self.step, position, self.metrics.history)
+        return self.checkpoints.save(self.step, self.position(), self.metrics.history)
 
     def resume(self, choice: str | bool) -> list[dict[str, Any]]:
-        """Restore a checkpoint of this run (`train` says which `choice` there is). Return its metrics so far."""
+        """Restore a checkpoint (`train` says which `choice` there is). Return its metrics so far; [] at the start."""
         self.step, position, history = self.checkpoints.resume(choice)
-        self.queue = position["queue"]
-        self.generator.set_state(position["generator"])
+        if position:
+            self.queue = position["queue"]
+            self.generator.set_state(position["generator"])
         return history
 
     def next_examples(self) -> list[int]:

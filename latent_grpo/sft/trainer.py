@@ -21,7 +21,6 @@ from latent_grpo.model import (
     head_of,
     positions,
 )
-from latent_grpo.parallel.fsdp import copy_to_full
 from latent_grpo.parallel.process_group import all_reduce_sum
 from latent_grpo.prompts import PromptFormat, require_rows, resolve_format
 from latent_grpo.saving.model_files import check_saved_weights, save_model
@@ -80,17 +79,19 @@ class LatentSFTTrainer(UpdateLoop):
         """Train to the last step, write the model to `output_dir`, and return the metrics of the last step.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder of this run, or True for the newest one in `output_dir`.
-                Default: `args.resume_from_checkpoint`.
+            resume_from_checkpoint: a checkpoint folder of this run, True for the newest one in `output_dir`, or "auto"
+                to start or continue. Default: `args.resume_from_checkpoint`.
 
         Raises:
-            ConfigError: the checkpoint is missing, torn or of another run, or a new run would overwrite an old one.
-            KeyboardInterrupt: after SIGINT. The step at hand is finished and a checkpoint is written first.
+            ConfigError: the checkpoint is missing, damaged or of another run, or a new run would overwrite an old one.
+            KeyboardInterrupt: after SIGINT or another signal. The step is finished and a checkpoint written first.
+            SaveError, TrainingError: a file could not be written, or the numbers are no longer finite.
         """
-        values = self.run(resume_from_checkpoint)
-        copy_to_full(self.full_model, self.model)
+        return self.run(resume_from_checkpoint)
+
+    def finish(self, values: dict[str, float]) -> None:
+        """Write the model."""
         save_model(self.output_dir, self.full_model, self.tokenizer, self.prompt_format)
-        return values
 
     def terms(self, chosen: Sequence[Example]) -> list[Term]:
         """Return the mean over response elements; with soft labels, the means over text elements and over rows."""

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from latent_grpo.config import RunOptions
 from latent_grpo.errors import ConfigError
 from latent_grpo.model import freeze_table
+from latent_grpo.model.finite import first_not_finite
 from latent_grpo.parallel.fsdp import full_tensor
 from latent_grpo.parallel.process_group import world_size
 from latent_grpo.update.lora import has_adapters
@@ -59,7 +60,8 @@ class Updater:
         except ValueError as error:
             raise ConfigError(f"lr_scheduler_type is {args.lr_scheduler_type!r}: {error}") from error
         self.max_grad_norm = args.max_grad_norm or math.inf  # 0 stands for no clipping; the norm is logged all the same
-        self.skipped = 0
+        self.skipped = self.skipped_in_row = 0
+        self.bad_gradient: str | None = None  # the parameter that the last skipped update names
 
     @property
     def learning_rate(self) -> float:
@@ -91,8 +93,11 @@ class Updater:
         if math.isfinite(norm):
             self.optimizer.step()
             self.write_back()
+            self.skipped_in_row = 0
         else:
-            self.skipped += 1
+            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            gradients = ((name, copy.grad) for name, copy, _ in self.trained() if copy.grad is not None)
+            self.bad_gradient = first_not_finite(gradients)
             warnings.warn(f"gradient norm is {norm}: update skipped ({self.skipped} so far)", stacklevel=2)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -123,8 +128,9 @@ class Updater:
             name: {k: v for k, v in self.optimizer.state.get(copy, {}).items() if not _is_sharded(v, copy)}
             for name, copy, _ in self.trained()
         }
+        counts = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {"state": small, "groups": groups, "scheduler": self.scheduler.state_dict(), "skipped": self.skipped}
+        return {"state": small, "groups": groups, "scheduler": self.scheduler.state_dict(), **counts}
 
     def empty(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """Allocate the tensor into which a tensor of a checkpoint is read, sharded like its parameter.
@@ -152,7 +158,7 @@ class Updater:
         for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
             group.update(saved)
         self.scheduler.load_state_dict(state["scheduler"])
-        self.skipped = state["skipped"]
+        self.skipped, self.skipped_in_row = state["skipped"], state.get("skipped_in_row", 0)
         self.write_back()
 
     def trained(self) -> list[tuple[str, Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -102,3 +103,13 @@ def replay_logprob(
     )
     out = torch.zeros(rollout.ids.shape if components else active.shape, device=logprob.device)
     return out.masked_scatter(active.unsqueeze(-1) if components else active, logprob.float())
+
+
+def warn_of_gap(gap: float, limit: float, step: int) -> None:
+    """Warn if the log-probs of sampler and trainer differ by more than `limit` nats in the mean."""
+    if gap > limit:
+        warnings.warn(
+            f"step {step}: sampled log-probs are off the trainer's by {gap:.3g} nats, over max_logprob_gap {limit:g}; "
+            "use old_logprobs recompute with importance_sampling_cap 2",
+            stacklevel=2,
+        )

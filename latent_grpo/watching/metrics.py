@@ -16,7 +16,7 @@ from latent_grpo.config import RunOptions
 from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import on_rank_zero, rank
 from latent_grpo.saving.atomic_files import write_whole
-from latent_grpo.saving.checkpoint import checkpoints_in
+from latent_grpo.saving.integrity import checkpoints_in
 from latent_grpo.watching.alarms import Alarms
 from latent_grpo.watching.trackers import open_trackers
 

@@ -14,7 +14,7 @@ import pytest
 from support import REPOSITORY
 from support.killed_runs import metrics_of
 
-from latent_grpo.saving.checkpoint import checkpoints_in, read_state
+from latent_grpo.saving.integrity import checkpoints_in, read_state
 
 KILLED = {"signal": int(signal.SIGKILL)}
 DONE = {"code": 0}
