@@ -184,14 +184,15 @@ def conclude(best, frontier, log_z, noisy, largest, outside_nucleus, K: tl.const
 
 
 @triton.jit
-def narrower_frontier(keys, count, N: tl.constexpr):
+def narrower_frontier(keys, count, frontier, N: tl.constexpr):
     """Return a higher frontier for a segment of `count` > N tokens, given the N sorted keys with the lowest ids."""
     # These N are a sample of the segment: about three quarters of a buffer are above this rank of it. Tokens that tie
-    # are in the order of their keys, so all N come first.
+    # are in the order of their keys, so all N come first. Unless other tokens are above them: then N do not fit.
     rank = tl.maximum(3 * N * N // (4 * count), 3)
-    n = tl.arange(0, N)
-    tied = key_value(tl.max(keys, 0)) == key_value(tl.min(keys, 0))
-    return tl.sum(tl.where(n == tl.where(tied, N - 1, rank), keys, 0), 0) - tied.to(tl.int64)
+    sampled = tl.sum(tl.where(tl.arange(0, N) == rank, keys, 0), 0)
+    lowest = tl.min(keys, 0)
+    tied = (key_value(tl.max(keys, 0)) == key_value(lowest)) & (lowest - 1 > frontier)
+    return tl.where(tied, lowest - 1, sampled)
 
 
 @triton.jit
@@ -279,7 +280,7 @@ def latent_step_kernel(
         inside = n < count
         keys = tl.sort(tl.load(buffer_ptr + n, mask=inside, other=LOWEST), descending=True)
         if count > N:
-            frontier = narrower_frontier(keys, count, N)
+            frontier = narrower_frontier(keys, count, frontier, N)
         else:
             log_probs = key_value(keys) - log_z
             probs = tl.where(inside, tl.exp(log_probs), 0.0).to(tl.float64)

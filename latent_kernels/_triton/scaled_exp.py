@@ -48,6 +48,7 @@ from latent_kernels._types import PLAIN_HEAD, HeadOptions
 LOG2_E, LOG_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(40.0)  # exponent of E. The reciprocal of a row's sum stays far above the smallest float32
 CANCELLED = tl.constexpr(2.0**-30)  # below the roundings of a sum of float32 numbers
+UNKNOWN = tl.constexpr(-(2.0**20))  # reference of a row whose components say nothing of it, below any logit
 PICK_SLOTS, PICK_D, PICK_WARPS, PICK_STAGES = 64, 64, 4, 3
 ROW_WARPS = 4
 
@@ -133,7 +134,8 @@ def picked_logits_kernel(
     z = capped(product, bias_ptr, ids, used, inner, HAS_BIAS, SOFTCAP)
     rate = tl.where(hard, inverse_temperature, 1.0) * outer * LOG2_E  # the temperature is that of text rows only
     highest = tl.max(tl.where(used, z * rate[:, None], -float("inf")), 1)
-    reference = tl.where(tl.abs(highest) < float("inf"), tl.floor(highest + 0.5), 0.0)
+    # Where all components are masked or do not exist, every tile shifts. From 0, low logits would vanish.
+    reference = tl.where(tl.abs(highest) < float("inf"), tl.floor(highest + 0.5), UNKNOWN)
     tl.store(picked_ptr + at, z, mask=real)
     tl.store(rate_ptr + row, rate, mask=row < N)
     tl.store(reference_ptr + row, reference, mask=row < N)

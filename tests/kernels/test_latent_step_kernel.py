@@ -131,6 +131,16 @@ def test_segments_as_shipped_give_the_oracles_step(top_k, spread):
 
 
 @SMALL_SEGMENTS
+def test_segments_end_where_tied_tokens_with_low_ids_fill_the_buffer():
+    """Better tokens, as those that a mask allows, are beyond the tied ones. The buffer must make room for them."""
+    logits, table = torch.full((2, 150), -torch.inf), torch.randn(150, 4)
+    logits[1] = -1.0
+    logits[0, 149], logits[1, 100:103] = 2.0, 0.5
+    step = triton_step_from_logits(logits, table, seed=1, top_p=1.0)
+    assert_same_step(step, oracle.latent_step(logits, table, seed=1, top_p=1.0))
+
+
+@SMALL_SEGMENTS
 def test_rows_of_nan_still_give_ids_of_the_vocabulary():
     logits = torch.full((2, 300), torch.nan)
     logits[1, :5] = 0.0

@@ -20,6 +20,7 @@ from torch import Tensor
 from latent_kernels import _chunks as chunks
 from latent_kernels import fused_policy_loss, latent_logprob
 from latent_kernels._loss_types import LogprobSpec
+from latent_kernels._types import HeadOptions
 
 pytestmark = NEEDS_TRITON
 FUSED, VOCAB = kernel(fused_policy_loss), 257
@@ -103,12 +104,13 @@ def test_components_without_a_gradient_equal_the_sum(make_trajectory):
     torch.testing.assert_close(each.sum(-1), kernel(latent_logprob)(*inputs, method="multiplex"))
 
 
-def scored(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def scored(logits: Tensor, ids: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return log-probs [n] and their gradient in logits [n, V] of float32, whose head is the identity."""
     from latent_kernels._triton import scaled_exp
 
     scores, lm_head = torch.zeros(ids.shape, device=DEVICE), torch.eye(logits.shape[1], device=DEVICE)
-    spec = LogprobSpec(ids.to(DEVICE), scores, None, 1.0, "none", "multiplex")
+    head = HeadOptions(None if bias is None else bias.to(DEVICE))
+    spec = LogprobSpec(ids.to(DEVICE), scores, None, 1.0, "none", "multiplex", head=head)
     buffer = scaled_exp.exps_buffer(len(logits), lm_head, tile())
     result = scaled_exp.scaled_exp_rows(logits.to(DEVICE), lm_head, spec, tile(), buffer)
     dlogits, factor = result.gradient
@@ -133,6 +135,20 @@ def test_components_far_below_the_likeliest_token_do_not_overflow():
     torch.testing.assert_close(gradient[:4], expected.double(), rtol=tol.FLOAT32, atol=tol.FLOAT32)
     assert torch.isnan(logprob[4])  # an id outside the vocabulary
     assert not gradient[4].any()
+
+
+@pytest.mark.parametrize("level", [-300.0, 0.0, 300.0])
+def test_rows_of_masked_or_missing_components_have_finite_gradients(level):
+    """Their components do not tell how high the other logits are, whose exponentials must not all vanish."""
+    logits, bias = torch.randn(3, 132) + level, torch.zeros(132)
+    bias[[3, 5]] = -torch.inf
+    logprob, gradient = scored(logits, torch.tensor([[3, -100], [500, -100], [3, 5]]), bias)
+    assert logprob[[0, 2]].tolist() == [-torch.inf, -torch.inf]
+    assert torch.isnan(logprob[1])
+    probs = (logits + bias).double().softmax(-1)
+    expected = torch.stack([-probs[0], torch.zeros(132), -2.0 * probs[2]])
+    expected[0, 3], expected[2, [3, 5]] = 1.0, 1.0
+    torch.testing.assert_close(gradient, expected.double(), rtol=0, atol=tol.FLOAT32)
 
 
 def test_the_gradient_of_a_certain_token_keeps_its_bits():
