@@ -68,7 +68,7 @@ def frontiers(logits: np.ndarray, c: dict[str, Any], limit: float, span: float) 
     padded[: len(logits)] = logits
     heights = padded.reshape(c["BLOCK_G"], c["WIDTH"]).max(1)
     highest = -np.sort(-heights.reshape(-1, c["COARSE"]).max(0))
-    nucleus = min(int((np.cumsum(np.exp(highest - log_z)) < limit).sum()) + 1, c["COARSE"] // 2)
+    nucleus = min(int((np.cumsum(np.exp(highest - log_z)) < limit).sum()) + 1, 19 * c["COARSE"] // 32)
     rank, reach = max(nucleus, c["K"]), highest[c["K"] - 1] - span
     return highest, rank, max(highest[rank - 1], reach - 1e-3 - 1e-5 * abs(reach))
 

@@ -6,7 +6,8 @@ The package can be imported without Triton and without a GPU. Equation numbers a
 from latent_kernels._chunks import chunk_bytes
 from latent_kernels._dispatch import kernels_for
 from latent_kernels._noise import GUMBEL_HIGH, GUMBEL_LOW
-from latent_kernels._types import GroupAdvantages, LatentStep, LatentStepOptions, PolicyStats
+from latent_kernels._types import DecodingStep, GroupAdvantages, LatentStep, LatentStepOptions, PolicyStats
+from latent_kernels.ops.decoding_step import decoding_step
 from latent_kernels.ops.fused_policy_loss import fused_policy_loss
 from latent_kernels.ops.group_advantages import group_advantages
 from latent_kernels.ops.latent_logprob import latent_logprob, latent_logprob_from_logits
@@ -24,11 +25,13 @@ __all__ = [
     "GUMBEL_LOW",
     "STD_EPSILON",
     "UNUSED_ID",
+    "DecodingStep",
     "GroupAdvantages",
     "LatentStep",
     "LatentStepOptions",
     "PolicyStats",
     "chunk_bytes",
+    "decoding_step",
     "fused_policy_loss",
     "group_advantages",
     "kernels_for",

@@ -109,6 +109,35 @@ class LatentStep(NamedTuple):
     is_latent: Tensor  # [B] bool, False where the row has ended or was not latent
 
 
+class TextOptions(NamedTuple):
+    """How a text row of a decoding step draws its token: temperature, then top-k, then top-p."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # candidates; 0 keeps all
+    top_p: float = 1.0  # nucleus mass of the candidates
+    uniform: Tensor | None = None  # [B] float64 draws in (0, 1) in place of those of the noise stream
+
+    def kind(self, vocab: int) -> str:
+        """Return which part of the distribution counts: its "greedy" token, the "whole", or what a "cut" leaves."""
+        if self.temperature == 0:
+            return "greedy"
+        return "cut" if 0 < self.top_k < vocab or self.top_p < 1 else "whole"
+
+
+class DecodingStep(NamedTuple):
+    """The elements that B rows emit: a mixture of K components with embedding width D', or a text token.
+
+    The ids of a token are (token, -100, ...), and its scores are 0.
+    """
+
+    ids: Tensor  # [B, K] int64, of a mixture best score first
+    scores: Tensor  # [B, K] float32: log-prob plus noise
+    embedding: Tensor  # [B, D'] in the embedding table's dtype
+    token: Tensor  # [B] int64, the text token, or of a mixture the token of the highest raw logit
+    is_latent: Tensor  # [B] bool, False on text rows and where a latent run has ended
+    logprob: Tensor  # [B] float32, as `latent_logprob` with the temperature of text gives it
+
+
 class GroupAdvantages(NamedTuple):
     """The group-relative advantages of R responses, in the order of the rewards."""
 

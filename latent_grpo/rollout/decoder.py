@@ -12,26 +12,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
 from latent_grpo.config import LatentSampling
-from latent_grpo.model import backbone, body, embedding_scale, embedding_table, eos_ids, head_logits, head_of
+from latent_grpo.model import backbone, body, embedding_scale, embedding_table, eos_ids, head_of
 from latent_grpo.rollout.slot_cache import SlotCache
 from latent_grpo.rollout.step_graphs import StepGraphs, bucket, captures
-from latent_grpo.rollout.text_sampler import sample_text
 from latent_grpo.rollout.trajectory import Rollout
-from latent_kernels import (
-    UNUSED_ID,
-    LatentStepOptions,
-    latent_logprob_from_logits,
-    latent_step_with_logits,
-    philox_uniform,
-)
+from latent_kernels import LatentStepOptions, decoding_step, philox_uniform
 
-# The kind of a batch: all live rows in their latent run, all in text, or some of each.
-LATENT, TEXT, MIXED = "latent", "text", "mixed"
 CHECK_EVERY = 8  # captured steps between checks for finished rows, each of which synchronises with the device
 
 
@@ -41,7 +31,7 @@ class Slots:
 
     row: Tensor  # [S] int64, index of the response in the record
     stream: Tensor  # [S] int64, noise stream
-    draws: Tensor  # [S, T] float64, uniform draws of the text steps; [S, 0] for greedy text
+    draws: Tensor  # [S, T] float64, uniform draws of the text steps; [S, 0] where a step needs none
     step: Tensor  # [S] int64, number of emitted elements
     start: Tensor  # [S] int64, cache position of the prompt's first token, behind its padding
     last: Tensor  # [S] int64, cache position that the last emitted element is written to
@@ -101,10 +91,7 @@ class Record:
 
         step = torch.arange(steps, device=length.device)
         mask, is_latent = step < length.unsqueeze(-1), step < self.latent_length.unsqueeze(-1)
-        token, ids = rows(self.token), rows(self.ids)
-        # A step of a text-only batch records no ids, because they follow from its token.
-        text = mask & ~is_latent
-        ids[text] = _text_components(token[text], ids.shape[-1])
+        token, text = rows(self.token), mask & ~is_latent
         last = (length - 1).clamp_min(0).unsqueeze(-1)
         finished = (is_eos[token.gather(1, last)] & text.gather(1, last)).squeeze(-1)
         return Rollout(
@@ -112,8 +99,8 @@ class Record:
             prompt_mask=prompt_mask,
             prompt_index=index,
             token=token,
-            ids=ids,
-            scores=rows(self.scores).masked_fill_(~is_latent.unsqueeze(-1), 0.0),
+            ids=rows(self.ids),
+            scores=rows(self.scores),
             is_latent=is_latent,
             mask=mask,
             logprob=rows(self.logprob),
@@ -149,7 +136,8 @@ class Decoder:
         self.state = Slots(
             row=zeros(),
             stream=zeros(),
-            draws=zeros(limit if sampling.temperature else 0, dtype=torch.float64),
+            # A kernel draws for itself. For PyTorch on a CPU, all draws of a row at once cost as much as one.
+            draws=zeros(limit if sampling.temperature and self.graphs is None else 0, dtype=torch.float64),
             step=zeros(),
             start=zeros(),
             last=zeros(),
@@ -208,44 +196,38 @@ class Decoder:
         state.start[new], state.last[new] = (mask.shape[1] - mask.sum(-1))[index], mask.shape[1] - 1
         state.in_latent[new], state.done[new] = self.sampling.latent, False
         state.hidden[new] = hidden[index]
-        self.emit(state.select(new), LATENT if self.sampling.latent else TEXT)
+        self.emit(state.select(new))
 
     def move(self, target: Tensor, source: Tensor) -> None:
         """Copy the slots `source` to the slots `target`."""
         self.cache.move(target, source, int(self.state.last[source].max()))
         self.state.put(target, self.state.select(source))
 
-    def step(self, count: int, kind: str, furthest: int) -> None:
+    def step(self, count: int, furthest: int) -> None:
         """Feed the last elements of the first `count` slots, and emit their next elements.
 
         On a GPU this takes CHECK_EVERY steps. `furthest` is the largest cache position that a row writes to in the
         first of them.
         """
         if self.graphs is None:
-            return self.exact_step(self.state.first(count), kind, furthest)
+            return self.exact_step(self.state.first(count), furthest)
         count = min(bucket(count), self.slots)
         span = min(_span(furthest + CHECK_EVERY), self.cache.capacity)
         state = self.state.first(count)
 
         def step() -> None:
             self.advance(state, state.last, span)
-            self.emit(state, kind)
+            self.emit(state)
 
         for _ in range(CHECK_EVERY):
-            self.graphs.run((count, span, kind), step)
+            self.graphs.run((count, span), step)
 
-    def exact_step(self, state: Slots, kind: str, furthest: int) -> None:
-        """Take one step of exactly these rows. In a mixed batch, latent and text rows emit separately."""
+    def exact_step(self, state: Slots, furthest: int) -> None:
+        """Take one step of exactly these rows."""
         # With one cache position for all rows, the cache is written through slices and needs no index tensors.
         same = bool((state.last == furthest).all())
         self.advance(state, furthest if same else state.last, furthest + 1)
-        if kind != MIXED:
-            return self.emit(state, kind)
-        for kind, rows in ((LATENT, state.in_latent), (TEXT, ~state.in_latent)):
-            index = rows.nonzero().squeeze(-1)
-            selected = state.select(index)
-            self.emit(selected, kind)
-            state.put(index, selected)
+        self.emit(state)
 
     def advance(self, state: Slots, cache_position: Tensor | int, span: int) -> None:
         """Compute the hidden states behind the last emitted elements, and write the elements into the cache.
@@ -256,63 +238,63 @@ class Decoder:
         position_ids = (state.last - state.start).unsqueeze(-1)
         state.hidden.copy_(body(self.model, state.embeds.unsqueeze(1), mask, position_ids, cache)[:, -1])
 
-    def emit(self, state: Slots, kind: str) -> None:
-        """Choose and record the next element of every unfinished row of `kind`. Nothing is recorded for other rows."""
-        sampling = self.sampling
-        if kind == TEXT:
-            logits = head_logits(state.hidden, self.head)
-            token, is_latent = self.sample_tokens(state, logits), torch.zeros_like(state.done)
-            ids, scores = _text_components(token, 2), self.record.scores.new_zeros(len(token), 2)
-            embeds = self.table[token]
-        else:
-            mixture, logits = latent_step_with_logits(
-                state.hidden, self.head.weight, self.table, self.step_options(state), **self.head.options()
-            )
-            is_latent, token, scores = mixture.is_latent, mixture.top_token, mixture.scores
-            # The step that ends a latent run has the end marker as its token, and emits it as text.
-            if kind == MIXED:
-                token = torch.where(state.in_latent, token, self.sample_tokens(state, logits))
-            column = is_latent.unsqueeze(-1)
-            ids = torch.where(column, mixture.ids, _text_components(token, mixture.ids.shape[1]))
-            embeds = torch.where(column, mixture.embedding, self.table[token])
-        if self.scale != 1.0:
-            embeds = embeds * self.scale
-        temperature = sampling.temperature or 1.0
-        logprob = latent_logprob_from_logits(logits, ids, scores, temperature=temperature, method=sampling.method)
-        active = ~state.done & state.in_latent if kind == LATENT else ~state.done
-        index = torch.where(active, state.row * self.record.limit + state.step, len(self.record.token) - 1)
-        self.record.token.index_copy_(0, index, token)
-        self.record.logprob.index_copy_(0, index, logprob.float())
-        if kind != TEXT:
-            self.record.ids.index_copy_(0, index, ids)
-            self.record.scores.index_copy_(0, index, scores)
+    def emit(self, state: Slots) -> None:
+        """Choose and record the next element of every unfinished row."""
+        sampling, record = self.sampling, self.record
+        step = decoding_step(
+            state.hidden,
+            self.head.weight,
+            self.table,
+            self.step_options(state),
+            temperature=sampling.temperature,
+            text_top_k=sampling.top_k,
+            text_top_p=sampling.top_p,
+            uniform=self.uniform(state),
+            **self.head.options(),
+        )
+        embeds = step.embedding if self.scale == 1.0 else step.embedding * self.scale
+        active = ~state.done
+        index = torch.where(active, state.row * record.limit + state.step, len(record.token) - 1)
+        for values, of_step in (
+            (record.token, step.token),
+            (record.ids, step.ids),
+            (record.scores, step.scores),
+            (record.logprob, step.logprob),
+        ):
+            values.index_copy_(0, index, of_step)
         # In place, here and below: a captured step works on the same tensors in every replay.
         state.embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.embeds))
         # The cache position of finished rows advances too. So rows that started together share one position, and
         # `exact_step` can write them with one slice.
-        state.last.add_(active | state.done).clamp_max_(self.cache.capacity - 1)
+        state.last.add_(1).clamp_max_(self.cache.capacity - 1)
         state.step.add_(active)
-        state.done.logical_or_(active & ((self.is_eos[token] & ~is_latent) | (state.step >= self.record.limit)))
-        if kind != TEXT:
-            state.in_latent.logical_and_(is_latent)
-            self.record.latent_length.index_add_(0, state.row, (active & is_latent).long())
+        state.done.logical_or_((self.is_eos[step.token] & ~step.is_latent) | (state.step >= record.limit))
+        if sampling.latent:
+            state.in_latent.logical_and_(step.is_latent)
+            record.latent_length.index_add_(0, state.row, (active & step.is_latent).long())
         # A slot that is no longer in use may still name a row, whose length it must not overwrite.
-        self.record.length.index_copy_(0, torch.where(active, state.row, self.record.rows), state.step)
+        record.length.index_copy_(0, torch.where(active, state.row, record.rows), state.step)
 
     def step_options(self, state: Slots) -> LatentStepOptions:
-        """Return the options of the rows' next latent step."""
+        """Return the options of the rows' next latent step. No row takes one if all is text."""
         sampling = self.sampling
-        return LatentStepOptions(
-            top_k=sampling.latent_top_k,
+        rows = LatentStepOptions(
+            top_k=self.record.ids.shape[1],
+            noise="none",
+            seed=self.seed,
+            step=state.step,
+            row_ids=state.stream,
+            latent_mask=state.in_latent,
+        )
+        if not sampling.latent:
+            return rows
+        return replace(
+            rows,
             top_p=sampling.latent_top_p,
             tau=sampling.tau,
             noise=sampling.noise,
             noise_scale=sampling.noise_scale,
             noise_delta=sampling.noise_delta if sampling.noise != "none" else 0.0,  # evaluation has no noise
-            seed=self.seed,
-            step=state.step,
-            row_ids=state.stream,
-            latent_mask=state.in_latent,
             end_token_id=sampling.end_token_id,
             end_rule=sampling.end_rule,
             min_latent_steps=sampling.min_latent_steps,
@@ -320,13 +302,13 @@ class Decoder:
             method=sampling.method,
         )
 
-    def sample_tokens(self, state: Slots, logits: Tensor) -> Tensor:
-        """Sample one text token per row [B] from logits [B, V]."""
-        if not state.draws.shape[1]:  # greedy text needs no draws
-            return sample_text(logits, self.sampling, logits.new_empty(len(logits)))
+    def uniform(self, state: Slots) -> Tensor | None:
+        """Return the draws of the rows' next text tokens [B], or None where a step needs none."""
+        if not state.draws.shape[1]:
+            return None
         # An idle row may have taken all its steps. Its token is not recorded, but its index must be in range.
         step = state.step.clamp_max(self.record.limit - 1).unsqueeze(-1)
-        return sample_text(logits, self.sampling, state.draws.gather(1, step).squeeze(-1))
+        return state.draws.gather(1, step).squeeze(-1)
 
 
 # The decoder of each model's last rollout, with a key of everything that its graphs depend on.
@@ -357,8 +339,3 @@ def _span(tokens: int) -> int:
     """Round `tokens` up to one of a few widths of the mask, so that few CUDA graphs are captured."""
     # From 32 on, every bucket is a multiple of 8, which attention can read without a copy.
     return bucket(max(tokens, 32))
-
-
-def _text_components(token: Tensor, components: int) -> Tensor:
-    """Return the ids [B, K] of text steps with these tokens [B]: the token, then UNUSED_ID."""
-    return F.pad(token.unsqueeze(-1), (0, components - 1), value=UNUSED_ID)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from latent_grpo.architecture import check_length
 from latent_grpo.config import LatentSampling
 from latent_grpo.model import body, check_compatible, embed, positions
-from latent_grpo.rollout.decoder import LATENT, MIXED, TEXT, Decoder, decoder_for
+from latent_grpo.rollout.decoder import Decoder, decoder_for
 from latent_grpo.rollout.trajectory import Rollout
 
 COMPACT_BELOW = 0.9  # finished rows leave the batch when the live share of it is at most this
@@ -78,7 +78,7 @@ def generate_latent(
         decoder = decoder_for(model, sampling, rows, min(rows, max_rows or rows), tokens)
         schedule = _Schedule(decoder, input_ids, attention_mask, streams, prompt_index)
         while schedule.next_batch():
-            decoder.step(schedule.count, schedule.kind, schedule.furthest)
+            decoder.step(schedule.count, schedule.furthest)
     model.train(was_training)
     tau = 1.0 if sampling.noise == "none" else sampling.tau  # the latent step does not apply tau without noise
     return decoder.record.rollout(input_ids, attention_mask, prompt_index, decoder.is_eos, tau)
@@ -87,7 +87,7 @@ def generate_latent(
 class _Schedule:
     """Which rows are in the decoder's slots. The first `count` slots are the batch; `waiting` rows have no slot yet.
 
-    `kind` and `furthest` describe the batch for `Decoder.step`.
+    `furthest` is the largest cache position of the batch, for `Decoder.step`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class _Schedule:
         self.decoder, self.prompt_ids, self.prompt_mask = decoder, prompt_ids, prompt_mask
         self.streams, self.prompt_index = streams, prompt_index
         self.waiting = torch.arange(len(streams), device=streams.device)
-        self.count, self.kind, self.furthest = 0, TEXT, 0
+        self.count, self.furthest = 0, 0
 
     def next_batch(self) -> bool:
         """Drop finished rows, put waiting rows into free slots, and return whether any row is left to decode."""
@@ -127,13 +127,10 @@ class _Schedule:
         if not self.count:
             return
         state = self.decoder.state
-        done, in_latent, last = (x[: self.count] for x in (state.done, state.in_latent, state.last))
+        done, last = state.done[: self.count], state.last[: self.count]
         live = ~done
-        # One tensor, so that the three numbers cost one wait for the device.
-        live_count, latent_count, self.furthest = torch.stack(
-            [live.sum(), (live & in_latent).sum(), last.max()]
-        ).tolist()
-        self.kind = TEXT if latent_count == 0 else LATENT if latent_count == live_count else MIXED
+        # One tensor, so that both numbers cost one wait for the device.
+        live_count, self.furthest = torch.stack([live.sum(), last.max()]).tolist()
         if live_count == self.count or live_count > COMPACT_BELOW * self.count:
             return
         # As many live rows lie behind the first `live_count` slots as there are finished rows in them.

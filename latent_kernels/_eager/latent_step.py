@@ -284,6 +284,13 @@ def mixture(ids: Tensor, weights: Tensor, embedding: Tensor) -> Tensor:
 
 def latent_step_from_logits_eager(logits: Tensor, embedding: Tensor, options: LatentStepOptions) -> LatentStep:
     """Compute the rule of "latent_grpo" on checked arguments and float32 or float64 logits [B, V]."""
+    return latent_step_and_log_z(logits, embedding, options)[0]
+
+
+def latent_step_and_log_z(
+    logits: Tensor, embedding: Tensor, options: LatentStepOptions
+) -> tuple[LatentStep, Tensor]:  # fmt: skip
+    """Return the step of `latent_step_from_logits_eager` and the rows' log-sum-exp [B, 1]."""
     small = len(logits) > 0 and logits.shape[1] <= GROUP * max(FIRST_GROUPS, options.top_k)
     if small:
         prefix = whole_prefix(logits)
@@ -303,4 +310,4 @@ def latent_step_from_logits_eager(logits: Tensor, embedding: Tensor, options: La
     weights = tempered(scores, torch.where(noisy, tau, 1.0).unsqueeze(-1)).softmax(-1)
     embeds = mixture(ids, weights, embedding)
     step = LatentStep(ids, scores.float(), weights.float(), embeds, top_token, is_latent)
-    return with_ended_rows(step, options)
+    return with_ended_rows(step, options), log_z

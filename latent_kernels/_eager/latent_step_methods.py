@@ -32,15 +32,15 @@ def multiplex_mixture_grouped(logits: Tensor, options: LatentStepOptions) -> Mix
     groups = F.pad(logits, (0, -vocab % GROUP), value=-torch.inf).view(rows, -1, GROUP)
     peak = groups.amax((1, 2), keepdim=True)
     masses = (groups - peak).exp_().sum(-1, dtype=torch.float64)
-    group, share = _pick(masses, multiplex_draws(rows, options, logits.device))
+    group, share = pick(masses, multiplex_draws(rows, options, logits.device))
     chosen = groups.gather(1, group.unsqueeze(-1).expand(-1, -1, GROUP)).double()  # [B, K, GROUP]
     inner = (chosen - chosen.amax(-1, keepdim=True)).exp()
-    place, _ = _pick(inner.flatten(0, 1), share.reshape(-1, 1))
+    place, _ = pick(inner.flatten(0, 1), share.reshape(-1, 1))
     ids = group * GROUP + place.view_as(group)
     return weighed(ids, logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True), options)
 
 
-def _pick(masses: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+def pick(masses: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Return what draws in [0, 1] pick [R, K] from masses [R, M], and where in its mass each draw lies, in [0, 1]."""
     ends = masses.cumsum(-1)
     targets = draws * ends[:, -1:]

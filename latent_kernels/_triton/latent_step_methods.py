@@ -30,6 +30,7 @@ from latent_kernels._triton.common import (
 from latent_kernels._triton.latent_step import constants as step_constants
 from latent_kernels._triton.latent_step import ends_run, latent_step_from_sidecar, per_row, store_mixture
 from latent_kernels._triton.lm_head import GROUP, Sidecar
+from latent_kernels._triton.text_token import pick
 from latent_kernels._triton.token_keys import LOWEST, key_id, key_value, token_key
 from latent_kernels._types import LatentStep, LatentStepOptions
 from latent_kernels.reference import latent_step as steps
@@ -101,22 +102,10 @@ def soft_grpo_kernel(
         if BLOCK_K > 1:
             best = tl.sort(keys, descending=True)
         store_mixture(
-            key_id(best), key_value(best), temperature, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr, table_ptr,
-            table_stride, V, D, K, BLOCK_K, BLOCK_D,
+            key_id(best), key_value(best), temperature, False, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr,
+            table_ptr, table_stride, V, D, K, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         end_by_first_id(key_id(tl.max(best, 0)), noisy_end_id, step, least, row, top_ptr, is_latent_ptr)
-
-
-@triton.jit
-def pick(masses, ends, place, draw, N: tl.constexpr):
-    """Return what a draw in [0, 1] picks from masses [N] with the cumulative sums `ends`, and where in it it lies."""
-    total = tl.max(ends, 0)
-    target = draw * total
-    last = tl.sum((ends < total).to(tl.int32), 0)  # a draw of 1 picks the last positive mass
-    index = tl.minimum(tl.sum((ends <= target).to(tl.int32), 0), last)
-    before = tl.max(tl.where(place < index, ends, 0.0), 0)
-    share = (target - before) / tl.sum(tl.where(place == index, masses, 0.0), 0)
-    return index, tl.minimum(tl.maximum(share, 0.0), 1.0)
 
 
 @triton.jit(do_not_specialize=COUNTERS, do_not_specialize_on_alignment=["row_ids_ptr"])
@@ -153,15 +142,15 @@ def multiplex_kernel(
         ids = tl.zeros([BLOCK_K], dtype=tl.int32)
         scores = tl.full([BLOCK_K], -float("inf"), dtype=tl.float32)
         for i in range(K):
-            picked, share = pick(masses, ends, run, tl.sum(tl.where(k == i, draws, 0.0), 0), BLOCK_G)
+            picked, share = pick(masses, ends, run, tl.sum(tl.where(k == i, draws, 0.0), 0))
             v = picked * WIDTH + member
             logits = tl.load(logits_ptr + row * logits_stride + v, mask=v < V, other=-float("inf")).to(tl.float32)
             inner = tl.exp((logits - tl.max(logits, 0)).to(tl.float64))
-            index, _ = pick(inner, tl.cumsum(inner, 0), member, share, WIDTH)
+            index, _ = pick(inner, tl.cumsum(inner, 0), member, share)
             ids = tl.where(k == i, picked * WIDTH + index, ids)
             scores = tl.where(k == i, tl.sum(tl.where(member == index, logits, 0.0), 0) - log_z, scores)
         store_mixture(
-            ids, scores, row_option(tau, row, TAU_PER_ROW), row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr,
+            ids, scores, row_option(tau, row, TAU_PER_ROW), False, row, ids_ptr, scores_ptr, weights_ptr, mixture_ptr,
             table_ptr, table_stride, V, D, K, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         first = tl.sum(tl.where(k == 0, ids, 0), 0)

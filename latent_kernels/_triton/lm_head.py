@@ -65,11 +65,17 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
-def max_and_sum(logits, AXIS: tl.constexpr):
-    """Return the maximum along an axis and the sum of exp(logit - maximum); (-inf, 0) if no logit is finite."""
+def max_and_sum(logits, inverse, AXIS: tl.constexpr):
+    """Return the maximum along an axis and the sum of exp((logit - maximum) * inverse), or (-inf, 0)."""
     top = tl.max(logits, AXIS)
     base = tl.where(top == -float("inf"), 0.0, top)
-    return top, tl.sum(tl.exp(logits - tl.expand_dims(base, AXIS)), AXIS)
+    return top, tl.sum(tl.exp((logits - tl.expand_dims(base, AXIS)) * inverse), AXIS)
+
+
+@triton.jit
+def inverse_temperature(latent_ptr, row, inverse):
+    """Return 1 on latent rows and 1 / T, which is `inverse`, on text rows."""
+    return tl.where(tl.load(latent_ptr + row) != 0, 1.0, inverse)
 
 
 @triton.jit
@@ -94,12 +100,12 @@ def product_tile(
     return total
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["latent_ptr"])
 def lm_head_kernel(
-    weight_ptr, hidden_ptr, bias_ptr, logits_ptr, maxima_ptr, sums_ptr, inner, outer, weight_stride, hidden_stride,
-    logits_stride, B, V, D, G,
+    weight_ptr, hidden_ptr, bias_ptr, latent_ptr, logits_ptr, maxima_ptr, sums_ptr, inner, outer, inverse_text,
+    weight_stride, hidden_stride, logits_stride, B, V, D, G,
     GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DOT_TYPE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     # Programs of one tile of the head follow each other, so that all except the first find it in L2.
     blocks = tl.cdiv(B, BLOCK_B)
@@ -115,17 +121,21 @@ def lm_head_kernel(
     row = b.to(tl.int64)[None, :]
     # A row of the logits has room for whole tiles, so the vocabulary's tail needs no mask.
     tl.store(logits_ptr + row * logits_stride + v[:, None], logits, mask=(b < B)[None, :])
-    top, total = max_and_sum(tl.reshape(logits, [TILE // GROUP, GROUP, BLOCK_B]), 1)
+    inverse = 1.0
+    if TEMPERED:
+        inverse = inverse_temperature(latent_ptr, tl.minimum(b, B - 1), inverse_text)[None, None, :]
+    top, total = max_and_sum(tl.reshape(logits, [TILE // GROUP, GROUP, BLOCK_B]), inverse, 1)
     group = (tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP))[:, None]
     inside = (b < B)[None, :] & (group < G)
     tl.store(maxima_ptr + row * G + group, top, mask=inside)
     tl.store(sums_ptr + row * G + group, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["latent_ptr"])
 def sidecar_kernel(
-    logits_ptr, bias_ptr, maxima_ptr, sums_ptr, inner, outer, logits_stride, V, G,
+    logits_ptr, bias_ptr, latent_ptr, maxima_ptr, sums_ptr, inner, outer, inverse_text, logits_stride, V, G,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    TEMPERED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -135,18 +145,21 @@ def sidecar_kernel(
         logits = head_logits(logits, bias_ptr, v, v < V, inner, outer, HAS_BIAS, SOFTCAP, SCALED)
         tl.store(logits_ptr + row * logits_stride + v, logits, mask=v < V)
         logits = tl.where(v < V, logits, -float("inf"))
-    top, total = max_and_sum(logits, 1)
+    inverse = 1.0
+    if TEMPERED:
+        inverse = inverse_temperature(latent_ptr, row, inverse_text)
+    top, total = max_and_sum(logits, inverse, 1)
     tl.store(maxima_ptr + row * G + group, top, mask=group < G)
     tl.store(sums_ptr + row * G + group, total, mask=group < G)
 
 
 def product_constants(
-    config: ProductConfig, dtype: torch.dtype, head: HeadOptions = PLAIN_HEAD
+    config: ProductConfig, dtype: torch.dtype, head: HeadOptions = PLAIN_HEAD, *, tempered: bool = False
 ) -> dict[str, object]:  # fmt: skip
     """Return the constants of `lm_head_kernel`, which multiplies in `dtype`."""
     return {
         "GROUP": GROUP, "TILE": TILE, "BLOCK_B": config.block_b, "BLOCK_D": config.block_d,
-        "DOT_TYPE": triton_dtype(dtype), **logits_constants(head),
+        "DOT_TYPE": triton_dtype(dtype), **logits_constants(head), "TEMPERED": tempered,
     }  # fmt: skip
 
 
@@ -155,9 +168,23 @@ def product_options(config: ProductConfig) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
 
 
-def sidecar_constants(head: HeadOptions = PLAIN_HEAD) -> dict[str, int | bool]:
+def sidecar_constants(head: HeadOptions = PLAIN_HEAD, *, tempered: bool = False) -> dict[str, int | bool]:
     """Return the constants of `sidecar_kernel`."""
-    return {"GROUP": GROUP, "GROUPS": GROUPS_PER_PROGRAM, **logits_constants(head)}
+    return {"GROUP": GROUP, "GROUPS": GROUPS_PER_PROGRAM, **logits_constants(head), "TEMPERED": tempered}
+
+
+class RowTemperatures(NamedTuple):
+    """By what the sums of a sidecar are tempered: text rows, which `latent` [B] bool is not, by T."""
+
+    latent: Tensor
+    temperature: float
+
+
+def temperature_arguments(tempered: RowTemperatures | None, unused: Tensor) -> dict[str, object]:
+    """Return the arguments of a kernel that say how sums are tempered."""
+    if tempered is None:
+        return {"latent_ptr": unused, "inverse_text": 1.0}
+    return {"latent_ptr": tempered.latent.contiguous().view(torch.int8), "inverse_text": 1.0 / tempered.temperature}
 
 
 def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -171,7 +198,8 @@ def _empty_sidecar(rows: int, vocab: int, device: torch.device) -> tuple[Tensor,
 
 
 def lm_head_sidecar(
-    hidden: Tensor, lm_head: Tensor, config: ProductConfig, head: HeadOptions = PLAIN_HEAD
+    hidden: Tensor, lm_head: Tensor, config: ProductConfig, head: HeadOptions = PLAIN_HEAD,
+    tempered: RowTemperatures | None = None,
 ) -> Sidecar:  # fmt: skip
     """Return the logits of `hidden @ lm_head.T` in float32 with their sidecar, in one launch.
 
@@ -183,14 +211,17 @@ def lm_head_sidecar(
     maxima, sums = _empty_sidecar(rows, vocab, hidden.device)
     lm_head_kernel[(tiles * triton.cdiv(rows, config.block_b),)](
         weight_ptr=lm_head, hidden_ptr=hidden, bias_ptr=bias_argument(head, logits), logits_ptr=logits,
-        maxima_ptr=maxima, sums_ptr=sums, **factor_arguments(head), weight_stride=lm_head.stride(0),
-        hidden_stride=hidden.stride(0), logits_stride=logits.stride(0), B=rows, V=vocab, D=width, G=maxima.shape[1],
-        **product_constants(config, dot_dtype(hidden, lm_head), head), **product_options(config),
+        maxima_ptr=maxima, sums_ptr=sums, **factor_arguments(head), **temperature_arguments(tempered, logits),
+        weight_stride=lm_head.stride(0), hidden_stride=hidden.stride(0), logits_stride=logits.stride(0), B=rows,
+        V=vocab, D=width, G=maxima.shape[1], **product_options(config),
+        **product_constants(config, dot_dtype(hidden, lm_head), head, tempered=tempered is not None),
     )  # fmt: skip
     return Sidecar(logits, maxima, sums)
 
 
-def logits_sidecar(logits: Tensor, head: HeadOptions = PLAIN_HEAD) -> Sidecar:
+def logits_sidecar(
+    logits: Tensor, head: HeadOptions = PLAIN_HEAD, tempered: RowTemperatures | None = None
+) -> Sidecar:  # fmt: skip
     """Return logits [B, V], in float32 or a 16-bit dtype, with their sidecar.
 
     With options of a head, `logits` is a float32 product with an inner stride of 1, and becomes its logits in place.
@@ -202,7 +233,7 @@ def logits_sidecar(logits: Tensor, head: HeadOptions = PLAIN_HEAD) -> Sidecar:
         groups = maxima.shape[1]
         sidecar_kernel[(rows, triton.cdiv(groups, GROUPS_PER_PROGRAM))](
             logits_ptr=logits, bias_ptr=bias_argument(head, logits), maxima_ptr=maxima, sums_ptr=sums,
-            **factor_arguments(head), logits_stride=logits.stride(0), V=vocab, G=groups,
-            **sidecar_constants(head), **SIDECAR_OPTIONS,
+            **factor_arguments(head), **temperature_arguments(tempered, logits), logits_stride=logits.stride(0),
+            V=vocab, G=groups, **sidecar_constants(head, tempered=tempered is not None), **SIDECAR_OPTIONS,
         )  # fmt: skip
     return Sidecar(logits, maxima, sums)

@@ -18,7 +18,7 @@ from latent_kernels._validate import check_choice, check_head, check_noise, chec
 from latent_kernels.reference.latent_step import compute_dtype
 
 if TYPE_CHECKING:
-    from latent_kernels._triton.lm_head import Sidecar
+    from latent_kernels._triton.lm_head import RowTemperatures, Sidecar
 
 END_RULES = ("raw", "noisy")
 
@@ -98,8 +98,8 @@ def latent_step_from_logits(
         top_k, top_p, tau, noise, noise_scale, seed, step, row_ids, exponential, latent_mask, end_token_id,
         noise_delta, end_rule, min_latent_steps, max_latent_steps, method,
     )  # fmt: skip
-    options = _checked(options, len(logits), logits.shape[1], embedding, like=logits)
-    if resolve("latent_step", impl, logits, unsupported=_top_k_limit(top_k)) == "triton":
+    options = checked_options(options, len(logits), logits.shape[1], embedding, like=logits)
+    if resolve("latent_step", impl, logits, unsupported=top_k_limit(top_k)) == "triton":
         from latent_kernels._triton.latent_step_methods import latent_step_with_method
         from latent_kernels._triton.lm_head import logits_sidecar
 
@@ -176,35 +176,37 @@ def latent_step_with_logits(
     check_tensor("lm_head", lm_head, [None, hidden.shape[1]], like=hidden)
     head = HeadOptions(bias, logit_scale, softcap)
     check_head(head, len(lm_head), hidden)
-    options = _checked(options, len(hidden), len(lm_head), embedding, like=hidden)
-    if resolve("latent_step", impl, hidden, lm_head, unsupported=_top_k_limit(options.top_k)) == "triton":
+    options = checked_options(options, len(hidden), len(lm_head), embedding, like=hidden)
+    if resolve("latent_step", impl, hidden, lm_head, unsupported=top_k_limit(options.top_k)) == "triton":
         from latent_kernels._triton.latent_step_methods import latent_step_with_method
 
-        sidecar = _sidecar(hidden, lm_head, head)
+        sidecar = sidecar_of(hidden, lm_head, head)
         return latent_step_with_method(sidecar, embedding, options), sidecar.logits[:, : len(lm_head)]
     logits = head_logits_(project(hidden, lm_head), head)
     return latent_step_with_method_eager(logits, embedding, options), logits
 
 
-def _sidecar(hidden: Tensor, lm_head: Tensor, head: HeadOptions) -> Sidecar:
+def sidecar_of(
+    hidden: Tensor, lm_head: Tensor, head: HeadOptions, tempered: RowTemperatures | None = None
+) -> Sidecar:  # fmt: skip
     """Return the logits and their sidecar, by the fastest known route for this shape."""
     from latent_kernels._triton.lm_head import lm_head_sidecar, logits_sidecar
     from latent_kernels._triton.lm_head_routes import Route, choose
 
     def run(route: Route) -> Sidecar:
         if route is None:
-            return logits_sidecar(project(hidden, lm_head), head)
-        return lm_head_sidecar(hidden, lm_head, route, head)
+            return logits_sidecar(project(hidden, lm_head), head, tempered)
+        return lm_head_sidecar(hidden, lm_head, route, head, tempered)
 
     return run(choose(hidden, lm_head, run))
 
 
-def _top_k_limit(top_k: int) -> str | None:
+def top_k_limit(top_k: int) -> str | None:
     """Say which limit of the kernel `top_k` exceeds, or return None."""
     return f"takes a top_k of at most {MAX_TOP_K}, got {top_k}" if top_k > MAX_TOP_K else None
 
 
-def _checked(
+def checked_options(
     options: LatentStepOptions, rows: int, vocab: int, embedding: Tensor, *, like: Tensor
 ) -> LatentStepOptions:
     """Check the arguments of a latent step; return the options, with a drawn seed if they need one and have none."""

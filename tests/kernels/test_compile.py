@@ -63,6 +63,12 @@ CALLS = {
         ),
         False,
     ),
+    "decoding_step": Call(
+        lambda x, s: kernels.decoding_step(
+            x, HEAD, TABLE, kernels.LatentStepOptions(seed=s, latent_mask=x[:, 0] > 0, **OPTIONS), temperature=0.5
+        ),
+        False,
+    ),
     "mix_embeddings": Call(lambda x, s: kernels.mix_embeddings(IDS, x[:, :COMPONENTS], x.repeat(20, 1), tau=0.7), True),
     "latent_logprob": Call(
         lambda x, s: kernels.latent_logprob(x, x.cos().repeat(5, 1), IDS, SCORES, advantages=OLD[:, 0]), True

@@ -31,7 +31,7 @@ from latent_kernels._triton import latent_step, lm_head, policy_loss, project_wi
 from latent_kernels._triton import latent_step_methods as methods
 from latent_kernels._triton import lm_head_routes as routes
 from latent_kernels._triton import mix_embeddings as mix
-from latent_kernels._types import PLAIN_HEAD, LatentStepOptions, NoiseSpec
+from latent_kernels._types import PLAIN_HEAD, LatentStepOptions, NoiseSpec, TextOptions
 from support.build_scaled_exp import scaled_exp_builds
 from support.kernel_build import DTYPES, HEADS, Build, head_types
 
@@ -82,15 +82,18 @@ def lm_head_builds() -> Iterator[Build]:
     """Yield every tile of the product in both 16-bit dtypes with every head, and the pass over logits of any dtype."""
     sidecar = {"maxima_ptr": "*fp32", "sums_ptr": "*fp32"}
     sizes = dict.fromkeys(("weight_stride", "hidden_stride", "logits_stride", "B", "V", "D", "G"), "i32")
-    for dtype, config, head in product(("bf16", "fp16"), routes.PRODUCTS, HEADS):
+    tempered = {"latent_ptr": "*i8", "inverse_text": "fp32"}  # the rows of a rollout
+    for dtype, config, (number, head) in product(("bf16", "fp16"), routes.PRODUCTS, enumerate(HEADS)):
         types = {"weight_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "logits_ptr": "*fp32", **sidecar, **sizes}
-        types, constants = {**types, **head_types(dtype)}, lm_head.product_constants(config, DTYPES[dtype], head)
+        types |= {**head_types(dtype), **tempered}
+        constants = lm_head.product_constants(config, DTYPES[dtype], head, tempered=number % 2 == 0)
         name, options = f"lm_head {dtype} {config.block_b} rows{HEADS[head]}", lm_head.product_options(config)
         whole = ("weight_stride", "hidden_stride", "logits_stride", "D")
         yield Build(name, lm_head.lm_head_kernel, types, constants, options, aligned=whole)
     for dtype, head in (*((dtype, PLAIN_HEAD) for dtype in DTYPES), *(("fp32", head) for head in list(HEADS)[1:])):
         types = {"logits_ptr": f"*{dtype}", **sidecar, **dict.fromkeys(("logits_stride", "V", "G"), "i32")}
-        types, constants = {**types, **head_types(dtype)}, lm_head.sidecar_constants(head)
+        types |= {**head_types(dtype), **tempered}
+        constants = lm_head.sidecar_constants(head, tempered=dtype == "fp32")
         options = lm_head.SIDECAR_OPTIONS
         yield Build(f"sidecar {dtype}{HEADS[head]}", lm_head.sidecar_kernel, types, constants, options)
 
@@ -118,22 +121,28 @@ def option_types(noise: NoiseSpec) -> dict[str, str]:
 
 def latent_step_builds() -> Iterator[Build]:
     """Yield kinds of noise, options as numbers and as tensors, mixture sizes, dtypes and vocabularies."""
+    cut, whole, greedy = TextOptions(0.6, 30, 0.95), TextOptions(0.6, uniform=torch.zeros(1)), TextOptions(0.0)
     variants = [
-        ("one_sided", 10, "fp32", "bf16", 128_256, False, False),
-        ("two_sided", 10, "bf16", "bf16", 152_064, True, False),
-        ("none", 10, "fp16", "fp16", 32_000, False, False),
-        ("one_sided", 32, "fp32", "fp32", 128_256, True, False),
-        ("one_sided", 32, "fp32", "bf16", 262_144, False, False),
-        ("one_sided", 1, "fp32", "bf16", 49_152, False, False),
-        ("one_sided", 10, "fp32", "fp32", 128_256, False, True),
+        ("one_sided", 10, "fp32", "bf16", 128_256, True, False, cut),  # of a rollout
+        ("one_sided", 10, "fp32", "bf16", 128_256, False, False, None),
+        ("two_sided", 10, "bf16", "bf16", 152_064, True, False, None),
+        ("none", 10, "fp16", "fp16", 32_000, False, False, None),
+        ("one_sided", 32, "fp32", "fp32", 128_256, True, False, None),
+        ("one_sided", 32, "fp32", "bf16", 262_144, False, False, None),
+        ("one_sided", 1, "fp32", "bf16", 49_152, False, False, None),
+        ("one_sided", 10, "fp32", "fp32", 128_256, False, True, None),
+        ("one_sided", 32, "fp32", "bf16", 262_144, True, False, cut),
+        ("two_sided", 10, "fp32", "bf16", 128_256, True, False, whole),
+        ("none", 2, "fp32", "bf16", 151_936, True, False, cut),  # text alone
+        ("one_sided", 10, "fp32", "bf16", 128_256, True, False, greedy),
     ]
-    for kind, top_k, logits, table, vocab, tensors, injected in variants:
+    for kind, top_k, logits, table, vocab, tensors, injected, text in variants:
         noise = noise_spec(kind, tensors=tensors, injected=injected)
         value, mask = (torch.zeros(()), torch.ones(1)) if tensors else (0, None)
         step_options = LatentStepOptions(
             top_k, value, value, kind, value, value, value, noise.row_ids, noise.exponential, mask
         )
-        constants = latent_step.constants(vocab, step_options)
+        constants = latent_step.constants(vocab, step_options, text)
         number = "*fp32" if tensors else "fp32"
         types = {
             "logits_ptr": f"*{logits}",
@@ -149,17 +158,23 @@ def latent_step_builds() -> Iterator[Build]:
             "mixture_ptr": f"*{table}",
             "top_ptr": "*i64",
             "is_latent_ptr": "*i8",
+            "logprob_ptr": "*fp32",
+            "uniform_ptr": "*fp64",
             "top_p": number,
             "tau": number,
             **option_types(noise),
-            **dict.fromkeys(("step_stride", "end_token_id", "noisy_end_id"), "i32"),
+            **dict.fromkeys(("temperature", "text_top_p"), "fp32"),
+            **dict.fromkeys(("step_stride", "end_token_id", "noisy_end_id", "text_top_k"), "i32"),
             **dict.fromkeys(("least", "most"), "i64" if tensors else "i32"),  # numbers of any size are allowed
             **dict.fromkeys(("logits_stride", "draws_stride", "table_stride", "V", "G", "D"), "i32"),
         }
         name = f"latent_step {kind} K={top_k} V={vocab} {logits} {table} tensors={tensors} injected={injected}"
-        options = {"num_warps": latent_step.NUM_WARPS, **latent_step.BUILD_OPTIONS}
+        name += f" text={constants['TEXT']}"
         strides = ("logits_stride", "table_stride", "D")
-        yield Build(name, latent_step.latent_step_kernel, types, constants, options, aligned=strides)
+        for rows in (1,) if latent_step.FEW_REGISTERS else (1, latent_step.ONE_WAVE + 1):
+            options = latent_step.launch_options(rows)
+            warps = f"{name} warps={options['num_warps']}"
+            yield Build(warps, latent_step.latent_step_kernel, types, constants, options, aligned=strides)
 
 
 def latent_step_method_builds() -> Iterator[Build]:

@@ -38,6 +38,8 @@ def calls() -> dict[str, Call]:
     step = dict(embedding=table, top_k=components, top_p=torch.full((rows,), 0.9), tau=torch.full((rows,), 0.8))
     step |= dict(noise_scale=torch.full((rows,), 0.7), exponential=draw(rows, vocab).exp())
     step |= dict(latent_mask=torch.ones(rows, dtype=torch.bool), row_ids=torch.arange(rows))
+    text = dict(latent_mask=torch.tensor([True, False, True]), temperature=0.7, text_top_k=5, text_top_p=0.9)
+    text |= dict(uniform=torch.full((rows,), 0.3, dtype=torch.float64))
     logprob = dict(ids=ids, scores=scores, advantages=draw(rows), temperature=0.7)
     loss = dict(old_logprob=draw(1, rows), advantages=draw(1, rows), mask=torch.ones(1, rows))
     loss |= dict(ref_logprob=draw(1, rows), kl_coef=0.1)
@@ -52,6 +54,7 @@ def calls() -> dict[str, Call]:
         "latent_step": Call(kernels.latent_step, of_head | step, ()),
         "latent_step_from_logits": Call(kernels.latent_step_from_logits, dict(logits=draw(rows, vocab)) | step, ()),
         "latent_step_with_logits": Call(kernels.latent_step_with_logits, of_head | step, ()),
+        "decoding_step": Call(kernels.decoding_step, of_head | step | text, ()),
         "mix_embeddings": Call(kernels.mix_embeddings, mix, ("scores", "embedding")),
         "latent_logprob": Call(kernels.latent_logprob, of_head | logprob, ("hidden", "lm_head", "bias")),
         "latent_logprob_from_logits": Call(

@@ -52,8 +52,9 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> lis
         options = keywords | {k: v for x in args if isinstance(x, LatentStepOptions) for k, v in vars(x).items()}
         # The decoder overwrites its tensors in place at the next step.
         copies = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        inputs = tuple(x.clone() if type(x) is torch.Tensor else x for x in args)  # no parameters
         result = function(*args, **keywords)
-        calls.append((args, copies, result))
+        calls.append((inputs, copies, result))
         return result
 
     monkeypatch.setattr(module, name, call)

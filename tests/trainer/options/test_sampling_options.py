@@ -15,7 +15,7 @@ from latent_grpo.prompts import encode_prompts
 from latent_grpo.rollout import decoder
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.update.replay import replay_logprob
-from latent_kernels import latent_step_from_logits
+from latent_kernels import latent_step_from_logits, latent_step_with_logits
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ from latent_kernels import latent_step_from_logits
 def test_options_of_the_latent_step_reach_every_step_of_a_rollout(options, make_trainer, monkeypatch):
     needed = {"noise": "two_sided"} if options == {"method": "soft_grpo"} else {}
     trainer = make_trainer("train", **needed, **options)
-    calls = record_calls(monkeypatch, decoder, "latent_step_with_logits")
+    calls = record_calls(monkeypatch, decoder, "decoding_step")
     trainer.collect()
     ((name, expected),) = options.items()
     # The operator calls them top_k and top_p.
@@ -115,9 +115,10 @@ def test_the_replay_mixes_with_the_temperature_of_the_rollout(make_trainer):
 
 
 def logits_by_stream(calls) -> dict[tuple[int, int], tuple[int, torch.Tensor]]:
-    """Return {(noise stream, step): (seed, logits)} of recorded calls of `latent_step_with_logits`."""
+    """Return {(noise stream, step): (seed, logits)} of recorded calls of `decoding_step`."""
     recorded = {}
-    for _, arguments, (_, logits) in calls:
+    for (hidden, head, table, _), arguments, _ in calls:
+        logits = latent_step_with_logits(hidden, head, table, top_k=2, seed=0)[1]
         streams, steps = arguments["row_ids"].tolist(), arguments["step"].tolist()
         for row, key in enumerate(zip(streams, steps, strict=True)):
             recorded.setdefault(key, (int(arguments["seed"]), logits[row].clone()))
@@ -132,7 +133,7 @@ def test_noise_of_a_bfloat16_rollout_does_not_depend_on_the_batch(tokenizer, mod
     for prompts in (slice(0, 4), slice(2, 3)):
         streams = torch.arange(8).view(4, 2)[prompts].flatten()
         with monkeypatch.context() as patch:
-            calls = record_calls(patch, decoder, "latent_step_with_logits")
+            calls = record_calls(patch, decoder, "decoding_step")
             rollout = generate_latent(
                 model, ids[prompts], mask[prompts], sampling_of(tokenizer), num_generations=2, row_ids=streams
             )

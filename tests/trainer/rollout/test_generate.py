@@ -13,11 +13,10 @@ from latent_grpo import LatentSampling, generate_latent
 from latent_grpo.model import body, embedding_table, positions
 from latent_grpo.rollout import decoder as decoding
 from latent_grpo.rollout import generate as generation
-from latent_grpo.rollout.text_sampler import sample_text
 from latent_grpo.rollout.trajectory import concatenate, mixture_entropy
 from latent_grpo.update.loss import response_mask
 from latent_grpo.update.replay import replay, replay_logprob
-from latent_kernels import mix_embeddings, philox_uniform
+from latent_kernels import mix_embeddings
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2-untied"])
@@ -219,39 +218,6 @@ def test_entropy_of_mixtures_is_between_zero_and_log_k(model, prompts):
     assert (entropy >= 0).all()
     assert (entropy <= torch.log(torch.tensor(4.0)) + 1e-5).all()
     assert (entropy[~rollout.is_latent] == 0).all()
-
-
-def test_text_tokens_follow_temperature_top_k_and_top_p():
-    logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
-    draws = 20_000
-    options = LatentSampling(latent=False, temperature=0.8, top_k=4, top_p=0.9)
-    tokens = sample_text(logits.expand(draws, -1), options, philox_uniform(torch.arange(draws), seed=11, step=0))
-    probs = (logits[0, :4] / 0.8).softmax(-1)
-    kept = probs * (probs.cumsum(-1) - probs < 0.9)
-    expected = draws * kept / kept.sum()
-    counts = torch.bincount(tokens, minlength=5)[:4].float()
-    assert counts.sum() == draws
-    used = expected > 0
-    assert (counts[~used] == 0).all()
-    chi_squared = float(((counts - expected).square() / expected)[used].sum())
-    assert chi_squared < 16.3  # the 0.1% point for 3 degrees of freedom
-
-
-def test_greedy_text_is_the_highest_logit():
-    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
-    options = LatentSampling(latent=False, temperature=0.0)
-    assert torch.equal(sample_text(logits, options, torch.rand(5)), logits.argmax(-1))
-
-
-def test_text_without_top_k_is_drawn_from_the_sorted_vocabulary():
-    logits = 2.0 * torch.randn(40, 3000, generator=torch.Generator().manual_seed(0))
-    logits[:3] *= 0.01  # rows whose nucleus is nearly the whole vocabulary
-    draw = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    options = LatentSampling(latent=False, temperature=0.7, top_k=0, top_p=0.9)
-    probs, ids = (logits.double() / 0.7).softmax(-1).sort(dim=-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= 0.9, 0.0)
-    index = (probs.cumsum(-1) <= draw.unsqueeze(-1) * probs.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    assert torch.equal(sample_text(logits, options, draw), ids.gather(-1, index).squeeze(-1))
 
 
 def test_rollouts_of_a_float64_model(prompts):

@@ -36,15 +36,15 @@ def model():
 
 @pytest.mark.parametrize("options", RULES.values(), ids=RULES)
 def test_a_rollout_can_be_replayed_by_its_record(options, model, prompts, monkeypatch):
-    steps, function = [], decoder.latent_step_with_logits
+    steps, function = [], decoder.decoding_step
 
     def step(hidden, head, table, given, **options):
         result = function(hidden, head, table, given, **options)
-        steps.append((given.row_ids.clone(), given.step.clone(), result[0]))
+        steps.append((given.row_ids.clone(), given.step.clone(), result))
         return result
 
     sampling = ending_early(model, prompts, **options)
-    monkeypatch.setattr(decoder, "latent_step_with_logits", step)
+    monkeypatch.setattr(decoder, "decoding_step", step)
     rollout = generate_latent(model, *prompts, sampling, num_generations=4)
     assert rollout.is_latent.any()
     assert (rollout.mask & ~rollout.is_latent).any()

@@ -187,9 +187,10 @@ def test_a_captured_step_never_waits_for_the_device(prompts):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for kind in (decoding.LATENT, decoding.MIXED, decoding.TEXT):
-            with torch.inference_mode():
-                decoder.emit(decoder.state.first(8), kind)
+        with torch.inference_mode():
+            for in_latent in (True, False):
+                decoder.state.in_latent.fill_(in_latent)
+                decoder.emit(decoder.state.first(8))
                 decoder.advance(decoder.state.first(8), decoder.state.first(8).last, 16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
