@@ -1,4 +1,4 @@
-"""math-verify in a process of its own, which can be killed at a time limit.
+"""math-verify in a process of its own, with limits of processor time and memory.
 
 math-verify's own limit is a signal, which works only in the main thread and not inside one large-integer operation. The
 process that `same_expression` talks to runs this file and nothing else of the package, so it starts without torch.
@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -23,17 +25,40 @@ from typing import Any
 COMPARISON_SECONDS = 3.0
 STALL_SECONDS = 120.0  # of wall time, for a process that waits and does not compute
 START_SECONDS = 120.0  # math-verify loads sympy
+LONGEST = 4096  # characters of an answer or a reference that are parsed; the parser's time grows faster than the length
+MEMORY_BYTES = 4 * 2**30  # of the process's addresses; an operation that needs more fails, and the answer is wrong
+PARENT_SECONDS = 1.0  # between looks whether the training process is still there
 
 
-@lru_cache(maxsize=8192)
+class _StallError(Exception):
+    """The process gave no verdict, for a reason that is not the text."""
+
+
 def same_expression(answer: str, reference: str) -> bool:
     """Return whether math-verify finds the two LaTeX expressions equal; False if that takes too much processor time.
 
-    The first call starts the process. Threads take turns.
+    The verdict depends on the texts alone. A comparison whose process waits too long or is killed from outside is
+    counted in a warning and tried once more. If that fails too it is False this time, and the next call tries again.
+    Texts of more than LONGEST characters are different. The first call starts the process. Threads take turns.
 
     Raises:
         RuntimeError: math-verify could not be started.
     """
+    global _stalled
+    if max(len(answer), len(reference)) > LONGEST:
+        return False
+    for then in ("trying again", "taken for wrong this time"):
+        try:
+            return _verdict(answer, reference)
+        except _StallError as error:
+            _stalled += 1
+            texts = f"{answer[:40]!r} with {reference[:40]!r}"
+            warnings.warn(f"math-verify {error} on {texts} (stall {_stalled} of the run); {then}", stacklevel=2)
+    return False
+
+
+@lru_cache(maxsize=8192)  # which keeps no call that raised
+def _verdict(answer: str, reference: str) -> bool:
     global _verifier
     with _verifier_lock:
         if _verifier is None or not _verifier.usable():
@@ -52,7 +77,10 @@ class _Verifier:
         # the modules beside this one could hide others.
         start = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", start, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", start, __file__, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.owner = os.getpid()
         if self._reply(START_SECONDS) is None:
@@ -67,9 +95,15 @@ class _Verifier:
         try:
             self.process.stdin.write(json.dumps([answer, reference, COMPARISON_SECONDS]) + "\n")
             self.process.stdin.flush()
-        except OSError:  # the process has just died; the next comparison starts another
+        except OSError as error:
+            raise _StallError("died before the comparison") from error
+        reply = self._reply(STALL_SECONDS)
+        if reply is not None:
+            return reply
+        # The limit of processor time ends the process with a signal of its own. It would do so again.
+        if self.process.returncode == -signal.SIGPROF:
             return False
-        return self._reply(STALL_SECONDS) is True
+        raise _StallError("gave no answer")
 
     def close(self) -> None:
         if self.owner == os.getpid():
@@ -96,6 +130,7 @@ class _Verifier:
 
 _verifier: _Verifier | None = None
 _verifier_lock = threading.Lock()
+_stalled = 0  # comparisons of this process without a verdict
 
 
 def _close_verifier() -> None:
@@ -133,9 +168,31 @@ def _same_exact_value(gold: Any, target: Any) -> bool:
     return bool(abs(difference).evalf(60) <= 1e-50 * abs(gold).evalf(60)) if zero is None else bool(zero)
 
 
+def _end_with(parent: int) -> None:
+    """End this process when `parent` has ended. The end of the input says so too, but not within a comparison."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY_BYTES if allowed == resource.RLIM_INFINITY else min(MEMORY_BYTES, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, allowed))
+
+
 def _serve_comparisons() -> None:
     """Run the child's end: write a true line when ready, then one line per comparison, until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which closes this one
+    # Ctrl-C and the signals of a scheduler are for the training process, which closes this one.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[int(sys.argv[2])], daemon=True).start()
+    _limit_memory()
     replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not pass for a reply
     import math_verify
     from math_verify import grader

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +54,70 @@ def test_time_in_which_the_process_does_not_run_does_not_count(monkeypatch: pyte
     assert same_expression("x+31", "31+x")
     timer.join()
     assert math_verify_process._verifier.process is process
+
+
+def test_a_stalled_comparison_is_counted_tried_again_and_never_kept_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    same_expression("x+2", "2+x")
+    real, seconds = math_verify_process._Verifier.same, []
+
+    def stall(self, answer, reference):  # as if the machine had put the process to sleep
+        if len(seconds) < 2:
+            seconds.append(1)
+            self.process.send_signal(signal.SIGSTOP)
+            monkeypatch.setattr(math_verify_process, "STALL_SECONDS", 0.2)
+        else:
+            monkeypatch.setattr(math_verify_process, "STALL_SECONDS", 60.0)
+        return real(self, answer, reference)
+
+    monkeypatch.setattr(math_verify_process._Verifier, "same", stall)
+    with pytest.warns(UserWarning, match="stall") as caught:
+        assert not same_expression("x+41", "41+x")
+    assert [str(w.message).rpartition("; ")[2] for w in caught] == ["trying again", "taken for wrong this time"]
+    assert "no answer on 'x+41' with '41+x' (stall" in str(caught[0].message)
+    assert same_expression("x+41", "41+x")  # the next call has a verdict, which is kept
+    assert same_expression("x+41", "41+x")
+
+
+def test_a_process_that_is_killed_from_outside_costs_no_reward() -> None:
+    same_expression("x+2", "2+x")
+    killed = math_verify_process._verifier.process
+    real = killed.stdin.write
+    killed.stdin.write = lambda text: (killed.kill(), killed.wait(), real(text))
+    with pytest.warns(UserWarning, match="trying again"):
+        assert same_expression("x+51", "51+x")
+
+
+def test_texts_are_bounded() -> None:
+    long = "1+" * math_verify_process.LONGEST + "1"
+    before = math_verify_process._verifier
+    start = time.perf_counter()
+    assert not same_expression(long, "2")
+    assert not same_expression("2", long)
+    assert time.perf_counter() - start < 0.5
+    assert math_verify_process._verifier is before
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="needs /proc to see a process's limits")
+def test_the_process_has_a_limit_of_memory_and_ends_with_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from latent_grpo.rewards import math_verify_process as m\n"
+        "m.same_expression('x', 'x')\n"
+        "print(m._verifier.process.pid, flush=True)\n"
+        "m.COMPARISON_SECONDS = 600.0\n"
+        "m.same_expression('((x+y+z)^{99}+1)^{99}', 'x')\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    limits = Path(f"/proc/{child}/limits").read_text()
+    assert f"Max address space         {math_verify_process.MEMORY_BYTES}" in limits
+    time.sleep(0.5)  # within the endless comparison
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        if "\nState:\tZ" in Path(f"/proc/{child}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        assert not Path(f"/proc/{child}").exists()
