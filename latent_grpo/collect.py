@@ -221,7 +221,7 @@ class Collector:
             for text, row in zip(given, rows, strict=True)
         ]
         prompts = [row["prompt"] for row in rows]
-        scores = score(self.reward_funcs, args.reward_weights, prompts, completions, columns)
+        scores = score(self.reward_funcs, args.reward_weights, prompts, completions, columns, args.reward_timeout)
         by_function = dict(zip(reward_names(self.reward_funcs), scores.per_function, strict=True))
         answers = [row.get("answer") for row in rows]
         samples = Samples(prompts, texts, answers, by_function, scores.extra, scores.metrics)

@@ -27,6 +27,9 @@ class RewardOptions:
         "What rewards get as completions: the whole response as in TRL, each latent step written as its most probable "
         "token, or only the visible text. They always get the latter as visible_text, too.",
     )
+    reward_timeout: float | None = option(
+        None, "Seconds that one call of a reward function may take before the run stops. null sets no limit.", POSITIVE
+    )
     soft_punish_cache: int | None = option(
         None,
         "Last steps before the limit, over which soft_overlong falls from 0 to -1. Default: a fifth of the limit.",

@@ -8,9 +8,11 @@ import inspect
 import math
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from latent_grpo.errors import RewardError, first_line
+from latent_grpo.rewards.time_limit import TimeLimitError, time_limit
 
 _EXCERPT_CHARACTERS = 80  # of a prompt or a completion in an error message
 
@@ -20,6 +22,7 @@ def call_all(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: Mapping[str, Any],
+    timeout: float | None = None,
 ) -> list[list[float | None]]:
     """Return the rewards [F][N] of F functions, None where a function does not apply.
 
@@ -27,15 +30,18 @@ def call_all(
     their own, which lasts as long as the process. A function without ``**kwargs`` gets only the keywords that it names.
 
     Raises:
-        RewardError: a function raised, or did not return N numbers. The message names the function with its file and
-            line, and the sample.
+        RewardError: a function raised, ran longer than `timeout` seconds, or did not return N numbers. The message
+            names the function with its file and line, and the sample.
     """
     given = {**columns, "prompts": prompts, "completions": completions}
     results: list[Any] = [None] * len(functions)
     waiting: dict[int, Awaitable[Any]] = {}
     for i, function in enumerate(functions):
         try:
-            returned = function(**accepted(function, given))
+            with time_limit(f"reward function {name_of(function)!r}", timeout):
+                returned = function(**accepted(function, given))
+        except TimeLimitError:
+            raise _failure(function, f"ran longer than reward_timeout {timeout:g} s") from None
         except Exception as error:
             for awaitable in waiting.values():  # they would warn that nobody awaited them
                 if inspect.iscoroutine(awaitable):
@@ -46,7 +52,13 @@ def call_all(
             waiting[i] = returned
         else:
             results[i] = returned
-    for i, outcome in zip(waiting, _run_together(list(waiting.values())), strict=True):
+    late = "asynchronous reward functions " + ", ".join(name_of(functions[i]) for i in waiting)
+    try:
+        with time_limit(late, timeout) if waiting else nullcontext():
+            outcomes = _run_together(list(waiting.values()))
+    except TimeLimitError:
+        raise RewardError(f"{late} ran longer than reward_timeout {timeout:g} s") from None
+    for i, outcome in zip(waiting, outcomes, strict=True):
         if isinstance(outcome, Exception):
             raise _raised(functions[i], outcome, None, given) from outcome
         if isinstance(outcome, BaseException):

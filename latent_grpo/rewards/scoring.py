@@ -41,6 +41,7 @@ def score(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
     columns: Mapping[str, Any],
+    timeout: float | None = None,
 ) -> Scores:
     """Score N samples with every function, and return the rewards and their weighted sums.
 
@@ -52,14 +53,15 @@ def score(
         completions: N completions.
         columns: further keyword arguments of the functions: data columns and ``completion_ids`` as lists of N, and
             values of any other kind.
+        timeout: seconds that one function may take; None sets no limit.
 
     Returns:
         ``Scores``. A function returns None for a sample that it does not apply to. The sum leaves it out. A sample that
         no function applies to has no reward: NaN, with a warning.
 
     Raises:
-        RewardError: a function raised, or did not return N finite numbers or None. The message names the function with
-            its file and line, and the sample.
+        RewardError: a function raised, took too long, or did not return N finite numbers or None. The message names
+            the function with its file and line, and the sample.
         ValueError: the number of weights is not F, or the number of prompts is not N.
     """
     weights = [1.0] * len(reward_funcs) if weights is None else weights
@@ -69,7 +71,7 @@ def score(
         raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions; give one each")
     scores = Scores([], [math.nan] * len(completions))
     logs: dict[str, Callable[..., None]] = {"log_extra": scores.log_extra, "log_metric": scores.log_metric}
-    scores.per_function = call_all(reward_funcs, prompts, completions, {**columns, **logs})
+    scores.per_function = call_all(reward_funcs, prompts, completions, {**columns, **logs}, timeout)
     scores.total = [_weighted_sum(weights, rewards) for rewards in zip(*scores.per_function, strict=True)]
     unscored = [i for i, value in enumerate(scores.total) if math.isnan(value)]
     if unscored:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 from latent_grpo.errors import ConfigError, RewardError
+from latent_grpo.rewards import time_limit
 from latent_grpo.rewards.resolve import resolve_reward, resolve_rewards
 from latent_grpo.rewards.scoring import metric_means, reward_names, score
 
@@ -175,3 +179,48 @@ def test_a_failing_function_is_named_with_its_file_and_line(
 def test_a_run_needs_a_reward() -> None:
     with pytest.raises(ConfigError, match=r"reward_funcs is \[\]: give at least one reward"):
         resolve_rewards([], None)
+
+
+def hanging(completions: list[str], **columns: Any) -> list[float]:
+    with contextlib.suppress(Exception):  # as a client does that must never fail
+        time.sleep(30)
+    return [0.0] * len(completions)
+
+
+async def hanging_client(completions: list[str], **columns: Any) -> list[float]:
+    await asyncio.sleep(30)
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [hanging, hanging_client])
+def test_a_function_that_hangs_is_stopped_at_the_limit(
+    function: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(time_limit, "SLOW_SECONDS", 0.1)
+    before = signal.getsignal(signal.SIGUSR2)
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match=f"{function.__name__}.* ran longer than reward_timeout 0.5 s"):
+        score([function], None, PROMPTS, COMPLETIONS, {}, timeout=0.5)
+    assert time.perf_counter() - start < 10
+    assert f"{function.__name__}" in capfd.readouterr().err  # the line that says what the run waits for
+    assert signal.getsignal(signal.SIGUSR2) == before
+    assert score([slow_length], None, PROMPTS, COMPLETIONS, {}, timeout=20.0).total == [1, 2, 3]
+
+
+def test_a_limit_holds_in_a_thread_too() -> None:
+    def slow(completions: list[str], **columns: Any) -> list[float]:
+        time.sleep(0.4)
+        return [0.0] * len(completions)
+
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            score([slow], None, PROMPTS, COMPLETIONS, {}, timeout=0.2)
+        except RewardError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "ran longer than reward_timeout 0.2 s" in str(caught[0])
