@@ -76,6 +76,23 @@ def operator(
     return decorate
 
 
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the backward pass of an autograd function one whose gradients raise when they are differentiated.
+
+    PyTorch's decorator of this name does so only if the upstream gradient has a graph. That of a plain sum has none, so
+    a penalty on the gradient would be a constant without a word.
+    """
+    decorated = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # with create_graph=True
+            grads = tuple(grad.detach().requires_grad_() if isinstance(grad, Tensor) else grad for grad in grads)
+        return decorated(ctx, *grads)
+
+    return call
+
+
 def _has_gradient(value: Any) -> bool:
     """Tell whether an argument is a tensor that requires a gradient."""
     return isinstance(value, Tensor) and value.requires_grad

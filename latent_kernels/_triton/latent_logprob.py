@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latent_kernels._loss_types import LogprobSpec, RowForward, RowGradient, RowScores
+from latent_kernels._operator import once_differentiable
 from latent_kernels._triton.common import MAX_REGISTERS
 from latent_kernels._triton.head import bias_argument, factor_arguments, head_constants, read_capped
 from latent_kernels._triton.latent_logprob_terms import (
@@ -285,7 +286,7 @@ class FromLogits(torch.autograd.Function):
         return outputs.logprob
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, log_z, *rows = ctx.saved_tensors
         dlogits = torch.empty_like(logits)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latent_kernels._operator import once_differentiable
 from latent_kernels.reference import latent_step as steps
 
 UNUSED_ID = tl.constexpr(steps.UNUSED_ID)
@@ -108,7 +109,7 @@ class _MixEmbeddings(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         ids, scores, table, tau = ctx.saved_tensors
         grad, (rows, width) = grad.contiguous(), ids.shape

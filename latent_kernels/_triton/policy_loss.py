@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latent_kernels._loss_types import SUMS, LossSpec, StepLosses, loss_and_stats
+from latent_kernels._operator import once_differentiable
 from latent_kernels._types import PolicyStats
 from latent_kernels.reference import loss
 
@@ -187,7 +188,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad).to(ctx.dtype), None, None, None

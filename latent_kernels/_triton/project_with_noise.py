@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latent_kernels._linear import project
+from latent_kernels._operator import once_differentiable
 from latent_kernels._triton.common import counter_option, exponential_draws, gumbel_noise, row_option
 from latent_kernels._types import NoiseSpec
 
@@ -87,7 +88,7 @@ class _ProjectWithNoise(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         common = torch.promote_types(hidden.dtype, weight.dtype)  # a product needs operands of one dtype

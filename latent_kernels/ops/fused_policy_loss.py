@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import dlogits_dtype
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
 from latent_kernels._eager.streamed_logprob import streamed_chunks, streamed_logprob
 from latent_kernels._linear import add_outer_, add_rows_, back_project
 from latent_kernels._loss_types import SUMS, LogprobSpec, LossOptions, LossSpec, ResponseTerms, loss_and_stats
-from latent_kernels._operator import operator
+from latent_kernels._operator import once_differentiable, operator
 from latent_kernels._scored_chunks import plan_chunks
 from latent_kernels._types import HeadOptions, PolicyStats
 from latent_kernels._validate import FLOAT32_MAX, check_head, check_range, check_tensor

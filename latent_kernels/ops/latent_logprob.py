@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from latent_kernels._chunks import chunk_buffer, dlogits_dtype, row_chunks
 from latent_kernels._dispatch import components_limit, on_input_device, resolve
@@ -36,7 +35,7 @@ from latent_kernels._eager.latent_logprob import logprob_rows_, score_rows
 from latent_kernels._eager.streamed_logprob import streamed_chunks, streamed_logprob
 from latent_kernels._linear import add_outer_, add_rows_, back_project, project
 from latent_kernels._loss_types import LogprobSpec, RowScores
-from latent_kernels._operator import operator, single
+from latent_kernels._operator import once_differentiable, operator, single
 from latent_kernels._scored_chunks import plan_chunks
 from latent_kernels._types import METHODS, HeadOptions
 from latent_kernels._validate import (

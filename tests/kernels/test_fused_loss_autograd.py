@@ -149,9 +149,10 @@ def test_a_second_derivative_raises(operator, make_trajectory):
     batch = narrowed(make_batch(make_trajectory), precision(operator))
     hidden = batch["hidden"].requires_grad_()
     loss, _ = operator(**batch)
-    (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for total in (loss, loss.square()):  # the upstream gradient is a constant, or has a graph
+        (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            (total + gradient.sum()).backward(retain_graph=True)
 
 
 @FUSED

@@ -198,6 +198,7 @@ def test_a_second_derivative_raises(operator, make_trajectory):
     hidden.requires_grad_()
     from_logits = "logits" in operator.__name__
     value = operator(*((hidden @ head.T,) if from_logits else (hidden, head)), data.ids, data.scores)
-    (gradient,) = torch.autograd.grad(value.square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for total in (value.sum(), value.square().sum()):  # the upstream gradient is a constant, or has a graph
+        (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
