@@ -68,7 +68,9 @@ def frontiers(logits: np.ndarray, c: dict[str, Any], limit: float, span: float) 
     padded[: len(logits)] = logits
     heights = padded.reshape(c["BLOCK_G"], c["WIDTH"]).max(1)
     highest = -np.sort(-heights.reshape(-1, c["COARSE"]).max(0))
-    nucleus = min(int((np.cumsum(np.exp(highest - log_z)) < limit).sum()) + 1, 19 * c["COARSE"] // 32)
+    mass = np.cumsum(np.exp(highest - log_z))
+    last = 3 * c["COARSE"] // 5 if mass[-1] < 0.0625 else c["COARSE"] // 2
+    nucleus = min(int((mass < limit).sum()) + 1, last)
     rank, reach = max(nucleus, c["K"]), highest[c["K"] - 1] - span
     return highest, rank, max(highest[rank - 1], reach - 1e-3 - 1e-5 * abs(reach))
 
@@ -144,7 +146,7 @@ def main() -> None:
     families = {} if args.model is None else {"real text": of_text(args.model, args.text, args.rows)}
     for kind in [*families, *kinds]:
         logits = families.get(kind)
-        logits = synthetic(kind, min(args.rows, 50), 128_256) if logits is None else logits
+        logits = synthetic(kind, min(args.rows, 150), 128_256) if logits is None else logits
         for top_p in (0.95, 1.0):
             print(json.dumps(summary(kind, logits, args.top_k, top_p)), flush=True)
 

@@ -13,7 +13,7 @@ Tokens are compared by 64-bit keys, (logit, lower id first), so that no two are 
 among the K best only if its log-prob plus the largest noise reaches the K-th best score. So everything happens in a
 prefix of the sorted order:
 
-1. The sidecar gives log Z. At most 19/32 of the maxima of COARSE sets of ids are above the first frontier.
+1. The sidecar gives log Z. At most 0.6 of the maxima of COARSE sets of ids are above the first frontier.
 2. The tokens above the frontier are gathered into a buffer of N and sorted. Their exclusive cumulative mass decides the
    nucleus.
 3. If the prefix does not settle the result, a lower frontier gives the next segment of the order. The mass and the K
