@@ -23,6 +23,8 @@ from latent_kernels._types import LatentStepOptions
 # of runs, the sort and the K best of a segment; one tile of logits.
 PROLOGUE, SEGMENT, TILE = 6500, 7000, 1300
 ROWS = 500
+BATCHES = (1, 8, 32, 64, 128, 256, 1024)
+SLOTS = 264  # two blocks on each of 132 multiprocessors
 
 
 def synthetic(kind: str, rows: int, vocab: int) -> torch.Tensor:
@@ -129,7 +131,20 @@ def summary(name: str, logits: torch.Tensor, top_k: int, top_p: float) -> dict[s
     for key in ("segments", "overflows", "tiles", "cycles"):
         values = [cycles(row) if key == "cycles" else row[key] for row in rows]
         result[key] = {"median": float(np.median(values)), "mean": float(np.mean(values)), "worst": max(values)}
+    result["launch"] = {str(batch): round(launch(np.array(values), batch)) for batch in BATCHES}
     return result
+
+
+def launch(row_cycles: np.ndarray, batch: int) -> float:
+    """Return the mean cycles of a launch of `batch` rows drawn from these, which has SLOTS blocks at a time."""
+    generator = np.random.default_rng(0)
+    totals = []
+    for _ in range(100):
+        slots = np.zeros(min(batch, SLOTS))
+        for row in generator.choice(row_cycles, batch):
+            slots[slots.argmin()] += row
+        totals.append(slots.max())
+    return float(np.mean(totals))
 
 
 def main() -> None:
