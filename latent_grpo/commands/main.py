@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from latent_grpo.commands.options import FAILURE, INPUT_ERROR, INTERRUPTED, STOPPED, Parser, PrintVersion
-from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError, SaveError, TrainingError
+from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError, SaveError, TrainingError, first_line
 
 # Command, its module in this folder, what it does. A module is imported when its command runs, because most of them
 # import PyTorch, and `--help` and typing mistakes should answer at once.
@@ -51,14 +53,40 @@ def run_command(command: str, prog: str, argv: Sequence[str]) -> int:
         module = importlib.import_module(f"latent_grpo.commands.{COMMANDS[command][0]}")
         return int(module.run(prog, argv))
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        return STOPPED if type(stop) is not KeyboardInterrupt else INTERRUPTED
+        plain = type(stop) is KeyboardInterrupt
+        return end_together(INTERRUPTED if plain else STOPPED, str(stop) or "interrupted")
     except Exception as error:
-        code = exit_code(error)
-        if code is None:
+        known = exit_code(error)
+        if known is None and not several_processes():
             raise
-        print(f"{prog}: {error}", file=sys.stderr)
-        return code
+        return end_together(known or FAILURE, None if known is None else f"{prog}: {error}")
+
+
+def several_processes() -> bool:
+    """Return whether torchrun has started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def end_together(code: int, message: str | None) -> int:
+    """Print a message, or the traceback of the error at hand, and return the exit code.
+
+    Of the processes of torchrun, only the first to end with an error prints, and all end with its code.
+    """
+    first = True
+    if several_processes():
+        from latent_grpo.parallel.heartbeat import first_to_end
+
+        first, code = first_to_end(code)
+        error = sys.exc_info()[1]
+        if message is None and any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+            message = f"another process of the run has ended: {first_line(error)}" if error else None
+    if first:
+        print(traceback.format_exc() if message is None else message, file=sys.stderr, flush=True)
+    if several_processes() and sys.modules["torch.distributed"].is_initialized():
+        # The workers of the process group do not survive the end of the interpreter, which would abort.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 @contextmanager

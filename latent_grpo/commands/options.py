@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
@@ -61,7 +62,9 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments") and unknown:
             known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
             message = unknown_key(unknown[0].split("=")[0].lstrip("-"), known)
-        self.exit(INPUT_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        # Every process of torchrun has the same arguments.
+        line = f"{self.prog}: {message} (see {self.prog} --help)\n" if os.environ.get("RANK", "0") == "0" else None
+        self.exit(INPUT_ERROR, line)
 
 
 class PrintVersion(argparse.Action):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError, SaveError, TrainingError
+from latent_grpo.parallel.heartbeat import heartbeat
 
 Result = TypeVar("Result")
 # After its last collective, gloo's worker thread frees the tensors of it, for which it needs the interpreter. Before
@@ -64,7 +65,8 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     if rank():
         warnings.simplefilter("ignore")
-    yield
+    with heartbeat():
+        yield
     # Not in a `finally`: after an error it would wait for the other ranks. torchrun ends them.
     dist.destroy_process_group()
     time.sleep(WORKERS_FINISH)

@@ -1,0 +1,75 @@
+"""A fault of one process ends all of them in bounded time, with one message and one exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support import REPOSITORY
+from support.small_runs import ROWS
+
+from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
+from latent_grpo.saving.integrity import checkpoints_in
+
+OPTIONS = dict(
+    latent_top_k=2,
+    num_generations=4,
+    generation_batch_size=8,
+    per_device_train_batch_size=4,
+    max_completion_length=4,
+    max_rollouts=4,
+    save_steps=0,
+    log_table=False,
+)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """`two_ranks(out, fault, **options)` trains in two processes and returns how they ended."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    program = [sys.executable, str(REPOSITORY / "tests" / "support" / "two_ranks.py")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(program, env=environment, text=True, **pipes) as process:
+
+        def run(out, fault, **options):
+            request = {"model": str(folder), "data": str(folder / "data.jsonl"), "out": str(out), "fault": fault}
+            process.stdin.write(json.dumps({**request, "options": {**OPTIONS, **options}}) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "message"),
+    [
+        ("raise", {"0": 1, "1": 1}, "reward function 'reward' raised OSError: the judge is down"),
+        ("SIGTERM", {"0": 143, "1": 143}, "SIGTERM: stopped after step 3, saved"),
+        ("SIGKILL", {"0": 1, "1": -9}, "another process of the run has ended"),
+        ("SIGSTOP", {"0": 1, "1": -9}, "rank 1 has not been heard of for"),
+    ],
+)
+def test_every_rank_ends_with_one_message(fault, codes, message, two_ranks, tmp_path):
+    done = two_ranks(tmp_path / "run", fault)
+    assert done["codes"] == codes, done["log"]
+    assert done["seconds"] < 50
+    assert done["log"].count(message) == 1, done["log"]
+    assert "Traceback" not in done["log"]
+    steps = {"raise": ["checkpoint-2"], "SIGTERM": ["checkpoint-3"]}.get(fault, [])
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == steps
+
+
+def test_bad_input_is_told_once(two_ranks, tmp_path):
+    done = two_ranks(tmp_path / "run", "", limit=-1)
+    assert done["codes"] == {"0": 2, "1": 2}
+    assert done["log"].count("limit is -1") == 1
+    assert len(done["log"].splitlines()) == 1
