@@ -1,0 +1,207 @@
+"""Runs under random faults, restarted with `auto` until they end, and compared with runs that were left alone.
+
+`python -m support.faults --kills 100` kills with SIGKILL only. `--faults --seconds 7200` draws from all faults:
+SIGKILL, SIGTERM, a disk that takes no more (a limit of file sizes), a verifier that is put to sleep, and NaN in the
+gradients. Both print counts as JSON. Run them in the folder `tests` with the repository on PYTHONPATH, with `--seed`
+for another draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
+from latent_grpo.parallel.process_group import process_group
+from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
+from latent_grpo.rewards import math_verify_process
+from latent_grpo.saving.integrity import checkpoints_in, newest_whole
+from latent_grpo.saving.interrupt import Stopped
+from support.killed_runs import ROWS, SFT, TRAIN, metrics_of, random_reward
+
+KINDS = ("train", "sft", "ranks")  # ranks: train in two processes
+FAULTS = ("kill", "kill", "term", "disk", "stall", "nan")
+ENDS = 120.0  # seconds in which what is left of a run must end by itself
+STOPPED = 143
+
+
+def checked_reward(completions: list[str], **columns: Any) -> list[float]:
+    """Return random rewards, of which some need math-verify's verdict."""
+    sure = float(math_verify_process.same_expression("(x+1)(x+2)", f"x^2+{len(completions[0]) % 3 + 2}x+2"))
+    return [value + 0.1 * sure for value in random_reward(completions, **columns)]
+
+
+def train(kind: str, out: Path, fault: str | None, steps: int, verified: bool) -> None:
+    """Train one run from the same start, or go on from the newest checkpoint, with a fault at work from the start."""
+    torch.set_num_threads(1)
+    if fault == "disk":  # a write beyond the limit fails, as one to a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed=0)
+    options: dict[str, Any] = dict(output_dir=str(out), save_steps=1, save_total_limit=2, max_skipped_updates=1)
+    options |= dict(log_table=False)
+    if kind == "sft":
+        args = LatentSFTConfig(**{**SFT, **options, "max_steps": steps})
+        trainer: Any = LatentSFTTrainer(model, args, ROWS, tokenizer)
+    else:
+        size = {"per_device_train_batch_size": 2} if kind == "ranks" else {}
+        grpo = LatentGRPOConfig(**{**TRAIN, **options, **size, "max_rollouts": steps})
+        reward = checked_reward if verified else random_reward
+        trainer = LatentGRPOTrainer(model, reward, grpo, ROWS, ROWS[:4], tokenizer)
+    if fault == "nan":
+        calls = iter(range(10**9))
+        trainer.updater.parameters[0].register_hook(lambda grad: grad * float("nan") if next(calls) == 3 else grad)
+    if fault == "stall" and verified:
+        math_verify_process.same_expression("x", "x")
+        math_verify_process.STALL_SECONDS = 0.3
+        assert math_verify_process._verifier is not None
+        math_verify_process._verifier.process.send_signal(signal.SIGSTOP)
+    trainer.train("auto")
+
+
+def start(kind: str, out: Path, fault: str | None, steps: int, verified: bool) -> list[int]:
+    """Start a run in one or two forked processes. Return their ids."""
+    children, port = [], 0
+    if kind == "ranks":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    for rank in range(2 if kind == "ranks" else 1):
+        if (child := os.fork()) == 0:
+            try:
+                log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                if kind == "ranks":
+                    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+                    os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
+                with process_group():
+                    train(kind, out, fault, steps, verified)
+            except Stopped as stop:
+                print(stop, file=sys.stderr, flush=True)
+                os._exit(STOPPED)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return children
+
+
+def end(children: list[int], fault: str | None, delay: float, rng: random.Random) -> list[int]:
+    """Wait, at most until the fault's moment, and bring the fault. Return how each process ended: 0, or what else."""
+    ends: dict[int, int] = {}
+    deadline, limit, killed = time.monotonic() + delay, time.monotonic() + delay + ENDS, False
+    while len(ends) < len(children):
+        for child in children:
+            if child not in ends:
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    ends[child] = os.waitstatus_to_exitcode(status)
+        now = time.monotonic()
+        if not killed and fault in ("kill", "term") and now > deadline:
+            killed = True
+            victims = [c for c in children if c not in ends]
+            for child in victims if fault == "term" or rng.random() < 0.5 else victims[:1]:
+                os.kill(child, signal.SIGTERM if fault == "term" else signal.SIGKILL)
+        if now > limit:
+            for child in children:
+                if child not in ends:
+                    os.kill(child, signal.SIGKILL)
+            raise AssertionError(f"a process did not end in {ENDS} s after {fault}: {ends}")
+        time.sleep(0.002)
+    return [ends[child] for child in children]
+
+
+class Harness:
+    """Undisturbed runs by kind, and what has happened in the disturbed ones."""
+
+    def __init__(self, folder: Path, seed: int, steps: int, verified: bool) -> None:
+        self.folder, self.rng, self.steps, self.verified = folder, random.Random(seed), steps, verified
+        self.counts: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+        self.number = 0
+
+    def whole(self, kind: str) -> Path:
+        """Return the folder of an undisturbed run, which is trained at the first call."""
+        out = self.folder / f"whole-{kind}"
+        if kind not in self.seconds:
+            started = time.monotonic()
+            assert not any(end(start(kind, out, None, self.steps, self.verified), None, ENDS, self.rng)), out
+            self.seconds[kind] = time.monotonic() - started
+        return out
+
+    def disturbed(self, kind: str, faults: tuple[str, ...], most: int) -> None:
+        """Train one run with up to `most` faults, one after another, and compare it with the undisturbed one."""
+        expected, self.number = self.whole(kind), self.number + 1
+        out, had = self.folder / f"run-{self.number}", False
+        for left in range(most, -1, -1):
+            fault = self.rng.choice(faults) if left else None
+            # Every verifier that is not asked, and every process that computes no gradient, has one fault less.
+            if (fault == "stall" and (kind == "sft" or not self.verified)) or (fault == "nan" and kind == "ranks"):
+                fault = "kill"
+            delay = self.rng.uniform(0.0, self.seconds[kind])
+            ends = end(start(kind, out, fault, self.steps, self.verified), fault, delay, self.rng)
+            good = newest_whole(out) is not None
+            assert good or not had, f"{out}: {fault} left no good checkpoint"
+            had = good
+            if not any(ends):
+                self.counts[f"{kind}: ended"] += 1
+                break
+            assert fault is not None, f"{out}: ended with {ends} without a fault"
+            self.counts[f"{kind}: {fault}"] += 1
+            if checkpoints_in(out):
+                self.counts["restarts from a checkpoint"] += 1
+        assert metrics_of(out) == metrics_of(expected), f"{out}: other metrics than {expected}"
+        same = (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+        assert same, f"{out}: other weights than {expected}"
+        left_over = sorted(str(path.relative_to(out)) for path in out.rglob(".*"))
+        assert not left_over, f"{out}: left {left_over}"
+        self.counts["runs equal to the undisturbed one"] += 1
+        shutil.rmtree(out)
+
+    def kills(self) -> int:
+        """Return the number of faults so far that ended a run."""
+        return sum(count for name, count in self.counts.items() if ": " in name and "ended" not in name)
+
+
+def main() -> None:
+    """Run the faults that the arguments ask for, and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=10**9, help="Stop after so many faults.")
+    parser.add_argument("--seconds", type=float, default=1e9, help="Start no further run after so long.")
+    parser.add_argument("--faults", action="store_true", help="Draw from all faults, not only SIGKILL.")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--steps", type=int, default=6, help="Steps of a run.")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        harness = Harness(Path(folder), args.seed, args.steps, verified=args.faults)
+        number = 0
+        while harness.kills() < args.kills and time.monotonic() - started < args.seconds:
+            kind = args.kinds[number % len(args.kinds)]
+            number += 1
+            harness.disturbed(kind, FAULTS if args.faults else ("kill",), 6)
+            line = {"seconds": round(time.monotonic() - started), "faults": harness.kills(), **harness.counts}
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
