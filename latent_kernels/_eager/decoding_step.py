@@ -15,6 +15,7 @@ from torch import Tensor
 from latent_kernels._eager.latent_logprob import score_rows
 from latent_kernels._eager.latent_step import latent_step_and_log_z
 from latent_kernels._eager.latent_step_methods import GROUP, latent_step_with_method_eager, pick
+from latent_kernels._linear import no_autocast
 from latent_kernels._loss_types import LogprobSpec
 from latent_kernels._noise import uniform_draws
 from latent_kernels._types import DecodingStep, LatentStepOptions, TextOptions
@@ -41,7 +42,8 @@ def decoding_step_eager(
         parts.append(function(logits[index], embedding, select(options, index, len(logits)), chosen))
         order.append(index)
     place = torch.cat(order).argsort()
-    return DecodingStep(*(torch.cat(both)[place] for both in zip(*parts, strict=True)))
+    with no_autocast(logits.device):  # it refuses to join tensors of another 16-bit dtype than its own
+        return DecodingStep(*(torch.cat(both)[place] for both in zip(*parts, strict=True)))
 
 
 def select(options: LatentStepOptions, index: Tensor, rows: int) -> LatentStepOptions:

@@ -108,6 +108,16 @@ def test_a_mixed_batch_gives_every_row_what_it_gets_alone(operator):
     torch.testing.assert_close(step.logprob, logprob, rtol=tol.FLOAT32, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_mixed_batch_is_the_same_under_autocast(dtype):
+    inputs = torch.randn(4, 8), torch.randn(60, 8), torch.randn(60, 3).to(dtype)
+    options = dict(top_k=3, seed=1, latent_mask=torch.tensor([True, False, False, True]), text_top_k=9)
+    expected = decoding_step(*inputs, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = decoding_step(*inputs, **options)
+    assert all(torch.equal(one, other) for one, other in zip(step, expected, strict=True))
+
+
 @PUBLIC_AND_TRITON
 @pytest.mark.parametrize("method", ["latent_grpo", "soft_grpo", "multiplex"])
 @pytest.mark.parametrize("end_rule", ["raw", "noisy"])
