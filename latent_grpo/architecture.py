@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from latent_grpo.errors import ModelError
+from latent_grpo.errors import DataError, ModelError
 from latent_grpo.prompts import PromptFormat, longest_prompt
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -102,6 +102,20 @@ def check_prompt_lengths(
     """
     if any(length_limits(text_config(config))):
         check_length(config, longest_prompt(tokenizer, rows or (), prompt_format) + steps)
+
+
+def check_context(config: Any, lengths: Sequence[int], max_prompt_length: int | None) -> None:
+    """Raise DataError for the first prompt that leaves no place for a response in the context of the model.
+
+    lengths: tokens of the prompt of each row. Prompts over `max_prompt_length` are left to the option long_prompts.
+    """
+    context = getattr(text_config(config), "max_position_embeddings", None)
+    for number, tokens in enumerate(lengths, 1):
+        if context and tokens >= context and (max_prompt_length is None or tokens <= max_prompt_length):
+            raise DataError(
+                f"row {number}: the prompt has {tokens:,} tokens, and the model's context is {context:,}; remove the "
+                f"row, or give --max_prompt_length {context - 1} --long_prompts drop, and leave room for the response"
+            )
 
 
 def check_own_masks(config: Any, tokens: int) -> None:

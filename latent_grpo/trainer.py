@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerState, set_seed
 
-from latent_grpo.architecture import check_prompt_lengths
+from latent_grpo.architecture import check_context, check_prompt_lengths
 from latent_grpo.collect import Collector
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
 from latent_grpo.decoding_proof import check_decoding
@@ -140,6 +140,8 @@ class LatentGRPOTrainer:
             require(eval_dataset is not None, "eval_steps", args.eval_steps, "it needs an eval_dataset")
             require_rows("eval_dataset", eval_dataset)
         lengths = check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, *data)
+        for tokens in lengths:
+            check_context(self.model.config, tokens, args.max_prompt_length)
         self.rows, self.eval_rows = (
             with_short_prompts(rows, tokens, args.max_prompt_length, args.long_prompts)
             for rows, tokens in zip(data, lengths, strict=True)

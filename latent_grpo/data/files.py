@@ -214,22 +214,28 @@ def _table_records(table: Any, path: Path) -> Iterator[Record]:
     for batch in table.to_batches():
         try:
             values = batch.to_pylist()
-        except Exception:  # a value that Python has no type for; conversion one by one finds it
-            values = [_converted(batch, row, f"{path}: row {start + row + 1}") for row in range(len(batch))]
+        except Exception:  # a value that Python has no type for; one by one, the others are found
+            values = [_converted(batch, row) for row in range(len(batch))]
         for number, value in enumerate(values, start=start + 1):
             yield Record(f"{path}: row {number}", value)
         start += len(batch)
 
 
-def _converted(batch: Any, row: int, place: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Unreadable:
+    """A value of a table that Python has no type for. It is an error only where the field is used."""
+
+    problem: str
+
+
+def _converted(batch: Any, row: int) -> dict[str, Any]:
     values = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             values[name] = column[row].as_py()
         except Exception as error:
-            raise DataError(
-                f"{place}: the column {name!r} of type {column.type} cannot be read ({first_line(error)}); correct it"
-            ) from error
+            problem = f"the column {name!r} of type {column.type} cannot be read ({first_line(error)}); correct it"
+            values[name] = Unreadable(problem)
     return values
 
 

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any
 
 from latent_grpo.config import DataOptions
-from latent_grpo.data.files import Record, fields_of, read_records
+from latent_grpo.data.files import Record, Unreadable, fields_of, read_records
 from latent_grpo.data.formats import FORMATS, Fields, Format, chain_text, final_answer
 from latent_grpo.errors import DataError
 
@@ -92,6 +92,7 @@ def load_rows(
     rows = read
     if keep_columns:
         _warn_of_shadowed(source, names, source_format, columns)
+        _warn_of_unreadable(records)
         rows = ({**_other_fields(record), **row} for record, row in zip(records, read, strict=True))
     kept = list(islice(_without_repeats(rows) if deduplicate else rows, limit))
     _check_kinds(records, kept)
@@ -168,6 +169,10 @@ def _row(record: Record, source_format: Format | None, columns: _Columns) -> dic
     for name in (*needed, columns.prompt, columns.answer):
         if name is not None and name not in source:
             raise DataError(f"{record.place}: no field {name!r}, only {_listed(source)}; {_COLUMN_REMEDY}")
+    optional = source_format.optional if source_format else ()
+    for name in (*needed, *optional, *columns.named()):
+        if isinstance(value := source.get(name), Unreadable):
+            raise DataError(f"{record.place}: {value.problem}")
     try:
         fields = source_format.read(source) if source_format else Fields(prompt=None, answer=None)
         chain = fields.chain if columns.chain is None else source.get(columns.chain)
@@ -187,7 +192,29 @@ def _row(record: Record, source_format: Format | None, columns: _Columns) -> dic
 
 
 def _other_fields(record: Record) -> dict[str, Any]:
-    return {name: value for name, value in fields_of(record).items() if name not in ROW_KEYS}
+    """Return the fields of a record that are kept as they are, without those of a type that Python does not have."""
+    kept = {name: value for name, value in fields_of(record).items() if name not in ROW_KEYS}
+    for name, value in kept.items():
+        _check_texts(value, f"field {name!r}", record.place)
+    return {name: value for name, value in kept.items() if not isinstance(value, Unreadable)}
+
+
+def _check_texts(value: Any, name: str, place: str) -> None:
+    """Check every text in a value as `_checked_text` does."""
+    if isinstance(value, str):
+        _checked_text(value, name, place)
+    elif isinstance(value, list | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _check_texts(part, name, place)
+
+
+def _warn_of_unreadable(records: Sequence[Record]) -> None:
+    """Warn of the first value that reward functions do not get because Python has no type for it."""
+    for record in records:
+        for value in fields_of(record).values():
+            if isinstance(value, Unreadable):
+                warnings.warn(f"{record.place}: {value.problem}; reward functions get None there", stacklevel=3)
+                return
 
 
 def _warn_of_shadowed(source: str, names: Sequence[str], source_format: Format | None, columns: _Columns) -> None:

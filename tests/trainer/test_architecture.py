@@ -10,11 +10,12 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from latent_grpo.architecture import (
     _WARNED,
     check_architecture,
+    check_context,
     check_length,
     check_own_masks,
     check_prompt_lengths,
 )
-from latent_grpo.errors import ModelError
+from latent_grpo.errors import DataError, ModelError
 from latent_grpo.prompts import PromptFormat
 
 LONGROPE = {
@@ -135,3 +136,11 @@ def test_prompts_are_measured_only_for_models_with_a_limit(tokenizer):
     with pytest.raises(ModelError, match=f"up to {longest + 9} tokens"):
         check_prompt_lengths(limited, tokenizer, rows, shape, 9)
     check_prompt_lengths(config("llama", max_position_embeddings=4), None, rows, shape, 9)
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_its_row() -> None:
+    llama = config("llama", max_position_embeddings=48)
+    check_context(llama, [3, 47], None)
+    with pytest.raises(DataError, match="row 2: the prompt has 48 tokens, and the model's context is 48; remove"):
+        check_context(llama, [3, 48], None)
+    check_context(llama, [3, 48], 47)  # long_prompts says what becomes of it

@@ -261,11 +261,24 @@ def test_types_of_arrow_that_have_none_are_one_line(prompts, answers, words, tmp
     assert words in message_of(write_table(tmp_path / "data.parquet", table))
 
 
-def test_a_value_that_cannot_be_read_is_named_with_its_column(tmp_path):
+def test_a_value_that_cannot_be_read_is_named_where_its_column_is_used(tmp_path):
     broken = pyarrow.Array.from_buffers(STRING, 2, pyarrow.array([b"ok", b"\xff\xfe"]).buffers())
     table = pyarrow.table({"prompt": ["p", "q"], "answer": ["1", "2"], "note": broken})
     path = write_table(tmp_path / "data.arrow", table)
-    assert "row 2: the column 'note' of type string cannot be read" in message_of(path)
+    with pytest.raises(DataError, match="row 2: the column 'note' of type string cannot be read"):
+        load_rows(path, answer_column="note")
+    plain = [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]
+    assert load_rows(path) == plain  # nobody uses the column
+    with pytest.warns(UserWarning, match="row 2: the column 'note' .* reward functions get None there"):
+        assert load_rows(path, keep_columns=True) == [{"note": "ok", **plain[0]}, plain[1]]
+
+
+def test_half_a_character_in_a_kept_field_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    row = {"prompt": "p", "answer": "1", "meta": {"tags": ["a", "\ud83d"]}}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"row 1: the field 'meta' holds '\\ud83d', which is half a character"):
+        load_rows(str(path), keep_columns=True)
 
 
 def test_a_column_that_occurs_twice_is_named(tmp_path):
