@@ -34,7 +34,8 @@ do not edit.
 `latent-grpo train`, `sft`, `encode` and `compare` take each option as a flag (`--learning_rate 1e-5`) and as a key of
 the YAML file of `--config`; flags win. In Python the options are the fields of `LatentGRPOConfig` (train),
 `LatentSFTConfig` (sft), `EncodeConfig` (encode), `CompareConfig` (compare) and `LatentSampling` (`generate_latent`).
-These configurations share the groups below. Names are TRL's where TRL has one. The other commands have
+These configurations share the groups below. Names are TRL's where TRL has one. Every command also takes `--model`,
+`--data` and `--out`, where it has such an option. The other commands have
 [only flags](#flags-of-the-other-commands).
 """
 

@@ -97,5 +97,44 @@ _GROUPS: tuple[tuple[str, str], ...] = (
 
 HINTS = {name: hint for hint, names in _GROUPS for name in names.split()}
 
-# Names that other trainers and `generate` of transformers have for options that exist here.
-SYNONYMS = {"max_new_tokens": "max_completion_length", "num_return_sequences": "num_generations"}
+# Names that other trainers (verl, OpenRLHF) and `generate` of transformers have for options that exist here.
+SYNONYMS = {
+    "max_new_tokens": "max_completion_length",
+    "max_response_length": "max_completion_length",
+    "generate_max_len": "max_completion_length",
+    "prompt_max_len": "max_prompt_length",
+    "num_return_sequences": "num_generations",
+    "n_samples_per_prompt": "num_generations",
+    "rollout_n": "num_generations",
+    "rollout_batch_size": "generation_batch_size",
+    "ppo_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "micro_train_batch_size": "per_device_train_batch_size",
+    "ppo_epochs": "num_iterations",
+    "total_epochs": "num_train_epochs",
+    "max_epochs": "num_iterations",
+    "total_training_steps": "max_rollouts",
+    "lr": "learning_rate",
+    "actor_learning_rate": "learning_rate",
+    "grad_clip": "max_grad_norm",
+    "kl_loss_coef": "beta",
+    "init_kl_coef": "beta",
+    "entropy_coeff": "entropy_coef",
+    "clip_ratio": "epsilon",
+    "clip_ratio_low": "epsilon",
+    "clip_ratio_high": "epsilon_high",
+    "clip_ratio_c": "delta",
+    "loss_agg_mode": "loss_type",
+    "filter_groups": "group_filter",
+    "save_freq": "save_steps",
+    "test_freq": "eval_steps",
+    "logger": "report_to",
+    "experiment_name": "run_name",
+    "project_name": "project",
+    "train_files": "dataset",
+    "val_files": "eval_dataset",
+    "prompt_data": "dataset",
+    "pretrain": "model_name_or_path",
+    "model": "model_name_or_path",  # in Python and YAML; every command has a flag of this name
+    "data": "dataset",
+    "out": "output_dir",
+}

@@ -10,6 +10,7 @@ from typing import Any
 
 from latent_grpo.commands.options import Parser, add_flags_named, load_dataset_rows
 from latent_grpo.errors import require
+from latent_grpo.watching.run_folder import check_run
 
 
 def inspect_parser(prog: str) -> Parser:
@@ -31,6 +32,8 @@ def inspect_parser(prog: str) -> Parser:
 def run(prog: str, argv: Sequence[str]) -> int:
     """Show curves, alarms and responses of a run, and a prompt as the model gets it."""
     args = inspect_parser(prog).parse_args(argv)
+    check_run(Path(args.run))
+    # Below the checks, because these imports take seconds.
     from latent_grpo.watching.inspect_run import inspect_run
 
     require(args.samples >= 0, "samples", args.samples, "give 0 (none) or more")

@@ -34,6 +34,8 @@ STEP_FLAGS = (
 )
 LIMIT_FLAG = "max_completion_length"
 MODEL_FLAGS = ("dtype", "device")
+# Flags that every command understands, and the names of the same options in configurations.
+SHORT = {"model": "model_name_or_path", "data": "dataset", "out": "output_dir"}
 TRUE, FALSE = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
 
 
@@ -45,16 +47,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse words, with `--learning-rate` as another spelling of `--learning_rate`."""
+        """Parse words, with `--learning-rate` as another spelling of `--learning_rate`, and the names of SHORT."""
         words = [self.spelled(word) for word in (sys.argv[1:] if args is None else args)]
         return super().parse_known_args(words, namespace)
 
     def spelled(self, word: str) -> str:
-        """Return a flag with underscores if it is a flag only in this spelling, and any other word as it is."""
+        """Return a flag in the spelling that the command has, and any other word as it is."""
         flag, mark, value = word.partition("=")
-        underscored = f"--{flag[2:].replace('-', '_')}"
         known = self._option_string_actions
-        return f"{underscored}{mark}{value}" if flag not in known and underscored in known else word
+        if not flag.startswith("--") or flag in known:
+            return word
+        name = flag[2:].replace("-", "_")
+        names = (name, *(other for pair in SHORT.items() if name in pair for other in pair))
+        spelled = next((f"--{other}" for other in names if f"--{other}" in known), None)
+        return f"{spelled}{mark}{value}" if spelled else word
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
@@ -128,6 +134,7 @@ def help_of(item: Field[Any]) -> str:
     allowed, default = item.metadata["range"], default_of(item)
     facts = [str(allowed)] if allowed is not None else []
     facts += [f"default: {default}"] if default not in (None, "", []) else []
+    facts += [f"also --{short}" for short, name in SHORT.items() if name == item.name]
     text = item.metadata["help"] + (f" [{'; '.join(facts)}]" if facts else "")
     return text.replace("%", "%%")  # argparse formats help texts
 

@@ -15,6 +15,7 @@ from latent_grpo.watching.alarms import Alarms
 from latent_grpo.watching.metrics import read_metrics
 from latent_grpo.watching.response_log import completion_steps, read_responses
 from latent_grpo.watching.responses import print_response
+from latent_grpo.watching.run_folder import check_run
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40  # the most characters of a curve
@@ -86,8 +87,7 @@ def inspect_run(
 
 def read_rows(run: Path, path: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl. Raise ConfigError if there is none that can be read."""
-    if not path.is_file():
-        raise ConfigError(f"{str(run)!r} is not a run: it has no metrics.jsonl; give the output_dir of sft or train")
+    check_run(run)
     try:
         rows = read_metrics(path)
     except ValueError as error:

@@ -97,6 +97,7 @@ WITHOUT_TORCH = {  # command, its exit code
     "compare --help": 0,
     "train --learning_rat 1": 2,
     "trian": 2,
+    "inspect /no/such/run": 2,
 }
 RUN_AS_MODULE = """
 import json, runpy, sys

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 from support.commands import exit_code
 
+from latent_grpo.commands.evaluate import eval_parser
 from latent_grpo.commands.generate import generate_parser
-from latent_grpo.commands.options import load_for_sampling, parse_config
+from latent_grpo.commands.options import SHORT, load_for_sampling, parse_config
 from latent_grpo.config import EncodeConfig, LatentGRPOConfig, LatentSFTConfig, groups_of
+from latent_grpo.errors import unknown_key
 from latent_grpo.recipes.read import read_yaml
 from latent_grpo.study.config import CompareConfig
+from latent_grpo.trl_names import SYNONYMS
 
 CONFIGURATIONS = {"encode": EncodeConfig, "sft": LatentSFTConfig, "train": LatentGRPOConfig, "compare": CompareConfig}
 
@@ -57,6 +61,7 @@ def test_help_shows_every_option_in_its_group_with_range_and_default(command, mo
             facts = [] if item.metadata["range"] is None else [str(item.metadata["range"])]
             if default_of(item) not in (None, "", []):
                 facts.append(f"default: {default_of(item)}")
+            facts += [f"also --{short}" for short, name in SHORT.items() if name == item.name]
             assert shown[item.name].endswith(f"[{'; '.join(facts)}]" if facts else item.metadata["help"])
 
 
@@ -104,12 +109,29 @@ def parse(*words: str) -> LatentGRPOConfig:
         ("--run_name null", "run_name", "null"),
         ("--run_name a-b", "run_name", "a-b"),
         ("--lora_target_modules null", "lora_target_modules", ["null"]),
+        ("--model some/model", "model_name_or_path", "some/model"),
+        ("--data=rows.jsonl", "dataset", "rows.jsonl"),
+        ("--out runs/one", "output_dir", "runs/one"),
     ],
 )
 def test_a_flag_gives_its_option_the_value_of_its_type(words, name, expected):
     value = getattr(parse(*words.split()), name)
     assert value == expected
     assert type(value) is type(expected)
+
+
+def test_commands_that_sample_take_the_names_of_training():
+    names = ("--model_name_or_path", "some/model", "--dataset", "rows.jsonl", "--output-dir", "results")
+    args = eval_parser("eval").parse_args(names)
+    assert (args.model, args.data, args.out) == ("some/model", ["rows.jsonl"], "results")
+
+
+def test_names_of_other_trainers_answer_with_what_to_give():
+    known = [item.name for item in fields(LatentGRPOConfig)]
+    assert set(SYNONYMS.values()) <= set(known)
+    assert not set(SYNONYMS) & set(known)
+    for name, ours in SYNONYMS.items():
+        assert unknown_key(name, known) == f"unknown option {name!r}; give {ours}"
 
 
 @pytest.mark.parametrize(
