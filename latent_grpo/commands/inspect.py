@@ -10,7 +10,7 @@ from typing import Any
 
 from latent_grpo.commands.options import Parser, add_flags_named, load_dataset_rows
 from latent_grpo.errors import require
-from latent_grpo.watching.run_folder import check_run
+from latent_grpo.watching.run_check import check_run
 
 
 def inspect_parser(prog: str) -> Parser:

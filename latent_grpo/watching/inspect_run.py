@@ -15,7 +15,7 @@ from latent_grpo.watching.alarms import Alarms
 from latent_grpo.watching.metrics import read_metrics
 from latent_grpo.watching.response_log import completion_steps, read_responses
 from latent_grpo.watching.responses import print_response
-from latent_grpo.watching.run_folder import check_run
+from latent_grpo.watching.run_check import check_run
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40  # the most characters of a curve
