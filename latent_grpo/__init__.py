@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latent_grpo.trainer import LatentGRPOTrainer
     from latent_grpo.update.loss import step_advantages
     from latent_grpo.update.replay import replay
+    from latent_grpo.watching.page import RunPage
 
 __all__ = [
     "LatentGRPOConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "LatentSFTTrainer",
     "LatentSampling",
     "Rollout",
+    "RunPage",
     "evaluate",
     "generate_latent",
     "pass_at_k",
@@ -38,6 +40,7 @@ _HOME = {
     "LatentSFTTrainer": "sft",
     "LatentSampling": "config",
     "Rollout": "rollout.trajectory",
+    "RunPage": "watching.page",
     "evaluate": "evaluation",
     "generate_latent": "rollout.generate",
     "pass_at_k": "evaluation",

@@ -24,6 +24,7 @@ def inspect_parser(prog: str) -> Parser:
     parser.add_argument("--top", type=int, default=4, help="Components shown of every mixture, at most 4. [default: 4]")
     parser.add_argument("--all", action="store_true", help="Show every metric, not only the main ones.")
     parser.add_argument("--png", help="Also draw the curves into this file.")
+    parser.add_argument("--html", metavar="FILE", help="Also write curves and logged responses into this file, a page.")
     parser.add_argument("--data", metavar="SOURCE", help="Show the prompt of its first row. [default: a logged one]")
     add_flags_named(parser, ("dataset_split", "prompt_column", "answer_column", "chain_column"))
     return parser
@@ -42,6 +43,11 @@ def run(prog: str, argv: Sequence[str]) -> int:
     inspect_run(
         Path(args.run), samples=args.samples, step=args.step, top=args.top, every_metric=args.all, picture=picture
     )
+    if args.html:
+        from latent_grpo.watching.page import RunPage
+
+        RunPage(args.run).write(args.html)
+        print(f"The page is {args.html}. Open it in a browser.")
     show_prompt(Path(args.run), args)
     return 0
 
