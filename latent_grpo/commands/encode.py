@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latent_grpo.commands.options import SEVERAL_PROCESSES, load_dataset_rows, parse_config, require_given
+from latent_grpo.commands.options import (
+    SEVERAL_PROCESSES,
+    load_dataset_rows,
+    parse_config,
+    require_given,
+    require_sources,
+)
 from latent_grpo.config import EncodeConfig
 
 
@@ -13,6 +19,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
     about = f"The first stage of Latent-SFT: soft labels for sft, made from chains of thought. {SEVERAL_PROCESSES}"
     args = parse_config(prog, EncodeConfig, about, argv)
     require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
+    require_sources(args.dataset)
     # Below the parser, because these imports take seconds.
     from latent_grpo.model import load_tokenizer, precision_line
     from latent_grpo.parallel.process_group import process_group, rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latent_grpo.commands.options import SEVERAL_PROCESSES, parse_config, require_given
+from latent_grpo.commands.options import SEVERAL_PROCESSES, parse_config, require_given, require_sources
 from latent_grpo.config import LatentSFTConfig
 
 
@@ -13,6 +13,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
     about = f"The warm start, in which a model learns to reason in latent steps. {SEVERAL_PROCESSES}"
     args = parse_config(prog, LatentSFTConfig, about, argv)
     require_given(model_name_or_path=args.model_name_or_path, dataset=args.dataset)
+    require_sources(args.dataset)
     # Below the parser, because these imports take seconds.
     from latent_grpo.data.rows import load_training_rows
     from latent_grpo.model import load_model, load_tokenizer, precision_line

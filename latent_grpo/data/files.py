@@ -58,6 +58,24 @@ def read_records(source: str, split: str) -> Iterator[Record]:
     return iter(_read_file(path) if _is_file_like(path, source) else _read_hub(source, split))
 
 
+def check_source(source: str) -> None:
+    """Raise DataError if a source is a file that does not exist, or a folder. Nothing is read, no library imported."""
+    path = Path(os.path.expanduser(source))
+    if _is_file_like(path, source):
+        check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError unless a path is that of a file."""
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a directory; give one of the files in it")
+    if not os.path.exists(path):
+        raise DataError(
+            f"{path}: no such file; check the path (a Hub data set is given as name, name:config or "
+            "owner/name:file.parquet)"
+        )
+
+
 def _is_file_like(path: Path, source: str) -> bool:
     # A missing file must be reported as one, and not be looked for on the Hub. A Hub name has at most one slash.
     if os.path.exists(path):  # Path.exists would raise an error for a path in a folder without permission
@@ -72,13 +90,7 @@ def _is_file_like(path: Path, source: str) -> bool:
 
 def _read_file(path: Path) -> Iterator[Record]:
     suffix = path.suffix.lower()
-    if os.path.isdir(path):
-        raise DataError(f"{path}: is a directory; give one of the files in it")
-    if not os.path.exists(path):
-        raise DataError(
-            f"{path}: no such file; check the path (a Hub data set is given as name, name:config or "
-            "owner/name:file.parquet)"
-        )
+    check_file(path)
     if suffix not in FILE_SUFFIXES:
         raise DataError(f"{path}: the suffix {suffix!r} is not one of {', '.join(FILE_SUFFIXES)}; convert the file")
     if suffix in (".parquet", ".arrow"):

@@ -98,6 +98,10 @@ WITHOUT_TORCH = {  # command, its exit code
     "train --learning_rat 1": 2,
     "trian": 2,
     "inspect /no/such/run": 2,
+    "train --model m --data /no/such.jsonl": 2,
+    "train --model m --data org/name --eval_dataset no.jsonl --eval_steps 1": 2,
+    "sft --model m --data /no/such.jsonl": 2,
+    "encode --model m --data /no/such.jsonl": 2,
 }
 RUN_AS_MODULE = """
 import json, runpy, sys
