@@ -81,7 +81,7 @@ def decoding_step(
     options = checked_options(options, len(hidden), len(lm_head), embedding, like=hidden)
     if text.uniform is None and options.seed is None and temperature:
         options = replace(options, seed=draw_seed())
-    if resolve("latent_step", impl, hidden, lm_head, unsupported=top_k_limit(options.top_k)) == "triton":
+    if resolve("decoding_step", impl, hidden, lm_head, unsupported=top_k_limit(options.top_k)) == "triton":
         from latent_kernels._triton.decoding_step import decoding_step_triton, row_temperatures
 
         sidecar = sidecar_of(hidden, lm_head, head, row_temperatures(options, text, len(lm_head)))

@@ -117,8 +117,11 @@ def test_absurd_values_are_refused(name, value, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_finishes_the_step_and_saves(name, tmp_path, capfd):
+def test_a_signal_finishes_the_step_and_saves(name, tmp_path, capfd, request):
     number = getattr(signal, name)
+    # Under nohup the tests ignore SIGHUP, and so would the run.
+    inherited = signal.signal(number, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     trainer = hooked(tmp_path / "run", 2, lambda _: os.kill(os.getpid(), number), save_steps=0)
     before = signal.getsignal(number)
     kind = KeyboardInterrupt if name == "SIGINT" else Stopped
