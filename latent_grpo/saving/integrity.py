@@ -104,7 +104,7 @@ def find_checkpoint(output_dir: Path, choice: str | bool) -> Path | None:
     For "auto" it is the newest whole one, with a warning for each newer one that is damaged, or None without any.
 
     Raises:
-        ConfigError: there is no checkpoint.
+        ConfigError: there is no checkpoint; for "auto", there is none beside a finished model.
     """
     word = str(choice).lower()  # a configuration file or a flag may give the word
     checkpoints = checkpoints_in(output_dir)
@@ -112,6 +112,11 @@ def find_checkpoint(output_dir: Path, choice: str | bool) -> Path | None:
         whole = newest_whole(output_dir)
         for folder in checkpoints if whole is None else checkpoints[checkpoints.index(whole) + 1 :]:
             warnings.warn(f"{_refusal(folder)}; resuming {str(whole) if whole else 'from the start'!r}", stacklevel=2)
+        # A run without checkpoints has left a model: it has finished, and another one must not write over it.
+        if whole is None and any(output_dir.glob("*.safetensors")):
+            raise ConfigError(
+                f"output_dir {str(output_dir)!r} holds a finished model and no checkpoint to go on from; choose another"
+            )
         return whole
     if choice is True or word == "true":
         if not checkpoints:

@@ -76,6 +76,8 @@ def test_auto_starts_where_there_is_nothing_and_where_a_run_died_before_its_firs
     assert metrics_of(tmp_path / "run") == metrics_of(finished)
     for path in checkpoints_in(tmp_path / "run"):
         shutil.rmtree(path)
+    with pytest.raises(ConfigError, match="holds a finished model and no checkpoint"):
+        grpo(tmp_path / "run").train(resume_from_checkpoint="auto")
     (tmp_path / "run" / "model.safetensors").unlink()
     grpo(tmp_path / "run").train(resume_from_checkpoint="auto")
     assert metrics_of(tmp_path / "run") == metrics_of(finished)
