@@ -112,6 +112,9 @@ def lm_head_kernel(
     tile = tl.program_id(0) // blocks
     v = tile * TILE + tl.arange(0, TILE)
     b = (tl.program_id(0) % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inverse = 1.0
+    if TEMPERED:  # loaded here, where few registers are in use
+        inverse = inverse_temperature(latent_ptr, tl.minimum(b, B - 1), inverse_text)[None, None, :]
     logits = product_tile(
         weight_ptr, hidden_ptr, weight_stride, hidden_stride, v, b, V, B, D, TILE, BLOCK_B, BLOCK_D, DOT_TYPE
     )
@@ -121,9 +124,6 @@ def lm_head_kernel(
     row = b.to(tl.int64)[None, :]
     # A row of the logits has room for whole tiles, so the vocabulary's tail needs no mask.
     tl.store(logits_ptr + row * logits_stride + v[:, None], logits, mask=(b < B)[None, :])
-    inverse = 1.0
-    if TEMPERED:
-        inverse = inverse_temperature(latent_ptr, tl.minimum(b, B - 1), inverse_text)[None, None, :]
     top, total = max_and_sum(tl.reshape(logits, [TILE // GROUP, GROUP, BLOCK_B]), inverse, 1)
     group = (tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP))[:, None]
     inside = (b < B)[None, :] & (group < G)
