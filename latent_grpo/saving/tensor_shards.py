@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from latent_grpo.errors import ConfigError
+from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.parallel.process_group import all_gather, on_rank_zero, rank, world_size
 
 FILE_BYTES = 2**31  # bytes of full tensors per file; the file of a rank holds its part of each
@@ -25,6 +25,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises:
         ConfigError: the ranks do not see the same folder. Otherwise nobody would notice until the checkpoint is read.
+        OSError: a part could not be written on some rank. Every rank raises it.
     """
     on_rank_zero(folder.mkdir)
     if not tensors:
@@ -33,7 +34,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
     files = {name: 1 + sum(sizes[:i]) // FILE_BYTES for i, name in enumerate(tensors)}
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-    with _ignore_single_process_warning():
+    with _plain_errors():
         dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
     written = all_gather([path.name for path in folder.glob(f"shard-{rank() + 1:05d}-*")])
     on_rank_zero(lambda: _check_seen(folder, written))
@@ -65,14 +66,22 @@ def read_shards(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], Te
     # In one order on every rank, because reading is a collective.
     tensors = {name: empty(name, data.size, data.properties.dtype) for name, data in sorted(stored.items())}
     if tensors:
-        with _ignore_single_process_warning():
+        with _plain_errors():
             dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
     return tensors
 
 
 @contextmanager
-def _ignore_single_process_warning() -> Iterator[None]:
-    """Silence the warning of torch.distributed.checkpoint that there is one process."""
+def _plain_errors() -> Iterator[None]:
+    """Raise the first error of a rank, where torch.distributed.checkpoint raises all of them with tracebacks as text.
+
+    Its own error is no `Exception`: a full disk would end the run like a signal. Silence its warning that there is one
+    process.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            cause = next((failure[0] for failure in error.failures.values()), error)
+            raise OSError(first_line(cause)) from error

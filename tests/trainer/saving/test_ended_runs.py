@@ -210,15 +210,30 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(failure, tmp_path, monkeypa
     assert not list(run.glob(".*"))
 
 
-def test_a_half_written_checkpoint_is_removed_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def small_files():
+    """`small_files()` lets no file grow beyond 100 kB, as a full disk or a quota does, until the test ends."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file", ["optimizer", "tensors"])
+def test_a_half_written_checkpoint_is_removed_at_once(file, tmp_path, monkeypatch, small_files):
     run = tmp_path / "run"
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    trainer = hooked(run, 2, lambda _: monkeypatch.setattr(torch, "save", full))
-    with pytest.raises(SaveError, match=r"checkpoint-2' could not be written .*No space left.*checkpoint-1'"):
+    def fill(_):
+        small_files() if file == "optimizer" else monkeypatch.setattr(torch, "save", full)
+
+    trainer = hooked(run, 2, fill)
+    cause = "File too large" if file == "optimizer" else "No space left"
+    with pytest.raises(SaveError, match=rf"checkpoint-2' could not be written .*{cause}.*checkpoint-1'") as error:
         trainer.train()
+    assert "\n" not in str(error.value)
     assert names(run) == ["checkpoint-1"]
     assert not list(run.glob(".*"))
 
