@@ -229,4 +229,7 @@ def _serve_comparisons() -> None:
 
 
 if __name__ == "__main__":
-    _serve_comparisons()
+    try:
+        _serve_comparisons()
+    except BrokenPipeError:  # the training process was killed, and nobody reads the reply
+        os._exit(1)

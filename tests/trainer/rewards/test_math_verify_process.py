@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,3 +123,14 @@ def test_the_process_has_a_limit_of_memory_and_ends_with_its_parent(tmp_path: Pa
         time.sleep(0.1)
     else:
         assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_process_whose_parent_was_killed_says_nothing(tmp_path: Path) -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    words = [sys.executable, "-c", code, math_verify_process.__file__, str(os.getpid())]
+    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(words, **pipes)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == b""
