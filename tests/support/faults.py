@@ -28,7 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from latent_grpo import LatentGRPOConfig, LatentGRPOTrainer, LatentSFTConfig, LatentSFTTrainer
-from latent_grpo.parallel.process_group import process_group
+from latent_grpo.parallel.process_group import process_group, rank, world_size
 from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
 from latent_grpo.rewards import math_verify_process
 from latent_grpo.saving.integrity import checkpoints_in, newest_whole
@@ -39,19 +39,40 @@ KINDS = ("train", "sft", "ranks")  # ranks: train in two processes
 FAULTS = ("kill", "kill", "term", "disk", "stall", "nan")
 ENDS = 120.0  # seconds in which what is left of a run must end by itself
 STOPPED = 143
+CAUSES = {"term": "", "disk": "SaveError: ", "nan": "TrainingError: "}  # what the last lines name
+LOG = 3000  # characters of a run's log that an error shows
 
 
 def checked_reward(completions: list[str], **columns: Any) -> list[float]:
     """Return random rewards, of which some need math-verify's verdict."""
-    sure = float(math_verify_process.same_expression("(x+1)(x+2)", f"x^2+{len(completions[0]) % 3 + 2}x+2"))
+    n = sum(map(ord, "".join(completions)))  # seldom the same: verdicts are kept
+    sure = float(math_verify_process.same_expression(f"(x+{n})(x+2)", f"x^2+{n + 2}x+{2 * n + n % 2}"))
     return [value + 0.1 * sure for value in random_reward(completions, **columns)]
 
 
-def train(kind: str, out: Path, fault: str | None, steps: int, verified: bool) -> None:
-    """Train one run from the same start, or go on from the newest checkpoint, with a fault at work from the start."""
-    torch.set_num_threads(1)
+def put_verifier_to_sleep() -> None:
+    """Start math-verify's process and stop it: its next comparison stalls. The process after it has all its time."""
+    math_verify_process.same_expression("x", "x")
+    verifier: Any = math_verify_process._verifier
+    reply = verifier._reply
+    verifier._reply = lambda seconds: reply(0.3)
+    verifier.process.send_signal(signal.SIGSTOP)
+
+
+def bring(fault: str | None) -> None:
+    """Let a fault of this process begin."""
     if fault == "disk":  # a write beyond the limit fails, as one to a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    elif fault == "stall":
+        put_verifier_to_sleep()
+
+
+def train(kind: str, out: Path, fault: str | None, call: int, steps: int, verified: bool) -> None:
+    """Train one run from the same start, or go on from the newest checkpoint.
+
+    A fault of this process begins at a backward pass, the `call`-th, counted from 0. NaN comes from the last rank.
+    """
+    torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=0)
     options: dict[str, Any] = dict(output_dir=str(out), save_steps=1, save_total_limit=2, max_skipped_updates=1)
@@ -64,35 +85,36 @@ def train(kind: str, out: Path, fault: str | None, steps: int, verified: bool) -
         grpo = LatentGRPOConfig(**{**TRAIN, **options, **size, "max_rollouts": steps})
         reward = checked_reward if verified else random_reward
         trainer = LatentGRPOTrainer(model, reward, grpo, ROWS, ROWS[:4], tokenizer)
-    if fault == "nan":
-        calls = iter(range(10**9))
-        trainer.updater.parameters[0].register_hook(lambda grad: grad * float("nan") if next(calls) == 3 else grad)
-    if fault == "stall" and verified:
-        math_verify_process.same_expression("x", "x")
-        math_verify_process.STALL_SECONDS = 0.3
-        assert math_verify_process._verifier is not None
-        math_verify_process._verifier.process.send_signal(signal.SIGSTOP)
+    calls, real = iter(range(10**9)), trainer.updater.backward
+
+    def backward(loss: torch.Tensor) -> None:
+        now = next(calls) == call
+        if now:
+            bring(fault)
+        real(loss * float("nan") if now and fault == "nan" and rank() == world_size() - 1 else loss)
+
+    trainer.updater.backward = backward
     trainer.train("auto")
 
 
-def start(kind: str, out: Path, fault: str | None, steps: int, verified: bool) -> list[int]:
+def start(kind: str, out: Path, fault: str | None, call: int, steps: int, verified: bool) -> list[int]:
     """Start a run in one or two forked processes. Return their ids."""
     children, port = [], 0
     if kind == "ranks":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-    for rank in range(2 if kind == "ranks" else 1):
+    for number in range(2 if kind == "ranks" else 1):
         if (child := os.fork()) == 0:
             try:
                 log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 if kind == "ranks":
-                    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+                    own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
                     os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
                 with process_group():
-                    train(kind, out, fault, steps, verified)
+                    train(kind, out, fault, call, steps, verified)
             except Stopped as stop:
                 print(stop, file=sys.stderr, flush=True)
                 os._exit(STOPPED)
@@ -143,41 +165,52 @@ class Harness:
         out = self.folder / f"whole-{kind}"
         if kind not in self.seconds:
             started = time.monotonic()
-            assert not any(end(start(kind, out, None, self.steps, self.verified), None, ENDS, self.rng)), out
+            assert not any(end(start(kind, out, None, 0, self.steps, self.verified), None, ENDS, self.rng)), out
             self.seconds[kind] = time.monotonic() - started
         return out
 
     def disturbed(self, kind: str, faults: tuple[str, ...], most: int) -> None:
         """Train one run with up to `most` faults, one after another, and compare it with the undisturbed one."""
         expected, self.number = self.whole(kind), self.number + 1
-        out, had = self.folder / f"run-{self.number}", False
+        out, had, seen = self.folder / f"run-{self.number}", False, 0
         for left in range(most, -1, -1):
             fault = self.rng.choice(faults) if left else None
-            # Every verifier that is not asked, and every process that computes no gradient, has one fault less.
-            if (fault == "stall" and (kind == "sft" or not self.verified)) or (fault == "nan" and kind == "ranks"):
+            if fault == "stall" and (kind == "sft" or not self.verified):  # nothing asks the verifier
                 fault = "kill"
             delay = self.rng.uniform(0.0, self.seconds[kind])
-            ends = end(start(kind, out, fault, self.steps, self.verified), fault, delay, self.rng)
+            call = self.rng.randrange(2 * self.steps)
+            ends = end(start(kind, out, fault, call, self.steps, self.verified), fault, delay, self.rng)
             good = newest_whole(out) is not None
             assert good or not had, f"{out}: {fault} left no good checkpoint"
             had = good
+            log = out.with_suffix(".log").read_text()
+            new, seen = log[seen:], len(log)
+            # It ends no run. A verifier that is asked nothing, since the run is stopped or at its end, stalls nobody.
+            if fault == "stall" and "trying again" in new:
+                self.counts[f"{kind}: stall"] += 1
+            assert "taken for wrong" not in new, f"{out}: a comparison was lost\n{new[-LOG:]}"
+            assert "Traceback" not in new, f"{out}: ended with {ends} after {fault}\n{new[-LOG:]}"
             if not any(ends):
                 self.counts[f"{kind}: ended"] += 1
                 break
-            assert fault is not None, f"{out}: ended with {ends} without a fault"
+            cause = CAUSES.get(fault or "", "no fault ends a run so")
+            assert fault == "kill" or cause in new, f"{out}: ended with {ends} after {fault}\n{new[-LOG:]}"
             self.counts[f"{kind}: {fault}"] += 1
             if checkpoints_in(out):
                 self.counts["restarts from a checkpoint"] += 1
-        assert metrics_of(out) == metrics_of(expected), f"{out}: other metrics than {expected}"
+        pairs = zip(metrics_of(out), metrics_of(expected), strict=True)
+        differ = [(a.get("step"), k, a.get(k), b.get(k)) for a, b in pairs for k in a | b if a.get(k) != b.get(k)]
+        assert not differ, f"{out}: other metrics than {expected}: {differ[:6]}\n{log[-LOG:]}"
         same = (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
         assert same, f"{out}: other weights than {expected}"
         left_over = sorted(str(path.relative_to(out)) for path in out.rglob(".*"))
         assert not left_over, f"{out}: left {left_over}"
         self.counts["runs equal to the undisturbed one"] += 1
         shutil.rmtree(out)
+        out.with_suffix(".log").unlink()
 
     def kills(self) -> int:
-        """Return the number of faults so far that ended a run."""
+        """Return the number of faults so far: those that ended a run, and comparisons that stalled."""
         return sum(count for name, count in self.counts.items() if ": " in name and "ended" not in name)
 
 
@@ -189,6 +222,7 @@ def main() -> None:
     parser.add_argument("--faults", action="store_true", help="Draw from all faults, not only SIGKILL.")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--steps", type=int, default=6, help="Steps of a run.")
+    parser.add_argument("--most", type=int, default=6, help="Faults of a run, at most.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.monotonic()
@@ -198,7 +232,7 @@ def main() -> None:
         while harness.kills() < args.kills and time.monotonic() - started < args.seconds:
             kind = args.kinds[number % len(args.kinds)]
             number += 1
-            harness.disturbed(kind, FAULTS if args.faults else ("kill",), 6)
+            harness.disturbed(kind, FAULTS if args.faults else ("kill",), args.most)
             line = {"seconds": round(time.monotonic() - started), "faults": harness.kills(), **harness.counts}
             print(json.dumps(line), flush=True)
 
