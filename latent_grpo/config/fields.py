@@ -45,6 +45,7 @@ class Range:
 
 
 POSITIVE, NON_NEGATIVE, ONE_OR_MORE = Range(0, open_low=True), Range(0), Range(1)
+LARGEST = 1e9  # of a number without a bound of its own: beyond it is a slip, whose end would be an overflow
 RATE = Range(0, 10, open_low=True)  # of learning: beyond it, AdamW throws every weight away at each step
 SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, open_high=True)
 
@@ -93,6 +94,8 @@ def check_options(config: Any) -> None:
             require(is_number or number is value, name, value, "give a list of numbers")
             bounded = (allowed is not None and allowed.infinite) or not is_number or -math.inf < number < math.inf
             require(bounded, name, value, "give a finite number")
+            own = allowed is not None and (allowed.infinite or allowed.high is not None)
+            require(own or not is_number or abs(number) <= LARGEST, name, value, f"give at most {LARGEST:.0e}")
         whole = int in alternatives and float not in alternatives and isinstance(value, Real)
         require(not whole or isinstance(value, int), name, value, "give a whole number")
 

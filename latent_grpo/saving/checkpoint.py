@@ -155,12 +155,15 @@ class Checkpoints:
 
     def check_finite(self, step: int) -> None:
         """Raise TrainingError that names a tensor which is not finite. Collective: every rank must call it."""
+        if (name := self._not_finite()) is not None:
+            cause = f"after step {step}, {name!r} holds NaN or infinity, so it is not saved"
+            raise TrainingError(f"{cause}; {self._kept()}, with a lower learning_rate or other data")
+
+    def _not_finite(self) -> str | None:
+        """Return the name of a trained weight or of a tensor of the optimizer that is not finite, on every rank."""
         weights = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         name = first_not_finite(weights) or first_not_finite(self.updater.tensors().items())
-        found = next((name for name in all_gather([name]) if name is not None), None)
-        if found is not None:
-            cause = f"after step {step}, {found!r} holds NaN or infinity, so it is not saved"
-            raise TrainingError(f"{cause}; {self._kept()}, with a lower learning_rate or other data")
+        return next((name for name in all_gather([name]) if name is not None), None)
 
     def _kept(self) -> str:
         whole = newest_whole(self.output_dir)
@@ -173,8 +176,9 @@ class Checkpoints:
 
         Collective: every rank must call it.
         """
-        count, limit = self.updater.skipped_in_row, self.args.max_skipped_updates
-        if count < limit:
+        # A step may have several updates, of which the last is good.
+        count, self.updater.most_in_row = self.updater.most_in_row, self.updater.skipped_in_row
+        if count < self.args.max_skipped_updates:
             return
         self.check_finite(self.marked.step if self.marked else 0)
         what = f"{count} updates in a row were skipped, because their gradients are not finite"
@@ -249,6 +253,10 @@ class Checkpoints:
             raise ConfigError(
                 f"checkpoint {str(folder)!r} cannot be read ({first_line(error)}); choose another"
             ) from error
+        # This version saves none such. The run would skip every update, or spoil its weights.
+        if (name := self._not_finite()) is not None:
+            cause = f"checkpoint {str(folder)!r} cannot be used: {name!r} holds NaN or infinity"
+            raise ConfigError(f"{cause}; choose an older one, or start anew in another output_dir")
         copy_to_full(self.full_model, self.model, frozen=True)
         if rank() < len(streams):  # a rank that the saved run did not have keeps the streams it started with
             set_random_state(streams[rank()])

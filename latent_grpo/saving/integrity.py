@@ -169,7 +169,7 @@ def _read(folder: Path) -> dict[str, Any]:
         wrong = [name for name, kind in STATE.items() if not isinstance(state[name], kind)]
         sizes = {str(name): int(size) for name, size in state["files"].items()}
         kept = dict(state.get("sha256", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _DamageError(f": {STATE_FILE} cannot be read ({type(error).__name__})") from error
     if wrong:
         raise _DamageError(f": {STATE_FILE} cannot be read ({wrong[0]} has another type)")

@@ -61,6 +61,7 @@ class Updater:
             raise ConfigError(f"lr_scheduler_type is {args.lr_scheduler_type!r}: {error}") from error
         self.max_grad_norm = args.max_grad_norm or math.inf  # 0 stands for no clipping; the norm is logged all the same
         self.skipped = self.skipped_in_row = 0
+        self.most_in_row = 0  # skipped updates since whoever reads this has set it back
         self.bad_gradient: str | None = None  # the parameter that the last skipped update names
 
     @property
@@ -96,6 +97,7 @@ class Updater:
             self.skipped_in_row = 0
         else:
             self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            self.most_in_row = max(self.most_in_row, self.skipped_in_row)
             gradients = ((name, copy.grad) for name, copy, _ in self.trained() if copy.grad is not None)
             self.bad_gradient = first_not_finite(gradients)
             warnings.warn(f"gradient norm is {norm}: update skipped ({self.skipped} so far)", stacklevel=2)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from latent_grpo.config import RunOptions
-from latent_grpo.errors import ConfigError
+from latent_grpo.errors import ConfigError, SaveError
 from latent_grpo.parallel.process_group import on_rank_zero, rank
 from latent_grpo.saving.atomic_files import write_whole
 from latent_grpo.saving.integrity import checkpoints_in
@@ -96,8 +96,12 @@ class Metrics:
         self.history.append(values)
         if rank():
             return
-        self.file.write(json_line(values))
-        self.file.flush()  # so that a killed run keeps the line
+        try:
+            self.file.write(json_line(values))
+            self.file.flush()  # so that a killed run keeps the line
+        except OSError as error:
+            what = f"metrics of step {values['step']} could not be written to {self.file.name!r} ({error.strerror})"
+            raise SaveError(f"{what}; make room, and resume the newest checkpoint") from error
         if self.show:
             if self.lines % LINES_PER_HEADING == 0:
                 CONSOLE.print(heading(values), style="bold", soft_wrap=True, markup=False)

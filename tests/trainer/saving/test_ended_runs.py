@@ -81,6 +81,15 @@ def test_a_few_skipped_updates_in_a_row_stop_the_run_with_the_cause(tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_skipped_updates_before_a_good_one_of_the_same_step_count(tmp_path, monkeypatch):
+    trainer = hooked(tmp_path / "run", 0, None, max_skipped_updates=2, num_iterations=3)
+    norms, real = iter([1.0] * 3 + [NAN, NAN, 1.0]), torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: real(*given) * next(norms))
+    with pytest.warns(UserWarning, match="update skipped"), pytest.raises(TrainingError, match="2 updates in a row"):
+        trainer.train()
+    assert names(tmp_path / "run") == ["checkpoint-1"]
+
+
 def test_skipped_updates_that_are_not_in_a_row_do_not_stop_the_run(tmp_path, monkeypatch):
     trainer = hooked(tmp_path / "run", 0, None, max_skipped_updates=2, max_steps=4)
     norms, real = iter([1.0, NAN, 1.0, NAN]), torch.nn.utils.clip_grad_norm_
@@ -108,8 +117,21 @@ def test_no_model_with_nan_is_saved_or_loaded(tmp_path):
         grpo(tmp_path / "run", model=model)
 
 
+def test_a_checkpoint_with_nan_in_the_optimizer_is_not_resumed(tmp_path, monkeypatch):
+    trainer = grpo(tmp_path / "run")
+    trainer.train()
+    poison_optimizer(trainer)
+    monkeypatch.setattr(trainer.checkpoints, "check_finite", lambda step: None)  # as in a version that did not look
+    trainer.save()
+    match = r"checkpoint-2' cannot be used: '.*' holds NaN or infinity; choose an older one"
+    with pytest.raises(ConfigError, match=match) as error:
+        grpo(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("learning_rate", 1e3), ("weight_decay", 1e9), ("max_hours", 0), ("max_hours", NAN)]
+    ("name", "value"),
+    [("learning_rate", 1e3), ("weight_decay", 1e9), ("max_hours", 0), ("max_hours", NAN), ("beta", 1e300)],
 )
 def test_absurd_values_are_refused(name, value, tmp_path):
     with pytest.raises(ConfigError, match=f"{name} is "):
@@ -217,6 +239,15 @@ def small_files():
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    def fill(trainer):
+        monkeypatch.setattr(trainer.metrics, "file", open("/dev/full", "w"))
+
+    with pytest.raises(SaveError, match=r"metrics of step 2 could not be written to '/dev/full' \(No space left"):
+        hooked(tmp_path / "run", 2, fill).train()
+    assert names(tmp_path / "run") == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("file", ["optimizer", "tensors"])
