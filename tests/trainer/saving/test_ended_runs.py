@@ -241,11 +241,16 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch):
-    match = r"metrics of step 2 could not be written to '/dev/full' \(No space left"
-    with open("/dev/full", "w") as full, pytest.raises(SaveError, match=match):
-        hooked(tmp_path / "run", 2, lambda trainer: monkeypatch.setattr(trainer.metrics, "file", full)).train()
+    class Full:
+        name = "metrics.jsonl"
+
+        def write(self, line):
+            raise OSError(28, "No space left on device")
+
+    trainer = hooked(tmp_path / "run", 2, lambda trainer: monkeypatch.setattr(trainer.metrics, "file", Full()))
+    with pytest.raises(SaveError, match=r"metrics of step 2 could not be written to 'metrics.jsonl' \(No space left"):
+        trainer.train()
     assert names(tmp_path / "run") == ["checkpoint-1"]
 
 
