@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from latent_grpo.trainer import LatentGRPOTrainer
 
 FAULT_STEP, SILENT, ENDS = 2, 4.0, 60.0  # a step, seconds, seconds
 fault = ""
+trainer: Any = None
 
 
 def reward(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
@@ -35,9 +37,24 @@ def reward(completions: list[str], trainer_state: Any, **columns: Any) -> list[f
     if steps == FAULT_STEP and os.environ["RANK"] == "1":
         if fault == "raise":
             raise OSError("the judge is down")
-        if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+        if fault == "sleep":
+            time.sleep(600)
+        if fault == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        if fault == "nan":
+            poison_optimizer()
+        if fault.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, fault))
     return [random.random() for _ in completions]
+
+
+def poison_optimizer() -> None:
+    """Put a NaN into this rank's part of the optimizer's state."""
+    for state in trainer.updater.optimizer.state.values():
+        local = state["exp_avg"].to_local()
+        if local.numel():
+            local.view(-1)[0] = float("nan")
+            return
 
 
 def child(rank: int, port: int, request: dict[str, Any]) -> None:
@@ -55,14 +72,16 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
     os._exit(run_command("train", "latent-grpo train", [w for k, v in words.items() for w in (f"--{k}", str(v))]))
 
 
-def use_own_reward(trainer: Any) -> None:
+def use_own_reward(trainer_class: Any) -> None:
     """Let the trainer of the command use the reward of this process, whose fault is set."""
-    original = trainer.__init__
+    original = trainer_class.__init__
 
     def init(self: Any, model: Any, reward_funcs: Any, *args: Any, **kwargs: Any) -> None:
+        global trainer
         original(self, model, reward, *args, **kwargs)
+        trainer = self
 
-    trainer.__init__ = init
+    trainer_class.__init__ = init
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from support import REPOSITORY
 from support.small_runs import ROWS
 
 from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
-from latent_grpo.saving.integrity import checkpoints_in
+from latent_grpo.saving.integrity import checkpoints_in, step_of
+from latent_grpo.saving.run_folder import only_run_in
 
 OPTIONS = dict(
     latent_top_k=2,
@@ -56,16 +57,21 @@ def two_ranks(tmp_path_factory):
         ("SIGTERM", {"0": 143, "1": 143}, "SIGTERM: stopped after step 3, saved"),
         ("SIGKILL", {"0": 1, "1": -9}, "another process of the run has ended"),
         ("SIGSTOP", {"0": 1, "1": -9}, "rank 1 has not been heard of for"),
+        ("sleep", {"0": 1, "1": 1}, "reward function 'reward' ran longer than reward_timeout 2 s"),
+        ("nan", {"0": 1, "1": 1}, "checkpoint-2': resume it, with a lower learning_rate or other data"),
+        ("disk", {"0": 1, "1": 1}, "checkpoint-3' could not be written ([Errno 27] File too large); the last good"),
     ],
 )
 def test_every_rank_ends_with_one_message(fault, codes, message, two_ranks, tmp_path):
-    done = two_ranks(tmp_path / "run", fault)
+    options = {"sleep": {"reward_timeout": 2}, "nan": {"save_steps": 1}, "disk": {"save_steps": 1}}.get(fault, {})
+    done = two_ranks(tmp_path / "run", fault, **options)
     assert done["codes"] == codes, done["log"]
     assert done["seconds"] < 50
     assert done["log"].count(message) == 1, done["log"]
     assert "Traceback" not in done["log"]
-    steps = {"raise": ["checkpoint-2"], "SIGTERM": ["checkpoint-3"]}.get(fault, [])
-    assert [path.name for path in checkpoints_in(tmp_path / "run")] == steps
+    steps = {"raise": [2], "sleep": [2], "SIGTERM": [3], "nan": [1, 2], "disk": [1, 2]}.get(fault, [])
+    assert [step_of(path) for path in checkpoints_in(tmp_path / "run")] == steps
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_bad_input_is_told_once(two_ranks, tmp_path):
@@ -73,3 +79,7 @@ def test_bad_input_is_told_once(two_ranks, tmp_path):
     assert done["codes"] == {"0": 2, "1": 2}
     assert done["log"].count("limit is -1") == 1
     assert len(done["log"].splitlines()) == 1
+    with only_run_in(tmp_path / "taken"):
+        done = two_ranks(tmp_path / "taken", "")
+    assert done["codes"] == {"0": 2, "1": 2}
+    assert done["log"].count("another run is writing there") == 1
