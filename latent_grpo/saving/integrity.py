@@ -124,7 +124,9 @@ def find_checkpoint(output_dir: Path, choice: str | bool) -> Path | None:
         return checkpoints[-1]
     folder = Path(str(choice))
     if not (folder / STATE_FILE).is_file():
-        raise ConfigError(f"{str(folder)!r} is not a checkpoint: it has no {STATE_FILE}")
+        other = newest_whole(folder.parent, folder)
+        remedy = f"choose another, as {str(other)!r}" if other else "give a folder that a run wrote"
+        raise ConfigError(f"{str(folder)!r} is not a checkpoint: it has no {STATE_FILE}; {remedy}")
     return folder
 
 

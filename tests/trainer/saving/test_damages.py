@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.damages import KINDS, damage
+from support.damages import KINDS, Damages, damage
 from support.killed_runs import metrics_of
 from support.small_runs import grpo
 
@@ -55,6 +55,19 @@ def test_no_generated_damage_is_resumed_in_silence(count, run, finished, capsys)
         refused[kind] += 1
     with capsys.disabled():
         print(f"\n{count} damages of {len(refused)} kinds, {sum(refused.values())} refused: {dict(refused)}")
+
+
+def test_a_run_resumes_no_damage_and_runs_no_code_of_a_forged_checkpoint(tmp_path):
+    damages = Damages(tmp_path, seed=0)
+    for number in range(2):
+        damages.refused(number)
+    for number in range(4):
+        damages.forged(number)
+    assert sum(damages.counts.values()) == 7
+    shutil.rmtree(damages.fresh() / "optimizer")
+    (damages.run / "checkpoint-2" / STATE_FILE).unlink()
+    message = damages.resume(str(damages.run / "checkpoint-2"))
+    assert message.endswith(f"it has no {STATE_FILE}; choose another, as '{damages.run / 'checkpoint-1'}'")
 
 
 def test_auto_takes_the_newest_whole_checkpoint_and_says_so(run, finished):
