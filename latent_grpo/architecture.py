@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -104,17 +104,19 @@ def check_prompt_lengths(
         check_length(config, longest_prompt(tokenizer, rows or (), prompt_format) + steps)
 
 
-def check_context(config: Any, lengths: Sequence[int], max_prompt_length: int | None) -> None:
+def check_context(config: Any, lengths: Mapping[str, Sequence[int]], max_prompt_length: int | None) -> None:
     """Raise DataError for the first prompt that leaves no place for a response in the context of the model.
 
-    lengths: tokens of the prompt of each row. Prompts over `max_prompt_length` are left to the option long_prompts.
+    lengths: tokens of the prompt of each row, by the name of the data set. Prompts over `max_prompt_length` are left to
+    the option long_prompts.
     """
     context = getattr(text_config(config), "max_position_embeddings", None)
-    for number, tokens in enumerate(lengths, 1):
+    for name, number, tokens in ((name, *row) for name, rows in lengths.items() for row in enumerate(rows, 1)):
         if context and tokens >= context and (max_prompt_length is None or tokens <= max_prompt_length):
             raise DataError(
-                f"row {number}: the prompt has {tokens:,} tokens, and the model's context is {context:,}; remove the "
-                f"row, or give --max_prompt_length {context - 1} --long_prompts drop, and leave room for the response"
+                f"{name}, row {number}: the prompt has {tokens:,} tokens, and the model's context is {context:,}; "
+                f"remove the row, or give --max_prompt_length {context - 1} --long_prompts drop, and leave room for "
+                "the response"
             )
 
 

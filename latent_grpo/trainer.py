@@ -37,6 +37,7 @@ from latent_grpo.rewards.columns import check_columns, reward_columns
 from latent_grpo.rewards.functions import accuracy_reward
 from latent_grpo.rewards.resolve import RewardFuncs, resolve_rewards
 from latent_grpo.rewards.scoring import metric_means
+from latent_grpo.rollout.slot_cache import check_memory
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.saving.checkpoint import Checkpoints
 from latent_grpo.saving.interrupt import stops
@@ -134,21 +135,20 @@ class LatentGRPOTrainer:
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Check the rows, and leave long prompts out as the options ask."""
-        args, data = self.args, (train_dataset, eval_dataset)
+        args, config, data = self.args, self.model.config, (train_dataset, eval_dataset)
         require_rows("train_dataset", train_dataset)
         if args.eval_steps or eval_dataset is not None:
             require(eval_dataset is not None, "eval_steps", args.eval_steps, "it needs an eval_dataset")
             require_rows("eval_dataset", eval_dataset)
         lengths = check_vocabulary(self.model, self.tokenizer, self.prompt_format, args.latent, *data)
-        for tokens in lengths:
-            check_context(self.model.config, tokens, args.max_prompt_length)
+        check_context(config, {"dataset": lengths[0], "eval_dataset": lengths[1]}, args.max_prompt_length)
         self.rows, self.eval_rows = (
             with_short_prompts(rows, tokens, args.max_prompt_length, args.long_prompts)
             for rows, tokens in zip(data, lengths, strict=True)
         )
+        check_memory(self.model, lengths[0], args)
         for rows in (self.rows, self.eval_rows):
-            given = (self.model.config, self.tokenizer, rows, self.prompt_format)
-            check_prompt_lengths(*given, args.max_completion_length)
+            check_prompt_lengths(config, self.tokenizer, rows, self.prompt_format, args.max_completion_length)
         if self.eval_rows:
             check_columns([accuracy_reward], self.eval_rows, reward_columns(self.eval_rows))
 
@@ -382,9 +382,8 @@ class LatentGRPOTrainer:
         """Print responses and write them to the Parquet log, as the options ask. Only rank 0 does so."""
         if rank():
             return
-        samples = batch.samples
-        assert samples is not None
-        sampled = (self.step, self.tokenizer, samples, batch.rollout, batch.rewards, batch.advantages)
+        assert batch.samples is not None
+        sampled = (self.step, self.tokenizer, batch.samples, batch.rollout, batch.rewards, batch.advantages)
         print_completions(*sampled, count=self.args.num_completions_to_print)
         if self.args.log_completions:
             write_completions(self.output_dir, *sampled)

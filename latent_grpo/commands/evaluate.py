@@ -179,14 +179,13 @@ def setting_for(
 
 def checked_rows(args: argparse.Namespace, rows: list[Any], setting: Setting, model: Any, tokenizer: Any) -> list[Any]:
     """Return the rows of a data set whose prompts are short enough. Errors are those of the checks before a run."""
-    from latent_grpo.architecture import check_prompt_lengths
+    from latent_grpo.architecture import check_context, check_prompt_lengths
     from latent_grpo.model import embedding_table
     from latent_grpo.prompts import check_prompts, with_short_prompts
 
-    kept = rows
-    if args.max_prompt_length is not None:
-        lengths = check_prompts(tokenizer, rows, setting.prompt_format, len(embedding_table(model)))
-        kept = with_short_prompts(rows, lengths, args.max_prompt_length, args.long_prompts)
+    lengths = check_prompts(tokenizer, rows, setting.prompt_format, len(embedding_table(model)))
+    check_context(model.config, {"data": lengths}, args.max_prompt_length)
+    kept = with_short_prompts(rows, lengths, args.max_prompt_length, args.long_prompts)
     check_prompt_lengths(model.config, tokenizer, kept, setting.prompt_format, setting.max_new_tokens)
     return kept
 

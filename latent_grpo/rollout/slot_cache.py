@@ -7,6 +7,7 @@ of the slots are kept between steps, because a step uncovers only one token per 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,6 +133,16 @@ def token_bytes(model: Any) -> int:
     first = torch.zeros(1, 1, dtype=torch.int64, device=table.device)
     body(model, table[:1].unsqueeze(0), torch.ones_like(first), first, cache)
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def check_memory(model: Any, lengths: Sequence[int], args: Any) -> None:
+    """Raise ModelError if the longest prompt with its response does not fit `args.rollout_memory`.
+
+    lengths: tokens of the prompt of each row. Prompts over `args.max_prompt_length` are not sampled.
+    """
+    if args.rollout_memory is not None:
+        longest = max((n for n in lengths if n <= (args.max_prompt_length or n)), default=0)
+        rows_within(args.rollout_memory, model, longest + args.max_completion_length)
 
 
 def rows_within(memory: float, model: Any, tokens: int) -> int:

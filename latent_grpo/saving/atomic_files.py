@@ -39,6 +39,7 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     yield partial
+    partial.chmod(usual_mode())
     flush(partial)  # before the rename: else a power cut could leave the new name on an empty file
     os.replace(partial, path)
 

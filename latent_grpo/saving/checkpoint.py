@@ -238,17 +238,20 @@ class Checkpoints:
         if found is None:
             return 0, {}, []
         folder, state = found, on_rank_zero(lambda: read_state(found))
-        check_identity(folder, state, self._identity(), {item.name: default_of(item) for item in fields(self.args)})
+        own, defaults = self._identity(), {item.name: default_of(item) for item in fields(self.args)}
         # A checkpoint from elsewhere would continue into the metrics of the run that is here.
         if folder.resolve().parent != self.output_dir.resolve() and (self.output_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"output_dir {str(self.output_dir)!r} holds another run than {str(folder)!r}; choose another"
             )
         try:
+            check_identity(folder, state, own, defaults)
             tensors = torch.load(folder / TENSOR_FILE, weights_only=True, map_location="cpu")
             read_model(folder, self.model)
             self.updater.load(tensors["updater"], read_shards(folder / SHARDS, self.updater.empty))
             streams, position = tensors["random"], tensors["position"]
+        except ConfigError:
+            raise
         except Exception as error:  # a damaged file can raise anything
             raise ConfigError(
                 f"checkpoint {str(folder)!r} cannot be read ({first_line(error)}); choose another"

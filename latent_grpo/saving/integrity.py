@@ -169,6 +169,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         wrong = [name for name, kind in STATE.items() if not isinstance(state[name], kind)]
+        wrong += ["log_history"] * (not wrong and not all(isinstance(line, dict) for line in state["log_history"]))
         sizes = {str(name): int(size) for name, size in state["files"].items()}
         kept = dict(state.get("sha256", {}))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:

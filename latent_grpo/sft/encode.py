@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
 
-from latent_grpo.architecture import check_length, check_own_masks
+from latent_grpo.architecture import check_context, check_length, check_own_masks
 from latent_grpo.config import PHASES, EncodeConfig
 from latent_grpo.errors import ConfigError, require
 from latent_grpo.model import check_vocabulary, embedding_table, end_marker_ids, load_model, with_chosen_dtype
@@ -165,7 +165,8 @@ class Phase(UpdateLoop):
         prompt_format: PromptFormat,
     ) -> None:
         self.phase = self.label = phase
-        check_vocabulary(model.decoder, tokenizer, prompt_format, True, rows)
+        (lengths,) = check_vocabulary(model.decoder, tokenizer, prompt_format, True, rows)
+        check_context(model.decoder.config, {"dataset": lengths}, args.max_prompt_length)
         examples, count = chain_examples(tokenizer, rows, args, prompt_format), args.read_back_rows
         check_examples(tokenizer, examples, len(embedding_table(model.decoder)))
         longest = max(max(len(encoder_rows(example)[0]), example.length) for example in examples)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from latent_grpo.architecture import check_length
+from latent_grpo.architecture import check_context, check_length
 from latent_grpo.config import LatentSFTConfig
 from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.model import (
@@ -61,7 +61,8 @@ class LatentSFTTrainer(UpdateLoop):
         set_seed(args.seed)  # new adapters start from random values
         require_rows("train_dataset", train_dataset)
         prompt_format = resolve_format(args, args.model_name_or_path or model.config._name_or_path)
-        check_vocabulary(model, processing_class, prompt_format, True, train_dataset)
+        (lengths,) = check_vocabulary(model, processing_class, prompt_format, True, train_dataset)
+        check_context(model.config, {"dataset": lengths}, args.max_prompt_length)
         # Soft labels are in place of chains, but are of the rows that `encode` kept.
         if args.targets == "uniform" or args.missing_chains == "drop":
             train_dataset = with_chains(train_dataset, args.missing_chains)

@@ -140,7 +140,7 @@ def test_prompts_are_measured_only_for_models_with_a_limit(tokenizer):
 
 def test_a_prompt_beyond_the_context_is_refused_with_its_row() -> None:
     llama = config("llama", max_position_embeddings=48)
-    check_context(llama, [3, 47], None)
-    with pytest.raises(DataError, match="row 2: the prompt has 48 tokens, and the model's context is 48; remove"):
-        check_context(llama, [3, 48], None)
-    check_context(llama, [3, 48], 47)  # long_prompts says what becomes of it
+    check_context(llama, {"dataset": [3, 47], "eval_dataset": []}, None)
+    with pytest.raises(DataError, match=r"^eval_dataset, row 2: the prompt has 48 tokens, .* context is 48; remove"):
+        check_context(llama, {"dataset": [3], "eval_dataset": [3, 48]}, None)
+    check_context(llama, {"dataset": [3, 48]}, 47)  # long_prompts says what becomes of it

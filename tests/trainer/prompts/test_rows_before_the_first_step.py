@@ -81,6 +81,22 @@ def test_long_prompts_are_counted_and_refused_or_left_out(kind, make):
         make(kind, LONG, max_prompt_length=77)
 
 
+@BOTH
+def test_prompts_beyond_the_context_or_the_memory_are_refused_with_their_row(kind, make, model, monkeypatch):
+    monkeypatch.setattr(model.config, "max_position_embeddings", 77)
+    message = refused(make, kind, LONG)
+    assert message.startswith("dataset, row 5: the prompt has 77 tokens, and the model's context is 77; remove the row")
+    assert "--max_prompt_length 76 --long_prompts drop" in message
+    if kind == "sft":
+        return
+    monkeypatch.setattr(model.config, "max_position_embeddings", 600)
+    make(kind, ROWS, rollout_memory=1e-5)
+    message = refused(make, kind, LONG, error=ModelError, rollout_memory=1e-5)
+    assert "GiB of cache, but rollout_memory is 1e-05 GiB" in message
+    with pytest.warns(UserWarning, match="1 of 5 rows are left out"):
+        make(kind, LONG, rollout_memory=1e-5, max_prompt_length=70, long_prompts="drop")
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_dropping_needs_a_limit(config):
     with pytest.raises(ConfigError, match="long_prompts is 'drop': it needs max_prompt_length"):

@@ -11,11 +11,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.damages import KINDS, Damages, damage
 from support.killed_runs import metrics_of
 from support.small_runs import grpo
 
 from latent_grpo.errors import ConfigError
+from latent_grpo.saving.atomic_files import replaced_whole
 from latent_grpo.saving.integrity import STATE_FILE, checkpoints_in, read_state
 
 DAMAGES = 200
@@ -118,4 +121,7 @@ def test_leftovers_are_removed_and_a_checkpoint_that_was_to_be_replaced_is_kept(
 def test_files_have_the_usual_permissions(finished, tmp_path):
     (tmp_path / "usual").touch()
     usual = (tmp_path / "usual").stat().st_mode
+    with replaced_whole(tmp_path / "labels.safetensors") as partial:
+        save_file({"probs": torch.ones(1)}, partial)  # which writes for the owner only
+    assert (tmp_path / "labels.safetensors").stat().st_mode == usual
     assert {path.stat().st_mode for path in Path(finished).rglob("*") if path.is_file()} == {usual}

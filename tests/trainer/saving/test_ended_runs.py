@@ -13,10 +13,11 @@ from collections import namedtuple
 
 import pytest
 import torch
-from support.killed_runs import metrics_of
+from support.killed_runs import ROWS, SFT, metrics_of
 from support.small_runs import grpo
 from transformers import AutoModelForCausalLM
 
+from latent_grpo import LatentSFTConfig, LatentSFTTrainer
 from latent_grpo.errors import ConfigError, ModelError, RewardError, SaveError, TrainingError
 from latent_grpo.model import load_model
 from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
@@ -197,6 +198,10 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     run = tmp_path / "run"
     with only_run_in(run), pytest.raises(ConfigError, match="is in use: another run is writing there"):
         grpo(run).train()
+    tokenizer = make_tokenizer()
+    warm_start = LatentSFTConfig(**{**SFT, "output_dir": str(run)})
+    with only_run_in(run), pytest.raises(ConfigError, match="is in use: another run is writing there"):
+        LatentSFTTrainer(make_model(tokenizer, seed=0), warm_start, ROWS, tokenizer).train()
     # The kernel releases the lock of a process that is killed.
     code = (
         "import sys, time; from latent_grpo.saving.run_folder import only_run_in; from pathlib import Path\n"
