@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from latent_grpo.model import body, positions
-from latent_grpo.quickstart.toy_task import END_OF_THINKING, make_problems
+from latent_grpo.quickstart.graph_world import make_problems
+from latent_grpo.quickstart.toy_task import END_OF_THINKING
 from latent_kernels import (
     UNUSED_ID,
     fused_policy_loss,
@@ -25,7 +26,7 @@ from latent_kernels import (
     mix_embeddings,
 )
 
-GROUP, PROMPTS, MINI_BATCH = 8, 64, 128  # responses per prompt, prompts per step, responses per update
+GROUP, PROMPTS, MINI_BATCH = 8, 64, 256  # responses per prompt, prompts per step, responses per update
 LIMIT, TOP_K, TEMPERATURE = 12, 2, 0.6  # steps per response, K, temperature of text tokens
 
 
@@ -96,8 +97,8 @@ def train_step(model, tokenizer, optimizer, problems, seed):
         flat = replay(model, rollout).flatten(0, 1)
         ids, scores = rollout["ids"].flatten(0, 1), rollout["scores"].flatten(0, 1)
         old_logprob = latent_logprob(flat, head, ids, scores, temperature=TEMPERATURE).view(mask.shape)
-    # Rewards relative to their group. Responses cut off by the limit get no advantage (Eq. 9-11, 18-21). This task has
-    # one to three latent steps per response, too few for the selection of one correct path at the first step.
+    # Rewards relative to their group. Responses cut off by the limit get no advantage (Eq. 9-11, 18-21). The trainer
+    # also selects one correct path at the first step; here every right response keeps its advantage there.
     groups = torch.arange(len(rewards)) // GROUP
     result = group_advantages(rewards, groups, invalid_mask=~rollout["finished"], first_token="all")
     advantages = result.advantages.unsqueeze(-1).expand(mask.shape)
@@ -122,8 +123,8 @@ def train_step(model, tokenizer, optimizer, problems, seed):
 
 
 def main(arguments=None):
-    """Train a warm start of the toy task."""
-    parser = argparse.ArgumentParser(description="Latent-GRPO in one file, on the quickstart's toy task.")
+    """Train a warm start of the graph world."""
+    parser = argparse.ArgumentParser(description="Latent-GRPO in one file, on the quickstart's graph world.")
     parser.add_argument("model", help="folder of a warm start, such as runs/quickstart/latent-sft")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args(arguments)
@@ -131,7 +132,7 @@ def main(arguments=None):
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     model.get_input_embeddings().requires_grad_(False)  # and with it the tied head
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     problems, rewards = make_problems(options.steps * PROMPTS, seed=0), []
     for step in range(options.steps):
         batch = problems[step * PROMPTS : (step + 1) * PROMPTS]

@@ -16,7 +16,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
     """Compare methods and ablations over several seeds."""
     about = (
         "Warm starts, Latent-GRPO, SofT-GRPO, Multiplex Thinking, text GRPO and the paper's ablations over several "
-        "seeds, by default on the quickstart's toy task. Given again, it does only the runs that have no result yet."
+        "seeds, by default on the quickstart's graph world. Given again, it does only the runs that have no result yet."
     )
     args = parse_config(prog, CompareConfig, about, argv)
     given = {"sft_config": LatentSFTConfig, "grpo_config": LatentGRPOConfig}

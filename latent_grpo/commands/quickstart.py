@@ -10,7 +10,7 @@ from latent_grpo.commands.options import Parser
 
 def quickstart_parser(prog: str) -> Parser:
     """Return the parser of `quickstart`."""
-    about = "A warm start, Latent-GRPO and evaluation of a tiny model on made-up word problems: minutes on a CPU."
+    about = "A warm start, Latent-GRPO and evaluation of a tiny model on made-up problems: minutes on a CPU."
     parser = Parser(prog=prog, description=about)
     parser.add_argument(
         "--out",
@@ -21,16 +21,21 @@ def quickstart_parser(prog: str) -> Parser:
     parser.add_argument(
         "--loss_on",
         choices=("all", "latent", "text"),
-        default="all",
-        help="Steps that carry the policy loss. [default: all]",
+        help="Steps that carry the policy loss. [default: a run with all of them, and one with the latent ones]",
+    )
+    parser.add_argument(
+        "--world",
+        choices=("graph", "arithmetic"),
+        default="graph",
+        help="The task: reachability in graphs, or word problems. [default: graph]",
     )
     return parser
 
 
 def run(prog: str, argv: Sequence[str]) -> int:
-    """Run the whole job on the toy task."""
+    """Run the whole job on a made-up task."""
     args = quickstart_parser(prog).parse_args(argv)
     from latent_grpo.quickstart.run import quickstart
 
-    quickstart(Path(args.out), seed=args.seed, loss_on=args.loss_on)
+    quickstart(Path(args.out), seed=args.seed, loss_on=args.loss_on, world=args.world)
     return 0

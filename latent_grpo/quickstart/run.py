@@ -1,14 +1,15 @@
-"""`latent-grpo quickstart`: the whole pipeline on the toy task, without a download.
+"""`latent-grpo quickstart`: the whole pipeline on a made-up task, without a download.
 
-It makes word problems and a model of 0.66 million parameters, warms it up with uniform targets on careless worked
-examples, trains it with Latent-GRPO for true answers, and evaluates on held-out problems. The warm start knows its sums
-and weights its mixtures wrongly. Reinforcement sharpens what a model half knows; it does not teach sums.
+It makes problems and a tiny model, warms it up on worked examples, trains it with Latent-GRPO for right answers, and
+evaluates on held-out problems. A second reinforcement from the same warm start has its loss on latent steps only. It
+says how much of the gain the latent steps carry.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
 from latent_grpo.errors import ConfigError
 from latent_grpo.evaluation import evaluate
 from latent_grpo.prompts import encode_prompts
-from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
+from latent_grpo.quickstart.worlds import WORLDS
 from latent_grpo.rollout.generate import generate_latent
 from latent_grpo.rollout.trajectory import visible_text
 from latent_grpo.sft import LatentSFTTrainer, build_examples, gold_chain_accuracy
@@ -31,10 +32,11 @@ from latent_grpo.watching.responses import Response, mixtures, print_response
 TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 20_000, 1_000
 WATCHED_PROBLEMS = 200  # held-out problems that are evaluated during training
 SHOWN_PROBLEMS = 3  # held-out problems whose responses are printed
-DTYPE: Literal["float32"] = "float32"  # of the toy model on any device
+DTYPE: Literal["float32"] = "float32"  # of the tiny model on any device
+LATENT_ONLY = "latent_grpo_on_latent"  # in the summary: the reinforcement whose loss is on latent steps only
 
 
-def sft_config(out: Path, seed: int) -> LatentSFTConfig:
+def sft_config(out: Path, seed: int, world: str = "graph") -> LatentSFTConfig:
     """Return the options of the warm start."""
     return LatentSFTConfig(
         output_dir=str(out / "latent-sft"),
@@ -42,43 +44,36 @@ def sft_config(out: Path, seed: int) -> LatentSFTConfig:
         seed=seed,
         compression=2,
         answer_template="{answer}",
-        max_steps=450,
-        learning_rate=3e-3,
         lr_scheduler_type="linear",
-        warmup_steps=20,
-        per_device_train_batch_size=64,
         max_completion_length=16,
         log_table=False,
+        **WORLDS[world].sft,
     )
 
 
-def grpo_config(out: Path, seed: int, loss_on: Any) -> LatentGRPOConfig:
+def grpo_config(out: Path, seed: int, loss_on: Any, world: str = "graph") -> LatentGRPOConfig:
     """Return the options of the reinforcement."""
     return LatentGRPOConfig(
         output_dir=str(out / "latent-grpo"),
         dtype=DTYPE,
         seed=seed,
         loss_on=loss_on,
-        latent_top_k=2,  # a latent step stands for two chain tokens
-        # With the loss on latent steps only, nothing keeps the end of the latent run in its place for long: few steps.
-        max_rollouts=50,
-        learning_rate=1e-4,
+        latent_top_k=2,
         lr_scheduler_type="linear",
         num_generations=8,
         generation_batch_size=512,
-        per_device_train_batch_size=128,
         max_generation_batches=1,
         max_completion_length=12,
-        # A response has one to three latent steps. First-token selection would act on too large a share of them.
-        first_token="all",
         old_logprobs="rollout",
-        eval_steps=10,
         save_steps=0,
+        **WORLDS[world].grpo,
     )
 
 
-def quickstart(out: Path, *, seed: int = 0, loss_on: str = "all") -> dict[str, Any]:
+def quickstart(out: Path, *, seed: int = 0, loss_on: str | None = None, world: str = "graph") -> dict[str, Any]:
     """Run the whole pipeline into the folder `out` and return its summary.
+
+    loss_on: steps that carry the policy loss. The default is one run with all of them and one with the latent ones.
 
     Raises ConfigError if `out` already holds a quickstart.
     """
@@ -87,26 +82,34 @@ def quickstart(out: Path, *, seed: int = 0, loss_on: str = "all") -> dict[str, A
     started = time.perf_counter()
     console = Console(highlight=False)
     torch.manual_seed(seed)
-    problems = make_problems(TRAIN_PROBLEMS + HELD_OUT_PROBLEMS, seed=seed)
+    task = WORLDS[world]
+    problems = task.problems(TRAIN_PROBLEMS + HELD_OUT_PROBLEMS, seed)
     train, held_out = problems[HELD_OUT_PROBLEMS:], problems[:HELD_OUT_PROBLEMS]
-    console.print(f"[bold]{len(train)} problems[/] and {HELD_OUT_PROBLEMS} held out, for example:")
+    console.print(f"[bold]{len(train)} problems[/] and {HELD_OUT_PROBLEMS} held out, {task.about} For example:")
     console.print(train[0]["prompt"], markup=False)
 
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, seed=seed)
-    sft_args = sft_config(out, seed)
-    LatentSFTTrainer(model, sft_args, worked_examples(train, seed=seed), tokenizer).train()
-    grpo_args = grpo_config(out, seed, loss_on)
-    trainer = LatentGRPOTrainer(model, None, grpo_args, train, held_out[:WATCHED_PROBLEMS], tokenizer)
+    tokenizer = task.tokenizer()
+    model = task.model(tokenizer, seed)
+    sft_args = sft_config(out, seed, world)
+    LatentSFTTrainer(model, sft_args, task.examples(train, seed), tokenizer).train()
     gold = gold_chain_accuracy(model, build_examples(tokenizer, held_out, sft_args))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    grpo_args = grpo_config(out, seed, loss_on or "all", world)
+    trainer = LatentGRPOTrainer(model, None, grpo_args, train, held_out[:WATCHED_PROBLEMS], tokenizer)
     before = {**measure(trainer, held_out), "gold_chain_accuracy": gold}
     responses_before = respond(trainer, held_out[:SHOWN_PROBLEMS])
     trainer.train()
-    after = measure(trainer, held_out)
+    summary: dict[str, Any] = {"latent_sft": before, "latent_grpo": measure(trainer, held_out)}
     responses_after = respond(trainer, held_out[:SHOWN_PROBLEMS])
+    if loss_on is None:
+        model.load_state_dict(start)
+        only = replace(grpo_config(out, seed, "latent", world), output_dir=str(out / "latent-grpo-on-latent"))
+        trainer = LatentGRPOTrainer(model, None, only, train, held_out[:WATCHED_PROBLEMS], tokenizer)
+        trainer.train()
+        summary[LATENT_ONLY] = measure(trainer, held_out)
 
     seconds = round(time.perf_counter() - started, 1)
-    summary = {"latent_sft": before, "latent_grpo": after, "loss_on": loss_on, "seed": seed, "seconds": seconds}
+    summary |= {"world": world, "loss_on": loss_on or "all", "seed": seed, "seconds": seconds}
     write_files(out, summary, trainer.device)
     for number, (problem, *pair) in enumerate(zip(held_out, responses_before, responses_after, strict=False), 1):
         console.print(f"\n[bold]Problem {number}[/]: {problem['prompt']}  [green]({problem['answer']})[/]")
@@ -114,8 +117,17 @@ def quickstart(out: Path, *, seed: int = 0, loss_on: str = "all") -> dict[str, A
             console.print(f"  {label}")
             print_response(console, response, indent=4)
     console.print(summary_table(summary))
-    console.print(f"{seconds:.0f} s; summary.json, metrics.jsonl, curves.png and both models are in {out}/")
+    console.print(f"{task.headroom} {gain_line(summary)}".rstrip())
+    console.print(f"{seconds:.0f} s; summary.json, metrics.jsonl, curves.png and the models are in {out}/")
     return summary
+
+
+def gain_line(summary: dict[str, Any]) -> str:
+    """Return how much of the gain remains when only latent steps carry the loss, or nothing if that was not run."""
+    if LATENT_ONLY not in summary:
+        return ""
+    start, every, latent = (summary[name]["pass_at_1"] for name in ("latent_sft", "latent_grpo", LATENT_ONLY))
+    return f"Reinforcement adds {every - start:+.3f}; with the loss on latent steps only, {latent - start:+.3f}."
 
 
 def measure(trainer: LatentGRPOTrainer, problems: list[Any]) -> dict[str, Any]:
@@ -144,7 +156,8 @@ def write_files(out: Path, summary: dict[str, Any], device: torch.device) -> Non
     lines = "".join((out / phase / "metrics.jsonl").read_text() for phase in ("latent-sft", "latent-grpo"))
     (out / "metrics.jsonl").write_text(lines)
     caption = (
-        f"latent-grpo quickstart --seed {summary['seed']} --loss_on {summary['loss_on']}: {summary['seconds']:.0f} s, "
+        f"latent-grpo quickstart --world {summary['world']} --seed {summary['seed']}, loss on {summary['loss_on']} "
+        f"steps: {summary['seconds']:.0f} s, "
         f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}. Accuracy during training is on "
         f"{WATCHED_PROBLEMS} held-out problems."
     )
@@ -153,11 +166,13 @@ def write_files(out: Path, summary: dict[str, Any], device: torch.device) -> Non
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Return the table of figures before and after the reinforcement."""
-    before, after = summary["latent_sft"], summary["latent_grpo"]
-    table = Table(title=f"{after['problems']} held-out problems, noise-free")
+    columns = {"warm start": "latent_sft", "Latent-GRPO": "latent_grpo", "on latent steps": LATENT_ONLY}
+    columns = {heading: name for heading, name in columns.items() if name in summary}
+    before = summary["latent_sft"]
+    table = Table(title=f"{before['problems']} held-out problems, noise-free")
     table.add_column("")
-    table.add_column("warm start", justify="right")
-    table.add_column("Latent-GRPO", justify="right")
+    for heading in columns:
+        table.add_column(heading, justify="right")
     labels = {
         "pass_at_1": "Pass@1",
         "reasoning_steps": "reasoning steps",
@@ -165,6 +180,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "truncation_rate": "cut off by the limit",
     }
     for name, label in labels.items():
-        table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}")
-    table.add_row("read out of the gold chain", f"{before['gold_chain_accuracy']:.3f}", "")
+        table.add_row(label, *(f"{summary[column][name]:.3f}" for column in columns.values()))
+    table.add_row("read out of the gold chain", f"{before['gold_chain_accuracy']:.3f}")
     return table

@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -122,15 +123,20 @@ def _forget_last_change(row: dict[str, str]) -> dict[str, str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the task's word-level tokenizer: one token per word, number or punctuation mark, `</think>` one token.
+    """Return the task's word-level tokenizer: one token per word, number or punctuation mark, `</think>` one token."""
+    words = [*map(str, range(NUMBERS)), *NAMES, *OBJECTS, *GAIN_VERBS, *LOSS_VERBS, *FILLER_WORDS]
+    return word_tokenizer(words, pre_tokenizers.Whitespace())
+
+
+def word_tokenizer(words: Sequence[str], cut: Any = None) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer. cut: the pre-tokenizer that finds the words; the default cuts at white space.
 
     There is no BOS token. `</think>` is not a special token: it survives `skip_special_tokens=True`, as it does with
     the tokenizers of released reasoning models.
     """
-    words = [PAD_TOKEN, UNK_TOKEN, EOS_TOKEN, END_OF_THINKING, *map(str, range(NUMBERS))]
-    words += [*NAMES, *OBJECTS, *GAIN_VERBS, *LOSS_VERBS, *FILLER_WORDS]
+    words = [PAD_TOKEN, UNK_TOKEN, EOS_TOKEN, END_OF_THINKING, *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK_TOKEN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = cut or pre_tokenizers.WhitespaceSplit()
     # An added token is cut out before the pre-tokenizer, which would split it at its punctuation.
     tokenizer.add_tokens([AddedToken(END_OF_THINKING, special=False, normalized=False)])
     return PreTrainedTokenizerFast(

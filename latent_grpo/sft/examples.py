@@ -126,10 +126,17 @@ def with_chains(rows: Any, missing_chains: str) -> Any:
 def build_example(
     tokenizer: Any, row: Any, args: LatentSFTConfig, prompt_format: PromptFormat, marker: list[int], number: int
 ) -> Example:
-    """Return the tokens of a row with "prompt", "chain" and "answer". marker: ids of the end marker."""
-    chain = chain_ids(tokenizer, row, number, prompt_format.end_marker)
-    width = args.compression if args.latent else 1
-    steps = [chain[i : i + width] for i in range(0, len(chain), width)]
+    """Return the tokens of a row with "prompt", "chain" and "answer". marker: ids of the end marker.
+
+    A row's own `latent_steps` come before `compression`: a list of texts, each the tokens of one latent step.
+    """
+    own = row.get("latent_steps") if args.latent else None
+    if own:
+        steps = [chain_ids(tokenizer, {"chain": step}, number, prompt_format.end_marker) for step in own]
+    else:
+        chain = chain_ids(tokenizer, row, number, prompt_format.end_marker)
+        width = args.compression if args.latent else 1
+        steps = [chain[i : i + width] for i in range(0, len(chain), width)]
     text = [[token] for token in text_after(tokenizer, row, number, args, marker)]
     prompt = prompt_format.ids(tokenizer, [row["prompt"]])[0]
     return Example(prompt, steps + text, number, latents=len(steps) if args.latent else 0)

@@ -30,7 +30,7 @@ from latent_grpo.evaluation import evaluate
 from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer, with_chosen_dtype
 from latent_grpo.prompts import PromptFormat, resolve_format
 from latent_grpo.quickstart.run import grpo_config, sft_config
-from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
+from latent_grpo.quickstart.worlds import WORLDS
 from latent_grpo.recipes.read import read_yaml
 from latent_grpo.saving.atomic_files import require_writable, write_json
 from latent_grpo.sft import LatentSFTTrainer
@@ -59,7 +59,7 @@ class Arm:
         return {**(read_yaml(self.recipe, LatentGRPOConfig) if self.recipe else {}), **self.changes}
 
 
-LATENT, TEXT, FULL = "latent-sft", "text-sft", "latent-grpo"
+LATENT, TEXT, SEARCH, FULL = "latent-sft", "text-sft", "text-search-sft", "latent-grpo"
 ARMS = {
     LATENT: Arm("warm start (uniform targets)", LATENT),
     FULL: Arm("Latent-GRPO", LATENT),
@@ -69,8 +69,11 @@ ARMS = {
     "soft-grpo": Arm("SofT-GRPO", TEXT, recipe="soft-grpo"),
     "multiplex": Arm("Multiplex Thinking", TEXT, recipe="multiplex"),
     "text-grpo": Arm("text GRPO", TEXT, recipe="text-grpo"),
+    # Only where a problem has a chain that searches, beside the one that goes straight to the answer.
+    SEARCH: Arm("text SFT on searches", SEARCH),
+    "text-search-grpo": Arm("text GRPO from searches", SEARCH, recipe="text-grpo"),
     "two-sided-noise": Arm("two-sided noise", LATENT, {"noise": "two_sided"}),
-    "first-token-as-released": Arm("first-token selection as released", LATENT, {"first_token": "best_of_group"}),
+    "first-token-as-written": Arm("first-token selection as written", LATENT, {"first_token": "best_of_correct"}),
     "no-first-token-selection": Arm("no first-token selection", LATENT, {"first_token": "all"}),
     "no-invalid-masking": Arm("no invalid masking", LATENT, {"invalid": "keep"}),
     "margin-released": Arm("margin gradient as released", LATENT, {"margin_gradient": "released"}),
@@ -111,7 +114,7 @@ class Plan:
 
     @property
     def embedded(self) -> bool:
-        """Whether the task is the quickstart's toy task, made on the spot."""
+        """Whether the task is a world of the quickstart, made on the spot."""
         return not self.sft.model_name_or_path
 
     def sft_options(self, run: Run) -> LatentSFTConfig:
@@ -121,28 +124,30 @@ class Plan:
 
     def grpo_options(self, run: Run) -> LatentGRPOConfig:
         """Return the options of a reinforced run. For a warm start, they say how its responses are sampled."""
-        changes: dict[str, Any] = {"latent": run.start.arm == LATENT, **ARMS[run.arm].options()}
+        tuned = WORLDS[self.args.world].tuned.get(run.arm, {}) if self.embedded else {}
+        changes: dict[str, Any] = {"latent": run.start.arm == LATENT, **tuned, **ARMS[run.arm].options()}
         return replace(self.grpo, output_dir=str(run.folder(self.args)), seed=run.seed, **changes)
 
     def identity(self) -> dict[str, Any]:
         """Return the options that must stay the same for finished runs to be kept."""
         args = asdict(self.args)
-        shared = {name: args[name] for name in ("train_problems", "held_out_problems", "num_samples", "threads")}
+        names = ("world", "train_problems", "held_out_problems", "num_samples", "threads")
+        shared = {name: args[name] for name in names}
         return {**shared, "sft": asdict(self.sft), "grpo": asdict(self.grpo)}
 
 
 def make_plan(args: CompareConfig, sft: LatentSFTConfig | None = None, grpo: LatentGRPOConfig | None = None) -> Plan:
-    """Return the plan of a comparison. Without `sft` and `grpo`, it is of the quickstart's toy task and options.
+    """Return the plan of a comparison. Without `sft` and `grpo`, it is of a world of the quickstart and its options.
 
     Raises ConfigError if only one of `sft` and `grpo` is given, or if they name no data.
     """
     if (sft is None) != (grpo is None):
         raise ConfigError(
-            "sft_config and grpo_config belong together; give both, or none for the quickstart's toy task"
+            "sft_config and grpo_config belong together; give both, or none for a world of the quickstart"
         )
-    sft = sft or sft_config(Path(), 0)
-    # The full method is the paper's, with first-token selection, which the quickstart leaves out.
-    grpo = grpo or replace(grpo_config(Path(), 0, "all"), first_token="best_of_correct")
+    sft = sft or sft_config(Path(), 0, args.world)
+    # The full method selects first tokens, which the quickstart's arithmetic leaves out.
+    grpo = grpo or replace(grpo_config(Path(), 0, "all", args.world), first_token="best_of_group")
     # Folder and seed are a run's own. Zeros keep them out of what `claim_folder` compares.
     sft = replace(with_chosen_dtype(sft), output_dir="", seed=0, max_steps=args.sft_steps or sft.max_steps)
     grpo = replace(with_chosen_dtype(grpo), output_dir="", seed=0, save_steps=0)
@@ -156,11 +161,13 @@ def make_plan(args: CompareConfig, sft: LatentSFTConfig | None = None, grpo: Lat
 
 def all_runs(args: CompareConfig) -> list[Run]:
     """Return every run, warm starts first. Raise ConfigError for an arm that does not exist."""
-    chosen = args.arms or list(ARMS)
+    searches = args.world == "graph" and not args.sft_config
+    possible = [name for name, arm in ARMS.items() if searches or arm.start != SEARCH]
+    chosen = args.arms or possible
     for name in chosen:
-        if name not in ARMS:
-            raise ConfigError(f"arms holds {name!r}: choose from {', '.join(ARMS)}")
-    starts = [name for name in (LATENT, TEXT) if any(ARMS[arm].start == name for arm in chosen)]
+        if name not in possible:
+            raise ConfigError(f"arms holds {name!r}: choose from {', '.join(possible)}")
+    starts = [name for name in (LATENT, TEXT, SEARCH) if any(ARMS[arm].start == name for arm in chosen)]
     rest = [name for name in ARMS if name in chosen and name not in starts]
     return [Run(seed, arm) for names in (starts, rest) for seed in args.seeds for arm in names]
 
@@ -293,10 +300,10 @@ def execute(plan: Plan, run: Run) -> float:
 
 
 def problems(plan: Plan, seed: int) -> tuple[list[Any], list[Any]]:
-    """Return rows to train on and held-out rows: of the toy task, made from the seed, or of the configured data."""
+    """Return rows to train on and held-out rows: of a world, made from the seed, or of the configured data."""
     args, grpo = plan.args, plan.grpo
     if plan.embedded:
-        rows = make_problems(args.train_problems + args.held_out_problems, seed=seed)
+        rows = WORLDS[args.world].problems(args.train_problems + args.held_out_problems, seed)
         return rows[args.held_out_problems :], rows[: args.held_out_problems]
     columns = {name: getattr(grpo, name) for name in ("prompt_column", "answer_column", "chain_column")}
     held_out = load_rows(str(grpo.eval_dataset), split="test", limit=grpo.eval_limit, **columns)
@@ -307,9 +314,12 @@ def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> t
     """Train a warm start with uniform targets, or text SFT on the same chains. Return model and tokenizer."""
     options = plan.sft_options(run)
     if plan.embedded:
-        tokenizer = make_tokenizer()
-        model: Any = make_model(tokenizer, seed=run.seed)
-        rows: list[Any] = worked_examples(train, seed=run.seed)
+        world = WORLDS[plan.args.world]
+        tokenizer = world.tokenizer()
+        model: Any = world.model(tokenizer, run.seed)
+        rows: list[Any] = world.examples(train, run.seed)
+        if run.arm == SEARCH:
+            rows = [{**row, "chain": row["search"]} for row in rows]
     else:
         tokenizer = load_tokenizer(options.model_name_or_path)
         model = load_model(options.model_name_or_path, options.dtype, options.device)

@@ -113,7 +113,7 @@ def task_line(plan: Plan, records: dict[str, list[dict[str, Any]]]) -> str:
     place, problems = one["environment"], one["result"]["problems"]
     threads = f"{plan.args.threads} thread{'s' * (plan.args.threads > 1)}"
     seeds = f"seed{'s' * (len(plan.args.seeds) > 1)} {', '.join(map(str, plan.args.seeds))}"
-    task = "the quickstart's toy task" if plan.embedded else f"{plan.grpo.eval_dataset}"
+    task = f"the {plan.args.world} world" if plan.embedded else f"{plan.grpo.eval_dataset}"
     rollouts, updates = plan.grpo.max_rollouts, plan.grpo.max_steps
     length = f"{rollouts} rollouts" if rollouts > 0 else f"{updates} updates on rollouts"
     return (

@@ -12,8 +12,8 @@ from support.documents import REPOSITORY, script
 from transformers import AutoModelForCausalLM
 
 from latent_grpo import LatentSFTConfig, LatentSFTTrainer
+from latent_grpo.quickstart.graph_world import make_model, make_problems, make_tokenizer
 from latent_grpo.quickstart.run import sft_config
-from latent_grpo.quickstart.toy_task import make_model, make_problems, make_tokenizer, worked_examples
 
 
 @pytest.fixture
@@ -23,10 +23,10 @@ def one_file() -> Any:
 
 
 def warm_start(folder: Path, problems: int = 20_000, **options: Any) -> str:
-    """Train a warm start on problems of the toy task, as the quickstart does, and return its folder."""
+    """Train a warm start on problems of the graph world, as the quickstart does, and return its folder."""
     settings: dict[str, Any] = {**vars(sft_config(folder, 0)), **options}
     tokenizer = make_tokenizer()
-    rows = worked_examples(make_problems(problems, seed=1), seed=1)
+    rows = make_problems(problems, seed=1)
     LatentSFTTrainer(make_model(tokenizer, seed=0), LatentSFTConfig(**settings), rows, tokenizer).train()
     return str(settings["output_dir"])
 

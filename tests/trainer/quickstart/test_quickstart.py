@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from latent_grpo.errors import ConfigError
-from latent_grpo.quickstart.run import quickstart
+from latent_grpo.quickstart.run import LATENT_ONLY, quickstart
 from latent_kernels import group_advantages, latent_logprob_from_logits, latent_step_from_logits
 
 
 def test_quickstart_writes_what_it_promises_from_the_same_start(short_quickstart, tmp_path, capsys):
     summaries = {}
-    for loss_on in ("all", "latent"):
-        out = tmp_path / loss_on
-        summaries[loss_on] = quickstart(out, seed=3, loss_on=loss_on)
+    for loss_on, world in ((None, "graph"), ("latent", "graph"), ("text", "arithmetic")):
+        out = tmp_path / str(loss_on)
+        summaries[loss_on] = quickstart(out, seed=3, loss_on=loss_on, world=world)
         assert json.loads((out / "summary.json").read_text()) == summaries[loss_on]
         phases = [json.loads(line)["phase"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert set(phases) >= {"sft", "train"}
@@ -32,8 +32,12 @@ def test_quickstart_writes_what_it_promises_from_the_same_start(short_quickstart
             assert 0 <= summary[phase]["pass_at_1"] <= 1
             assert summary[phase]["reasoning_steps"] >= 0
         assert 0 <= summary["latent_sft"]["gold_chain_accuracy"] <= 1
-    assert summaries["all"]["latent_sft"] == summaries["latent"]["latent_sft"]
+    both, latent = summaries[None], summaries["latent"]
+    assert both["latent_sft"] == latent["latent_sft"]
+    assert both[LATENT_ONLY] == latent["latent_grpo"]  # from the same start, on the same streams
+    assert LATENT_ONLY not in latent
     shown = capsys.readouterr().out
+    assert "with the loss on latent steps only" in " ".join(shown.split())  # a console breaks lines
     assert "Pass@1" in shown
     assert "Problem 1" in shown
     assert "read out of the gold chain" in shown
