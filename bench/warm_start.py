@@ -91,7 +91,8 @@ def run_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Return the share of chain tokens read back over the steps of each phase."""
     lines = {phase: read_metrics(folder / phase / "metrics.jsonl") for phase in PHASES}
-    return {p: [(row["step"], row["read_back"]) for row in rows if "read_back" in row] for p, rows in lines.items()}
+    name = "latent/read_back"
+    return {p: [(row["step"], row[name]) for row in rows if name in row] for p, rows in lines.items()}
 
 
 def pass_at_1(model: Any, tokenizer: Any, problems: list[Any], top_k: int) -> float:

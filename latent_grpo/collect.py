@@ -31,6 +31,9 @@ from latent_grpo.rollout.slot_cache import rows_within
 from latent_grpo.rollout.trajectory import Rollout, concatenate, latent_share, mixture_entropy, visible_text
 from latent_grpo.seeds import derive_seed, shuffle_seed
 
+AGREEMENT = 1e-6  # rewards that differ by less are equal up to the rounding of their sums
+POSITION = ("prompts_seen", "generations", "tokens_seen")  # what a checkpoint keeps
+
 
 @dataclass
 class Groups:
@@ -69,7 +72,7 @@ class Collector:
 
     Attributes:
         prompts_per_batch: prompts of one rollout, P. Each has `args.num_generations` responses.
-        prompts_seen, generations: prompts and rollouts sampled so far. A checkpoint keeps both.
+        prompts_seen, generations, tokens_seen: prompts, rollouts and tokens of both so far. A checkpoint keeps them.
         state: the progress of the run, which reward functions get as `trainer_state`. The trainer keeps it up to date.
     """
 
@@ -85,7 +88,7 @@ class Collector:
         self.args, self.sampling, self.rows = args, sampling, rows
         self.tokenizer, self.reward_funcs, self.prompt_format = tokenizer, reward_funcs, prompt_format
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
-        self.prompts_seen = self.generations = 0
+        self.prompts_seen = self.generations = self.tokens_seen = 0
         self.columns = reward_columns(rows)  # of the data
         check_columns(reward_funcs, rows, self.columns)
         self.state = TrainerState()
@@ -105,6 +108,7 @@ class Collector:
         # Dynamic sampling: new prompts replace the groups that agree, from which nothing can be learnt.
         for _ in range(args.max_generation_batches):
             groups = self.sample(model)
+            self.tokens_seen += tokens_of(groups.rollout)
             all_rewards.append(groups.rewards)
             all_samples.append(groups.samples)
             keep = self.groups_to_keep(groups.rewards, self.prompts_per_batch - kept_count)
@@ -129,10 +133,13 @@ class Collector:
         by_group = torch.cat(all_rewards).view(-1, args.num_generations)
         values = {
             "reward": float(by_group.nanmean()),
-            "reward_std": float(_group_std(by_group).nanmean()),
+            "reward_std": nan_std(by_group.flatten()),
+            "frac_reward_zero_std": agreeing_share(by_group),
             **function_metrics(everything.rewards),
             "groups_kept": kept_count / len(by_group),
-            **rollout_metrics(batch.rollout),
+            "epoch": self.prompts_seen / len(self.rows),
+            "num_tokens": self.tokens_seen,
+            **rollout_metrics(batch.rollout, latent=args.latent),
             "time_rollout": seconds,
             "tokens_per_second": int(batch.rollout.mask.sum()) / max(seconds, 1e-9),
         }
@@ -229,11 +236,12 @@ class Collector:
 
     def position(self) -> dict[str, int]:
         """Return how far the data has been read, for a checkpoint."""
-        return {"prompts_seen": self.prompts_seen, "generations": self.generations}
+        return {name: getattr(self, name) for name in POSITION}
 
     def restore(self, position: Mapping[str, int]) -> None:
         """Go to a `position`, or to the start if it is empty."""
-        self.prompts_seen, self.generations = position.get("prompts_seen", 0), position.get("generations", 0)
+        for name in POSITION:
+            setattr(self, name, position.get(name, 0))
 
     def next_prompts(self) -> list[int]:
         """Return the indices of the next `prompts_per_batch` rows. Every epoch has a new order."""
@@ -263,26 +271,49 @@ def function_metrics(rewards: Mapping[str, Sequence[float | None]]) -> dict[str,
     return values
 
 
-def _group_std(rewards: Tensor) -> Tensor:
-    """Return the standard deviation of each group of rewards [P, G] with Bessel's correction, without NaN rewards."""
-    scored = ~rewards.isnan()
-    centred = torch.where(scored, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
-    count = scored.sum(-1)
-    return torch.where(count > 1, (centred.square().sum(-1) / (count - 1).clamp_min(1)).sqrt(), torch.nan)
+def agreeing_share(rewards: Tensor) -> float:
+    """Return the share of groups of rewards [P, G] whose rewards agree, up to rounding, without NaN rewards."""
+    spread = rewards.nan_to_num(-torch.inf).amax(-1) - rewards.nan_to_num(torch.inf).amin(-1)
+    return float((spread < AGREEMENT).double().mean())  # -inf where a group has no reward at all
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return means over the responses: steps, latent steps, entropy of a latent step in nats, cut off.
+def nan_std(rewards: Tensor) -> float:
+    """Return the standard deviation of rewards [R] with Bessel's correction, without NaN; 0 of fewer than two."""
+    scored = rewards[~rewards.isnan()]
+    return float(scored.std()) if len(scored) > 1 else 0.0
 
-    `latent_share` is the share of latent steps among all steps, `latent_share_per_question` the mean of the shares of
-    each prompt's responses, in which a prompt with long responses weighs no more than another.
+
+def tokens_of(rollout: Rollout) -> int:
+    """Return the number of tokens of the responses, each with its prompt, as TRL counts them."""
+    return int(rollout.mask.sum() + rollout.prompt_mask.sum(-1)[rollout.prompt_index].sum())
+
+
+def rollout_metrics(rollout: Rollout, *, latent: bool) -> dict[str, float]:
+    """Return lengths of the responses in steps, the share that was cut off, and the entropy of text steps in nats.
+
+    latent: return lengths, shares and mixture entropy of the latent steps too. The share per prompt is the mean of the
+    shares of each prompt's responses, in which a prompt with long responses weighs no more than another.
     """
-    lengths, latent = rollout.lengths.float(), rollout.latent_steps.float()
-    return {
-        "response_length": float(lengths.mean()),
-        "latent_length": float(latent.mean()),
-        "latent_share": float(latent.sum() / lengths.sum()),
-        "latent_share_per_question": float(latent_share(rollout).mean()),
-        "mixture_entropy": float(mixture_entropy(rollout).sum() / latent.sum().clamp_min(1)),
-        "truncated": float((~rollout.finished).float().mean()),
+    lengths, ended, text = rollout.lengths.float(), rollout.finished, rollout.mask & ~rollout.is_latent
+    of_ended = lengths[ended] if ended.any() else lengths.new_zeros(1)
+    values = {
+        f"completions/{name}": float(value)
+        for suffix, some in (("length", lengths), ("terminated_length", of_ended))
+        for name, value in (
+            (f"mean_{suffix}", some.mean()),
+            (f"min_{suffix}", some.min()),
+            (f"max_{suffix}", some.max()),
+        )
     }
+    values["completions/clipped_ratio"] = float((~ended).float().mean())
+    if text.any():
+        values["entropy"] = -float(rollout.logprob[text].mean())
+    if latent:
+        steps = rollout.latent_steps.float()
+        values |= {
+            "latent/mean_length": float(steps.mean()),
+            "latent/share": float(steps.sum() / lengths.sum()),
+            "latent/share_per_prompt": float(latent_share(rollout).mean()),
+            "latent/mixture_entropy": float(mixture_entropy(rollout).sum() / steps.sum().clamp_min(1)),
+        }
+    return values

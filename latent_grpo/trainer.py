@@ -60,7 +60,9 @@ from latent_grpo.update.micro_batches import micro_batches
 from latent_grpo.update.optimizer import Updater
 from latent_grpo.update.probe import start_probe
 from latent_grpo.update.replay import replay_logprob, warn_of_gap
+from latent_grpo.update.statistics import GAP, update_metrics
 from latent_grpo.watching.metrics import CONSOLE, Metrics, progress_bar
+from latent_grpo.watching.names import evaluation_metrics
 from latent_grpo.watching.response_log import print_completions, write_completions
 from latent_kernels import PolicyStats
 
@@ -203,7 +205,7 @@ class LatentGRPOTrainer:
             with progress_bar(args.label(), self.total_steps, self.step) as bar:
                 while not self.length.reached(self.step, self.updater.updates):
                     values = self.take_step()
-                    bar.advance(f"reward {values['reward']:.3f}  steps {values['response_length']:.1f}")
+                    bar.advance(f"reward {values['reward']:.3f}  steps {values['completions/mean_length']:.1f}")
                     self.checkpoints.mark(self.step, self.collector.position(), self.metrics.history)
                     stop.after_step(self.step, self.save)
             self.metrics.close()
@@ -212,13 +214,14 @@ class LatentGRPOTrainer:
 
     def take_step(self) -> dict[str, float]:
         """Sample, score, update, and write the metrics as the options ask. Return them."""
-        args = self.args
+        args, started = self.args, time.perf_counter()
         batch, values = self.collect()
         probe = start_probe(self.full_model, batch.rollout, args, self.step + 1)
         values |= self.update(batch, self.length.updates_left(self.updater.updates))
         values |= probe()
         assert batch.samples is not None
         values |= metric_means(batch.samples.metrics, values)
+        values["step_time"] = time.perf_counter() - started
         self.step += 1
         if args.eval_steps and self.step % args.eval_steps == 0:
             values |= self.evaluate()
@@ -247,16 +250,16 @@ class LatentGRPOTrainer:
     def prepare(self, rollout: Rollout, rewards: Tensor) -> tuple[Batch, dict[str, float]]:
         """Add old and reference log-probs and advantages to a rollout with rewards [R], group after group.
 
-        Return the batch, and {"logprob_gap": mean |log-prob of the trainer - log-prob of the sampler| in nats}, which
-        is empty with `old_logprobs` rollout.
+        Return the batch, and {GAP: mean |log-prob of the trainer - log-prob of the sampler| in nats}, which is empty
+        with `old_logprobs` rollout.
         """
         args, gap, hidden, old = self.args, {}, None, rollout.logprob
         if args.old_logprobs == "recompute":
             hidden = self.only_replay(rollout)
             old = self.logprobs(self.full_model, rollout, hidden)
             distance = (step_logprob(old) - rollout.logprob).abs()
-            gap["logprob_gap"] = float((distance * rollout.mask).sum() / rollout.mask.sum())
-            warn_of_gap(gap["logprob_gap"], args.max_logprob_gap, self.step + 1)
+            gap[GAP] = float((distance * rollout.mask).sum() / rollout.mask.sum())
+            warn_of_gap(gap[GAP], args.max_logprob_gap, self.step + 1)
         group = torch.arange(len(rewards), device=self.device) // args.num_generations
         advantages = policy_advantages(args, rollout, rewards, group, step_logprob(old))
         with without_adapters(self.reference):
@@ -313,18 +316,15 @@ class LatentGRPOTrainer:
                 stats = self.accumulate(batch, rows)
                 if updates == 0 and args.old_logprobs == "rollout":
                     # Before the first update the policy is the one that sampled: any log-ratio is a numerical gap.
-                    gap["logprob_gap"] = stats["abs_log_ratio"]
-                    warn_of_gap(gap["logprob_gap"], args.max_logprob_gap, self.step + 1)
+                    gap[GAP] = stats["abs_log_ratio"]
+                    warn_of_gap(gap[GAP], args.max_logprob_gap, self.step + 1)
                 stats["grad_norm"] = self.updater.step()
                 updates += 1
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + value
         copy_to_full(self.full_model, self.model)
-        # The entropy is computed only if it has a coefficient. Multiplex Thinking has no margins.
-        absent = {"entropy": not args.entropy_coef, "margin_crossed": args.method == "multiplex"}
-        unused = {"abs_log_ratio", *(name for name, missing in absent.items() if missing)}
         return {
-            **{name: value / updates for name, value in sums.items() if name not in unused},
+            **update_metrics(args, sums, updates),
             **gap,
             "learning_rate": self.updater.learning_rate,
             "skipped_updates": self.updater.skipped,
@@ -376,7 +376,7 @@ class LatentGRPOTrainer:
         result = evaluate(
             self.full_model, self.tokenizer, self.eval_rows, self.sampling, prompt_format=self.prompt_format
         )
-        return {f"eval_{name}": value for name, value in result.items() if isinstance(value, int | float)}
+        return evaluation_metrics(result)
 
     def log_completions(self, batch: Batch) -> None:
         """Print responses and write them to the Parquet log, as the options ask. Only rank 0 does so."""

@@ -33,7 +33,7 @@ def run(prog: str, argv: Sequence[str]) -> int:
         results = encode(args, rows, tokenizer)
         if rank() == 0:
             for phase, values in results.items():
-                shares = f"read back {values['read_back']:.3f}, answers {values['read_answers']:.3f}"
+                shares = f"read back {values['latent/read_back']:.3f}, answers {values['latent/read_answers']:.3f}"
                 print(f"{phase}: loss {values['loss']:.4f}, {shares}")
             kept = [phase for phase in args.phases if phase not in (*results, "labels")]
             if kept:

@@ -182,8 +182,8 @@ class WatchingOptions:
     num_completions_to_print: int = option(0, "Responses printed at every logged step.", NON_NEGATIVE)
     probe_steps: int = option(
         256,
-        "Latent steps that are replayed before and after the update of a logged step, for margins_not_positive, "
-        "upper_atom and nucleus_overlap. 0 leaves these metrics out.",
+        "Latent steps that are replayed before and after the update of a logged step, for latent/margins_not_positive, "
+        "latent/upper_atom and latent/nucleus_overlap. 0 leaves these metrics out.",
         NON_NEGATIVE,
     )
 

@@ -222,7 +222,7 @@ class Phase(UpdateLoop):
             right += int((found & batch.piece).sum())
             answers += int((found | batch.piece | ~batch.target).all(-1).sum())
         self.model.train()
-        return {"read_back": right / max(1, tokens), "read_answers": answers / len(self.held_out)}
+        return {"latent/read_back": right / max(1, tokens), "latent/read_answers": answers / len(self.held_out)}
 
 
 def write_labels(args: EncodeConfig, rows: Sequence[Any], tokenizer: Any, prompt_format: PromptFormat) -> None:

@@ -106,7 +106,7 @@ class UpdateLoop(ABC):
                 while self.step < self.total_steps:
                     values = self.update(self.next_examples())
                     self.step += 1
-                    values |= self.measures()
+                    values |= {"epoch": self.step * self.batch_rows / len(self.examples), **self.measures()}
                     if self.step % args.logging_steps == 0:
                         self.metrics.write({"phase": self.phase, "step": self.step, **values})
                     bar.advance(f"loss {values['loss']:.3f}")

@@ -119,11 +119,11 @@ class LatentSFTTrainer(UpdateLoop):
         if share and not self.warned:
             warnings.warn(
                 f"{share:.0%} of the rows have the end marker on top of a latent step in each of {ATTEMPTS} draws of "
-                "their noise; the last draw is used (metric end_on_top)",
+                "their noise; the last draw is used (metric latent/end_on_top)",
                 stacklevel=2,
             )
         self.failed, self.warned = 0, self.warned or share > 0
-        return {"end_on_top": share}
+        return {"latent/end_on_top": share}
 
 
 def labels_of(

@@ -25,7 +25,7 @@ COLUMNS = {
     "truncation_rate": "cut off",
 }
 SHORT = {"pass_at_1": "Pass@1", "pass@1": "under noise", "reasoning_steps": "reasoning steps"}
-CURVES = ("reward", "eval_pass_at_1", "latent_length", "response_length")
+CURVES = ("reward", "eval_pass_at_1", "latent/mean_length", "completions/mean_length")
 NAME = "comparison"
 LINE_STYLES = ("-", "--", "-.")
 WINDOWS = 15  # points of a curve of lengths; lengths of single steps are noisy
@@ -247,7 +247,7 @@ def draw_lengths(axis: Any, records: dict[str, list[dict[str, Any]]], names: Seq
     """Draw the latent steps of sampled responses by training step. Each point is a mean over a window of steps."""
     for name in names:
         curves = []
-        for points in (_points(run, "latent_length") for run in records[name]):
+        for points in (_points(run, "latent/mean_length") for run in records[name]):
             width = max(1, len(points) // WINDOWS)
             steps = list(points)[width - 1 :: width]
             curves.append({end: mean(v for s, v in points.items() if end - width < s <= end) for end in steps})

@@ -35,11 +35,11 @@ def start_probe(model: Any, rollout: Rollout, args: LatentGRPOConfig, step: int)
 
     Call it after the update. Its metrics are shares of the components of these steps:
 
-    - `margins_not_positive`: the margin score - log-prob is at most 0 under the policy now. There the gradient of a
-      latent step no longer has the sign of the advantage (Eq. 15). The margins of "soft_grpo" are to its own target,
-      log(q + 1e-6) with q the softmax over the K components alone.
-    - `upper_atom`: the noise was at the upper end of its clamp (Eq. 12). Only of the method "latent_grpo".
-    - `nucleus_overlap`: the id would still be a candidate: the probability mass of the ids before it is below
+    - `latent/margins_not_positive`: the margin score - log-prob is at most 0 under the policy now. There the gradient
+      of a latent step no longer has the sign of the advantage (Eq. 15). The margins of "soft_grpo" are to its own
+      target, log(q + 1e-6) with q the softmax over the K components alone.
+    - `latent/upper_atom`: the noise was at the upper end of its clamp (Eq. 12). Only of the method "latent_grpo".
+    - `latent/nucleus_overlap`: the id would still be a candidate: the probability mass of the ids before it is below
       `latent_top_p` under the policy now, or it is among the first K.
 
     The sample depends only on the rollout and the step, so every rank measures the same and none waits for another.
@@ -65,11 +65,11 @@ def start_probe(model: Any, rollout: Rollout, args: LatentGRPOConfig, step: int)
             parts.append((logprob.gather(-1, ids), scores, kept))
         now, scores, kept = map(torch.cat, zip(*parts, strict=True))
         target = (now.softmax(-1) + SOFT_EPSILON).log() if args.method == "soft_grpo" else now
-        shares = {"margins_not_positive": scores <= target, "nucleus_overlap": kept}
+        shares = {"latent/margins_not_positive": scores <= target, "latent/nucleus_overlap": kept}
         if args.method == "latent_grpo":
             most = GUMBEL_HIGH if args.noise == "two_sided" else GUMBEL_HIGH - GUMBEL_LOW + args.noise_delta
             rounding = ROUNDING.get(model.dtype, ROUNDING_16_BITS)
-            shares["upper_atom"] = scores - before >= args.noise_scale * most - rounding
+            shares["latent/upper_atom"] = scores - before >= args.noise_scale * most - rounding
         return {name: float(hits.double().mean()) for name, hits in shares.items()}
 
     return measure

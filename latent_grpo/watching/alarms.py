@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 WINDOW = 10  # logged steps that are averaged, at the start of the run and now
-EPSILON = 1e-6  # rewards that agree have a standard deviation below this: their float32 mean is rounded
 
 
 @dataclass(frozen=True)
@@ -25,25 +24,25 @@ class Alarm:
 
 ALARMS = (
     Alarm(
-        "latent_length",
+        "latent/mean_length",
         lambda start, now: now < 0.5 * start,
         "latent length fell from {start:.1f} to {now:.1f} steps: the latent run is collapsing; "
         "lower learning_rate or raise beta",
     ),
     Alarm(
-        "mixture_entropy",
+        "latent/mixture_entropy",
         lambda start, now: now < 0.5 * start,
         "mixture entropy fell from {start:.3f} to {now:.3f} nats: latent steps turn into single tokens; "
         "lower learning_rate or raise noise_scale",
     ),
     Alarm(
-        "reward_std",
-        lambda start, now: now < EPSILON,
+        "frac_reward_zero_std",
+        lambda start, now: now == 1.0,
         "rewards agree within every group: there is nothing to learn from; take harder or easier prompts, "
         "or raise num_generations or noise_scale",
     ),
     Alarm(
-        "truncated",
+        "completions/clipped_ratio",
         lambda start, now: now > start + 0.25,
         "responses cut off by the limit rose from {start:.0%} to {now:.0%}: the end marker is being lost; "
         "lower learning_rate, or raise beta or max_completion_length",

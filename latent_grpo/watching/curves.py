@@ -9,7 +9,7 @@ from latent_grpo.watching.figures import drawn_figure
 from latent_grpo.watching.metrics import read_metrics
 
 ENCODE_PHASES = ("encoder", "decoder", "union")
-READ = {"read_back": "chain tokens", "read_answers": "texts"}
+READ = {"latent/read_back": "chain tokens", "latent/read_answers": "texts"}
 # Title, phase, the label of each metric, unit of the vertical axis.
 PANELS = (
     ("Warm start", "sft", {"loss": "loss"}, "KL and cross-entropy per element (nats)"),
@@ -22,11 +22,11 @@ PANELS = (
     (
         "Response length",
         "train",
-        {"response_length": "all steps", "latent_length": "latent steps"},
+        {"completions/mean_length": "all steps", "latent/mean_length": "latent steps"},
         "steps per response",
     ),
-    ("Latent mixtures", "train", {"mixture_entropy": "entropy"}, "nats per latent step"),
-    ("Updates", "train", {"clip_fraction": "clipped", "margin_crossed": "margins crossed"}, "share"),
+    ("Latent mixtures", "train", {"latent/mixture_entropy": "entropy"}, "nats per latent step"),
+    ("Updates", "train", {"clip_ratio/region_mean": "clipped", "latent/margin_crossed": "margins crossed"}, "share"),
     ("Gradient norm", "train", {"grad_norm": "before clipping"}, "norm"),
     *(
         panel

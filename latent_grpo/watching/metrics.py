@@ -18,7 +18,8 @@ from latent_grpo.parallel.process_group import on_rank_zero, rank
 from latent_grpo.saving.atomic_files import write_whole
 from latent_grpo.saving.integrity import checkpoints_in
 from latent_grpo.watching.alarms import Alarms
-from latent_grpo.watching.trackers import open_trackers
+from latent_grpo.watching.names import renamed
+from latent_grpo.watching.trackers import open_trackers, tracked_name
 
 # Lines and bar share one console, so that the lines are printed above the bar. They go to standard error, because
 # standard output is for results.
@@ -32,21 +33,21 @@ TABLE = (
     ("reward", "reward", "7.3f"),
     ("reward_std", "std", "6.3f"),
     ("groups_kept", "kept", "5.2f"),
-    ("response_length", "length", "7.1f"),
-    ("latent_length", "latent", "7.1f"),
-    ("mixture_entropy", "entropy", "8.3f"),
-    ("truncated", "cut", "5.2f"),
-    ("clip_fraction", "clip", "6.3f"),
+    ("completions/mean_length", "length", "7.1f"),
+    ("latent/mean_length", "latent", "7.1f"),
+    ("latent/mixture_entropy", "entropy", "8.3f"),
+    ("completions/clipped_ratio", "cut", "5.2f"),
+    ("clip_ratio/region_mean", "clip", "6.3f"),
     ("kl", "kl", "8.4f"),
     ("grad_norm", "grad", "8.3f"),
     ("learning_rate", "rate", "9.1e"),
     ("tokens_per_second", "tok/s", "7.0f"),
     ("eval_pass_at_1", "Pass@1", "7.3f"),
-    ("read_back", "read back", "10.3f"),
-    ("read_answers", "answers", "8.3f"),
+    ("latent/read_back", "read back", "10.3f"),
+    ("latent/read_answers", "answers", "8.3f"),
 )
 LINES_PER_HEADING = 20
-READ = ("read_back", "read_answers")
+READ = ("latent/read_back", "latent/read_answers")
 EVALUATIONS = {"train": ("eval_pass_at_1",), "encoder": READ, "decoder": READ, "union": READ}  # by phase
 
 
@@ -60,7 +61,7 @@ class Metrics:
     """
 
     def __init__(self, args: RunOptions, history: list[dict[str, Any]] | None = None) -> None:
-        self.history = list(history or [])
+        self.history = [renamed(row) for row in history or []]  # a checkpoint may be of an earlier version
         self.alarms = Alarms()
         # An alarm that fired before the checkpoint must not fire again.
         for values in self.history:
@@ -110,7 +111,7 @@ class Metrics:
         for line in self.alarms.update(values):
             CONSOLE.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
         numbers = {
-            f"{values['phase']}/{name}": value
+            tracked_name(values["phase"], name): value
             for name, value in values.items()
             if isinstance(value, int | float) and name != "step"
         }
@@ -133,11 +134,14 @@ def json_line(values: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without a last line that a killed run left half written. Null is NaN."""
+    """Return the lines of a metrics.jsonl, without a last line that a killed run left half written. Null is NaN.
+
+    Names of earlier versions are replaced by today's.
+    """
     # A complete line ends with a line break, so the last item is either empty or half a line.
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = (json.loads(line) for line in lines[:-1])
-    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    return [renamed({name: math.nan if value is None else value for name, value in row.items()}) for row in rows]
 
 
 def last_step(history: list[dict[str, Any]]) -> int:

@@ -16,7 +16,7 @@ class Tracker(Protocol):
     """A service that takes numbers by step."""
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Report the numbers of one step, each named `phase/metric`."""
+        """Report the numbers of one step, each with its `tracked_name`."""
 
     def close(self) -> None:
         """Write the rest."""
@@ -100,6 +100,11 @@ def open_trackers(args: RunOptions, resumed_step: int | None) -> list[Tracker]:
     resumed_step: the step of the checkpoint of a resumed run, None for a new run.
     """
     return [TRACKERS[name](args, resumed_step) for name in args.report_to]
+
+
+def tracked_name(phase: str, name: str) -> str:
+    """Return what a tracker calls a metric: `train/reward`, and `eval/pass_at_1` as transformers' trainer does."""
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"{phase}/{name}"
 
 
 def run_name(args: RunOptions) -> str:

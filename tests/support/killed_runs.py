@@ -61,7 +61,8 @@ def random_reward(completions: list[str], **columns: Any) -> list[float]:
 def metrics_of(run: Path) -> list[dict[str, float]]:
     """Return the metrics of a run, without times."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time_") and k != "tokens_per_second"} for row in rows]
+    times = ("time_", "step_time", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(times)} for row in rows]
 
 
 def train(kind: str, options: dict[str, Any], resume: bool) -> None:

@@ -106,7 +106,7 @@ COARSE = {  # two numbers of processes round its gradients in different places
 }
 RESUMED = ("penalty, two passes", "adapters", "warm start", "encoder and decoder")
 # Statistics are means over a micro-batch, averaged with its share of the steps. So they depend on the micro-batches.
-STATISTICS = {"clip_fraction", "dual_clip_fraction", "approx_kl", "kl", "entropy", "margin_crossed"}
+STATISTICS = {"clip_ratio/region_mean", "clip_ratio/dual_mean", "approx_kl", "kl", "entropy", "latent/margin_crossed"}
 
 
 def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
@@ -139,7 +139,7 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Return the metrics of a run, without times."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    ignored = ("time_", "tokens_per_second", "phase")
+    ignored = ("time_", "step_time", "tokens_per_second", "phase")
     return [{k: v for k, v in row.items() if not k.startswith(ignored)} for row in rows]
 
 

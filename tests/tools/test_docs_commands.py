@@ -30,6 +30,7 @@ ELSEWHERE = {
     ("mypy",): ".ci/run",
     ("python", "-m", "pytest"): ".ci/run",
     ("python", "docs/figures.py"): "tests/tools/test_docs.py",
+    ("python", "docs/metrics.py"): "tests/trainer/watching/test_names.py",
     ("python", "docs/models.py"): "tests/tools/test_models_page.py",
     ("python", "docs/options.py"): "tests/tools/test_docs.py",
     ("python", "docs/trl.py"): "tests/tools/test_trl_page.py",
@@ -186,7 +187,7 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, short_quickstart: 
         assert "mine_test.jsonl" in Path("runs/mine/eval.md").read_text()
         assert all(Path("runs", name).exists() for name in ("mine/eval.json", "mine-lora/model.safetensors", "low"))
         assert Path("curves.png").is_file()
-    only_names_commands = ("method.md", "models.md", "options.md", "trl.md")
+    only_names_commands = ("method.md", "metrics.md", "models.md", "options.md", "trl.md")
     assert number_run or page.name in only_names_commands
 
 

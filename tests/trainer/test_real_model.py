@@ -14,6 +14,7 @@ from latent_grpo.commands.main import main
 from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer
 from latent_grpo.prompts import encode_prompts
 from latent_grpo.update.replay import replay_logprob
+from latent_grpo.update.statistics import GAP
 
 MODEL = os.environ.get("LATENT_GRPO_REAL_MODEL", "")
 pytestmark = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def test_train_saves_a_model_that_eval_and_generate_read(warm, data, tmp_path, c
     assert main([*arguments, "--output_dir", str(out)]) == 0
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [row["step"] for row in steps] == [1, 2]
-    assert all(row["logprob_gap"] < 1e-4 for row in steps)
+    assert all(row[GAP] < 1e-4 for row in steps)
     short = ["--max_completion_length", "8"]
     files = [str(path) for path in sorted(data.glob("*.json*"))]
     assert len(files) == 7

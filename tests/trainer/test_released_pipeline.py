@@ -19,6 +19,7 @@ from support.released import (
 )
 
 from latent_grpo.commands.main import main
+from latent_grpo.update.statistics import GAP
 
 SETTINGS = {"llama": "low-difficulty", "qwen": "high-difficulty"}
 BENCHMARK = {"llama": "gsm8k-aug", "qwen": "math-500"}
@@ -81,7 +82,7 @@ def test_stage_2_learns_from_the_released_soft_labels(warm):
 
 def test_the_recipe_trains_on_the_released_file(trained):
     (row,) = lines(trained)
-    assert row["logprob_gap"] < 0.05
+    assert row[GAP] < 0.05
     assert (trained / "model.safetensors").is_file()
 
 

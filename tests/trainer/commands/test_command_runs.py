@@ -24,7 +24,7 @@ def test_a_preset_trains(preset, train_command, input_folder, tmp_path, capsys):
     assert main(train_command(tmp_path / "run", "--config", preset, "--max_steps", "1")) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"{input_folder}/model: float32 on cpu (dtype auto)"
     (row,) = metrics_of(tmp_path / "run")
-    assert (row["latent_share"] > 0) == (preset != "text-grpo")
+    assert (row.get("latent/share", 0) > 0) == (preset != "text-grpo")
 
 
 def test_a_finished_run_is_not_overwritten(train_command, tmp_path, capsys):
@@ -41,7 +41,7 @@ def test_resumed_training_equals_uninterrupted_training(train_command, tmp_path)
     assert main(train_command(tmp_path / "resumed", "--max_steps", "4", *resume, *common)) == 0
     whole, resumed = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "resumed")
     assert [row["step"] for row in resumed] == [1, 2, 3, 4]
-    for name in ("reward", "loss", "grad_norm", "mixture_entropy"):
+    for name in ("reward", "loss", "grad_norm", "latent/mixture_entropy", "num_tokens", "epoch"):
         assert [row[name] for row in whole] == [row[name] for row in resumed]
 
 

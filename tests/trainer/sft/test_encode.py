@@ -22,6 +22,7 @@ from latent_grpo.sft.chain_model import ChainModel
 from latent_grpo.sft.encode import LABEL_FILE, encode
 from latent_grpo.sft.pieces import chain_batch, chain_example
 from latent_grpo.sft.soft_labels import read_soft_labels
+from latent_grpo.watching.names import METRICS
 
 CPU = torch.device("cpu")
 RELEASED = json.loads((Path(__file__).parent / "released_sft.json").read_text())["latents"]
@@ -141,7 +142,8 @@ def test_a_phase_trains_its_parts_and_no_other(tokenizer, base, tmp_path):
             assert all(not torch.equal(value, start[name]) for name, value in trained.items()), (phase, part)
         history = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         assert [line["phase"] for line in history] == [phase] * 2
-        assert all(0 <= line[share] <= 1 for line in history for share in ("read_back", "read_answers"))
+        assert {name for line in history for name in line} - {"step", "phase"} <= METRICS.keys()
+        assert all(0 <= line[share] <= 1 for line in history for share in ("latent/read_back", "latent/read_answers"))
     tokens = [
         load_file(tmp_path / "run" / p / "encoder" / "compress_token.safetensors")["compress_token"]
         for p in ("encoder", "union")

@@ -23,6 +23,7 @@ from latent_grpo.sft import build_examples, collate, target_loss
 from latent_grpo.sft import inputs as sft_inputs
 from latent_grpo.sft.inputs import perturbed_labels
 from latent_grpo.sft.soft_labels import SoftLabels, hashed_prompts, join_rows, read_soft_labels, write_soft_labels
+from latent_grpo.watching.names import METRICS
 
 CPU = torch.device("cpu")
 RELEASED = json.loads((Path(__file__).parent / "released_sft.json").read_text())["stage2"]
@@ -322,4 +323,5 @@ def test_rows_that_are_drawn_in_vain_are_a_metric_and_one_warning(tokenizer, tmp
     with pytest.warns(UserWarning, match="25% of the rows have the end marker on top") as caught:
         trainer.train()
     assert len([one for one in caught if "end marker" in str(one.message)]) == 1
-    assert [values["end_on_top"] for values in trainer.metrics.history] == [0.25, 0.25]
+    assert {name for values in trainer.metrics.history for name in values} - {"step", "phase"} <= METRICS.keys()
+    assert [values["latent/end_on_top"] for values in trainer.metrics.history] == [0.25, 0.25]

@@ -140,7 +140,7 @@ def test_rivals_begin_with_the_text_warm_start_and_reason_in_latent_steps(tmp_pa
     assert main(["compare", "--output_dir", str(out), *SMALL, "--seeds", "0", "--arms", "soft-grpo", "multiplex"]) == 0
     assert set(results(out)) == {"seed-0/text-sft", "seed-0/soft-grpo", "seed-0/multiplex"}
     for arm in ("soft-grpo", "multiplex"):
-        assert metrics_of(out / "seed-0" / arm)[0]["latent_share"] > 0
+        assert metrics_of(out / "seed-0" / arm)[0]["latent/share"] > 0
     assert "Ablations" not in capsys.readouterr().out  # an empty table
 
 

@@ -25,7 +25,7 @@ def record(arm: str, seed: int, accuracy: float, tokens: float) -> dict:
         "watched_pass_at_1": accuracy / 3,
         "environment": {"device": "a test", "torch": "2"},
         "seconds": {"train": 9.0, "evaluate": 1.0},
-        "curves": {"eval_pass_at_1": steps, "latent_length": steps} if trained else {},
+        "curves": {"eval_pass_at_1": steps, "latent/mean_length": steps} if trained else {},
     }
 
 

@@ -68,7 +68,8 @@ def sft(out: Path, **options) -> LatentSFTTrainer:
 def metrics(out: Path) -> list[dict[str, float]]:
     """Return the metrics of a run, without times."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time_") and k != "tokens_per_second"} for row in rows]
+    times = ("time_", "step_time", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(times)} for row in rows]
 
 
 def one_weight(value: float, dtype=torch.bfloat16) -> torch.nn.Module:

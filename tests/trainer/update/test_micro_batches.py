@@ -10,6 +10,7 @@ from latent_grpo.config import LatentGRPOConfig
 from latent_grpo.errors import ConfigError
 from latent_grpo.rollout.trajectory import Rollout
 from latent_grpo.update.micro_batches import micro_batches
+from latent_grpo.update.statistics import GAP
 
 
 def rollout_of_groups(lengths: list[int], generations: int) -> Rollout:
@@ -91,7 +92,7 @@ def test_advantages_are_weighted_by_capped_importance(tokenizer, warm, tmp_path)
     rollout.logprob[:, 1] -= 2.0
     with pytest.warns(UserWarning, match=r"over max_logprob_gap 0\.05"):
         before, gap = plain.prepare(rollout, rewards)
-    assert gap["logprob_gap"] > 0.5
+    assert gap[GAP] > 0.5
     capped = grpo(tmp_path, tokenizer, even, warm, importance_sampling_cap=1.5, max_logprob_gap=10.0, **options)
     after, _ = capped.prepare(rollout, rewards)
     ratio = (after.advantages / before.advantages)[before.advantages[:, 0] != 0]
@@ -106,7 +107,7 @@ def test_sampled_log_probs_that_differ_from_the_trainers_give_a_warning(tokenize
     batch.old_logprob = batch.old_logprob + 0.3
     with pytest.warns(UserWarning, match="max_logprob_gap"):
         metrics = trainer.update(batch)
-    assert metrics["logprob_gap"] == pytest.approx(0.3, abs=1e-3)
+    assert metrics[GAP] == pytest.approx(0.3, abs=1e-3)
 
 
 def test_importance_weights_without_recomputed_log_probs_are_refused():

@@ -84,7 +84,11 @@ def test_metrics_are_those_of_a_direct_computation(options):
     model.load_state_dict(moved.state_dict())  # the update, in place
     actual = probe()
     most = args.noise_scale * (3.0 if args.noise == "two_sided" else 4.5 + args.noise_delta)
-    hits: dict[str, list[bool]] = {"margins_not_positive": [], "nucleus_overlap": [], "upper_atom": []}
+    hits: dict[str, list[bool]] = {
+        "latent/margins_not_positive": [],
+        "latent/nucleus_overlap": [],
+        "latent/upper_atom": [],
+    }
     for row in range(RESPONSES):
         then, now = latent_logprobs(before, rollout, row), latent_logprobs(model, rollout, row)
         for t in range(int(rollout.is_latent[row].sum())):
@@ -94,12 +98,12 @@ def test_metrics_are_those_of_a_direct_computation(options):
                 if args.method == "soft_grpo":  # of the probability among the components alone
                     together = sum(math.exp(now[t][other]) for other in rollout.ids[row, t].tolist())
                     target = math.log(math.exp(target) / together + 1e-6)
-                hits["margins_not_positive"].append(score - target <= 0)
-                hits["nucleus_overlap"].append(position < K or mass < TOP_P)
-                hits["upper_atom"].append(abs(score - then[t][token] - most) < 1e-3)
+                hits["latent/margins_not_positive"].append(score - target <= 0)
+                hits["latent/nucleus_overlap"].append(position < K or mass < TOP_P)
+                hits["latent/upper_atom"].append(abs(score - then[t][token] - most) < 1e-3)
     expected = {name: sum(values) / len(values) for name, values in hits.items()}
     if args.method == "soft_grpo":
-        del expected["upper_atom"]
+        del expected["latent/upper_atom"]
     assert actual == pytest.approx(expected, abs=1e-9)
     assert all(0 < value < 1 for value in expected.values()), expected
 
@@ -154,7 +158,8 @@ def test_the_nucleus_is_its_definition(levels, top_p, top_k):
 
 
 def test_a_run_logs_the_metrics_at_logged_steps_and_trains_the_same_without_them(tmp_path, tokenizer, warm):
-    names, rows, models = {"margins_not_positive", "upper_atom", "nucleus_overlap"}, {}, {}
+    names = {f"latent/{name}" for name in ("margins_not_positive", "upper_atom", "nucleus_overlap")}
+    rows, models = {}, {}
     for steps in (0, 5):
         run = grpo(tmp_path / str(steps), tokenizer, even, warm, max_steps=4, logging_steps=2, probe_steps=steps)
         run.train()

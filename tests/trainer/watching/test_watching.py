@@ -63,7 +63,7 @@ def values(step: int, phase: str = "train", **figures: float) -> dict[str, float
 def test_every_logged_step_is_a_line_of_the_table_under_its_heading(tmp_path, capsys):
     metrics = Metrics(LatentGRPOConfig(output_dir=str(tmp_path / "run")))
     for step in range(1, LINES_PER_HEADING + 2):
-        metrics.write(values(step, reward=step / 100, response_length=4.25, learning_rate=1e-6))
+        metrics.write(values(step, reward=step / 100, learning_rate=1e-6, **{"completions/mean_length": 4.25}))
     metrics.close()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == LINES_PER_HEADING + 3
@@ -235,7 +235,7 @@ def test_the_log_of_responses_holds_what_was_trained_on(watched):
                 assert [e["weight"] for e in entries] == pytest.approx(weights[order].tolist())
         (line,) = [line for line in read_metrics(out / "metrics.jsonl") if line["step"] == step]
         of_questions = {row["prompt"]: row["latent_share"] for row in rows}
-        assert line["latent_share_per_question"] == pytest.approx(sum(of_questions.values()) / len(of_questions))
+        assert line["latent/share_per_prompt"] == pytest.approx(sum(of_questions.values()) / len(of_questions))
     assert latent_seen > 0
     assert len({row["advantage"] for row in read_completions(out, 1)}) > 2
 
@@ -285,17 +285,17 @@ def test_rewards_of_one_name_get_a_number():
 
 
 SEQUENCES = {
-    "latent_length": ([8.0] * 12 + [8.0 - 0.5 * i for i in range(16)], "from 8.0 to"),
-    "mixture_entropy": ([0.6] * 12 + [0.6 * 0.8**i for i in range(20)], "from 0.600 to"),
-    "reward_std": ([0.4] * 5 + [0.0] * 12, "rewards agree"),
-    "truncated": ([0.05] * 12 + [min(1.0, 0.05 * i) for i in range(20)], "from 5% to"),
+    "latent/mean_length": ([8.0] * 12 + [8.0 - 0.5 * i for i in range(16)], "from 8.0 to"),
+    "latent/mixture_entropy": ([0.6] * 12 + [0.6 * 0.8**i for i in range(20)], "from 0.600 to"),
+    "frac_reward_zero_std": ([0.4] * 5 + [1.0] * 12, "rewards agree"),
+    "completions/clipped_ratio": ([0.05] * 12 + [min(1.0, 0.05 * i) for i in range(20)], "from 5% to"),
 }
 
 
 @pytest.mark.parametrize("metric", SEQUENCES)
 def test_a_collapse_is_one_warning(metric):
     sequence, expected = SEQUENCES[metric]
-    alarms, healthy = Alarms(), {"latent_length": 8.0, "mixture_entropy": 0.6, "reward_std": 0.4, "truncated": 0.05}
+    alarms, healthy = Alarms(), dict(zip(SEQUENCES, (8.0, 0.6, 0.4, 0.05), strict=True))
     lines = [
         line
         for step, value in enumerate(sequence, 1)
@@ -311,13 +311,14 @@ def test_a_healthy_run_and_a_run_of_text_set_off_no_alarm():
     alarms = Alarms()
     for step in range(1, 101):
         swing = 1 + 0.2 * (-1) ** step
-        latent = {"latent_length": (4 - step / 50) * swing, "mixture_entropy": 0.6 * swing}
-        row = values(step, **latent, reward_std=0.4 * (step % 3), truncated=0.1 * swing)
+        figures = ((4 - step / 50) * swing, 0.6 * swing, 1.0 - 0.2 * (step % 3), 0.1 * swing)
+        row = values(step, **dict(zip(SEQUENCES, figures, strict=True)))
         assert alarms.update(row) == []
     text = Alarms()
     for step in range(1, 101):
-        assert text.update(values(step, latent_length=0.0, mixture_entropy=0.0, reward_std=0.4, truncated=0.0)) == []
-        assert text.update(values(step, phase="sft", reward_std=0.0)) == []
+        figures = dict.fromkeys(SEQUENCES, 0.0)
+        assert text.update(values(step, **figures)) == []
+        assert text.update(values(step, phase="sft", frac_reward_zero_std=1.0)) == []
 
 
 def test_every_metric_with_an_alarm_is_one_of_a_run(watched):
@@ -329,11 +330,11 @@ def test_a_run_prints_its_alarms_once_even_when_resumed(tmp_path, capsys):
     args = LatentGRPOConfig(output_dir=str(tmp_path / "run"))
     metrics = Metrics(args)
     for step in range(1, 21):
-        metrics.write(values(step, reward_std=0.0))
+        metrics.write(values(step, frac_reward_zero_std=1.0))
     metrics.close()
     assert capsys.readouterr().err.count("warning: step 10: rewards agree") == 1
     resumed = Metrics(args, metrics.history)
-    resumed.write(values(21, reward_std=0.0))
+    resumed.write(values(21, frac_reward_zero_std=1.0))
     resumed.close()
     assert "warning" not in capsys.readouterr().err
 
@@ -361,7 +362,8 @@ def test_inspect_shows_curves_alarms_and_latent_steps(watched, tmp_path, capsys,
 
 def test_inspect_works_on_what_a_killed_run_left(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(values(i, reward_std=0.0, reward=0.5)) + "\n" for i in range(1, 15)) + '{"phase": "tr'
+        "".join(json.dumps(values(i, frac_reward_zero_std=1.0, reward=0.5)) + "\n" for i in range(1, 15))
+        + '{"phase": "tr'
     )
     assert main(["inspect", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())  # a long path breaks the line
