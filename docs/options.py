@@ -13,6 +13,7 @@ from latent_grpo.commands.doctor import doctor_parser
 from latent_grpo.commands.evaluate import eval_parser
 from latent_grpo.commands.generate import generate_parser
 from latent_grpo.commands.inspect import inspect_parser
+from latent_grpo.commands.probes import probes_parser
 from latent_grpo.commands.quickstart import quickstart_parser
 from latent_grpo.config import EncodeConfig, LatentGRPOConfig, LatentSampling, LatentSFTConfig, Range
 from latent_grpo.study.config import CompareConfig
@@ -21,6 +22,7 @@ COMMAND = "python docs/options.py docs/options.md"
 CONFIGS = (LatentGRPOConfig, LatentSFTConfig, EncodeConfig, LatentSampling, CompareConfig)
 PARSERS = {
     "quickstart": quickstart_parser,
+    "probes": probes_parser,
     "eval": eval_parser,
     "generate": generate_parser,
     "inspect": inspect_parser,

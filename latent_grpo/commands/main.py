@@ -22,7 +22,7 @@ from latent_grpo.errors import ConfigError, DataError, ModelError, RewardError, 
 # Command, its module in this folder, what it does. A module is imported when its command runs, because most of them
 # import PyTorch, and `--help` and typing mistakes should answer at once.
 COMMANDS = {
-    "quickstart": ("quickstart", "Run the whole job on a toy task: minutes on a CPU."),
+    "quickstart": ("quickstart", "Run the whole job on a made-up task: minutes on a CPU."),
     "encode": ("encode", "Make soft labels for sft: the first stage of Latent-SFT."),
     "sft": ("sft", "Warm a model up: with uniform targets, or with soft labels (Latent-SFT)."),
     "train": ("train", "Train with Latent-GRPO, or with text GRPO (--latent False)."),
@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": ("generate", "Answer one prompt and show every latent step as its mixture."),
     "inspect": ("inspect", "Show curves, alarms and responses of a run."),
     "compare": ("compare", "Compare methods and ablations over several seeds: one table, one figure."),
+    "probes": ("probes", "Test each mechanism of the method in a small experiment with a prediction."),
     "doctor": ("doctor", "Check the environment and a model, or predict the memory of training (--plan)."),
 }
 
