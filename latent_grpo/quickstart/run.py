@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,25 @@ def grpo_config(out: Path, seed: int, loss_on: Any, world: str = "graph") -> Lat
     )
 
 
+def base_model(world: str, options: LatentSFTConfig, tokenizer: Any, problems: Sequence[Any]) -> Any:
+    """Return the model from which a warm start of a world begins: a new one, or one trained on searches in text.
+
+    options: those of the warm start.
+    """
+    task = WORLDS[world]
+    model = task.model(tokenizer, options.seed)
+    if task.base_share:
+        steps, folder = max(1, round(task.base_share * options.max_steps)), f"{options.output_dir}-base"
+        text = replace(options, latent=False, max_steps=steps, output_dir=folder)
+        LatentSFTTrainer(model, text, with_searches(problems), tokenizer).train()
+    return model
+
+
+def with_searches(problems: Sequence[Any]) -> list[Any]:
+    """Return the problems with their searches as chains."""
+    return [{**row, "chain": row["search"]} for row in problems]
+
+
 def quickstart(out: Path, *, seed: int = 0, loss_on: str | None = None, world: str = "graph") -> dict[str, Any]:
     """Run the whole pipeline into the folder `out` and return its summary.
 
@@ -89,8 +109,8 @@ def quickstart(out: Path, *, seed: int = 0, loss_on: str | None = None, world: s
     console.print(train[0]["prompt"], markup=False)
 
     tokenizer = task.tokenizer()
-    model = task.model(tokenizer, seed)
     sft_args = sft_config(out, seed, world)
+    model = base_model(world, sft_args, tokenizer, train)
     LatentSFTTrainer(model, sft_args, task.examples(train, seed), tokenizer).train()
     gold = gold_chain_accuracy(model, build_examples(tokenizer, held_out, sft_args))
     start = {name: value.clone() for name, value in model.state_dict().items()}

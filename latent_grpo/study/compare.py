@@ -29,7 +29,7 @@ from latent_grpo.errors import ConfigError, first_line
 from latent_grpo.evaluation import evaluate
 from latent_grpo.model import end_marker_ids, eos_ids, load_model, load_tokenizer, with_chosen_dtype
 from latent_grpo.prompts import PromptFormat, resolve_format
-from latent_grpo.quickstart.run import grpo_config, sft_config
+from latent_grpo.quickstart.run import base_model, grpo_config, sft_config, with_searches
 from latent_grpo.quickstart.worlds import WORLDS
 from latent_grpo.recipes.read import read_yaml
 from latent_grpo.saving.atomic_files import require_writable, write_json
@@ -316,10 +316,8 @@ def warm_start(plan: Plan, run: Run, train: list[Any], held_out: list[Any]) -> t
     if plan.embedded:
         world = WORLDS[plan.args.world]
         tokenizer = world.tokenizer()
-        model: Any = world.model(tokenizer, run.seed)
-        rows: list[Any] = world.examples(train, run.seed)
-        if run.arm == SEARCH:
-            rows = [{**row, "chain": row["search"]} for row in rows]
+        model: Any = base_model(plan.args.world, options, tokenizer, train)
+        rows: list[Any] = with_searches(train) if run.arm == SEARCH else world.examples(train, run.seed)
     else:
         tokenizer = load_tokenizer(options.model_name_or_path)
         model = load_model(options.model_name_or_path, options.dtype, options.device)

@@ -124,5 +124,6 @@ def invalid_samples(
         trainer = trained(start, own, rows, held_out)
         trainer.train()
         last = [row for row in trainer.metrics.history if "reward" in row][-LAST:]
-        means = {key: sum(row[key] for row in last) / len(last) for key in ("latent_length", "truncated")}
+        keys = {"latent_steps": "latent/mean_length", "cut_off": "completions/clipped_ratio"}
+        means = {key: sum(row[metric] for row in last) / len(last) for key, metric in keys.items()}
         yield {"variant": name, **means, "pass_at_1": trainer.evaluate()["eval_pass_at_1"]}

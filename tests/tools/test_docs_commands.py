@@ -38,6 +38,7 @@ ELSEWHERE = {
     ("python", "-m", "bench.before_after"): "tests/tools/test_before_after.py",
     ("python", "-m", "bench.planner"): "tests/trainer/commands/test_memory_plan.py",
     ("python", "-m", "bench.scaling"): "tests/tools/test_bench_tools.py",
+    ("latent-grpo", "probes"): "tests/trainer/study/test_probes.py",
     ("export",): "tests/tools/test_docs_commands.py",  # every test of this file has its threads set
 }
 MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "tiny", "HuggingFaceTB/SmolLM2-135M": "tiny"}

