@@ -30,8 +30,8 @@ def test_coefficients_are_those_of_the_operator(name):
 
 def test_every_probe_runs_and_the_page_says_what_came_out(tmp_path, monkeypatch, capsys):
     small = {"UPDATES": (0, 1), "ROLLOUTS": 2, "PROBLEMS": 12, "DIRECTIONS": 3, "SAMPLES": 16, "SCALES": (0.0, 0.5, 1)}
-    masked = {name: changes for name, changes in probes.VARIANTS.items() if "masked" in name}
-    small |= {"SETTINGS": {"K 2": {}}, "VARIANTS": masked}
+    variants = {name: probes.VARIANTS[name] for name in ("masked", "kept")}
+    small |= {"SETTINGS": {"K 2": {}}, "VARIANTS": variants}
     for name, value in {**small, "TRAIN_PROBLEMS": 400, "HELD_OUT_PROBLEMS": 40}.items():
         monkeypatch.setattr(probes, name, value)
     sft, grpo = probes.sft_config, probes.grpo_config
