@@ -22,7 +22,7 @@ from latent_grpo.data.files import Record, Unreadable, fields_of, read_records
 from latent_grpo.data.formats import FORMATS, Fields, Format, chain_text, final_answer
 from latent_grpo.errors import DataError
 
-ROW_KEYS = ("prompt", "answer", "chain", "answer_text")
+ROW_KEYS = ("prompt", "answer", "chain", "answer_text", "latent_steps")
 _COLUMN_REMEDY = "name the fields with --prompt_column and --answer_column"
 
 
@@ -184,11 +184,21 @@ def _row(record: Record, source_format: Format | None, columns: _Columns) -> dic
     answer = fields.answer if columns.answer is None else source[columns.answer]
     # An answer column replaces the text that the format has for its own answer.
     visible = fields.answer_text if columns.answer is None else None
-    row = {"prompt": _checked_prompt(prompt, record.place, exact), "answer": _checked_answer(answer, record.place)}
+    row: dict[str, Any] = {"prompt": _checked_prompt(prompt, record.place, exact)}
+    row["answer"] = _checked_answer(answer, record.place)
     for name, text in (("chain", chain), ("answer_text", visible)):
         if text:
             row[name] = _checked_text(text, name, record.place)
+    if source.get("latent_steps") is not None:
+        row["latent_steps"] = _checked_steps(source["latent_steps"], record.place)
     return row
+
+
+def _checked_steps(steps: Any, place: str) -> list[str]:
+    """Return the texts of a row's latent steps. DataError if they are anything else."""
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise DataError(f"{place}: latent_steps is {steps!r:.60}; give a list of texts, one for each latent step")
+    return [_checked_text(step, "latent_steps", place) for step in steps]
 
 
 def _other_fields(record: Record) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class LatentSFTTrainer(UpdateLoop):
         model: a Hugging Face causal LM, which is trained in place.
         args: the options.
         train_dataset: rows (dicts, or a `datasets.Dataset`) with `prompt`, `chain` and `answer`. Soft labels replace
-            the chain.
+            the chain; so do a row's `latent_steps`, a list of texts, for latent steps.
         processing_class: the tokenizer.
 
     Attributes:

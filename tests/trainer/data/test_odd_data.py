@@ -296,3 +296,16 @@ def test_a_missing_number_that_a_table_wrote_as_text_is_no_answer(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("question,answer\na,1\nb,NaN\n", encoding="utf-8")
     assert "row 2: the answer is 'NaN'" in message_of(str(path))
+
+
+def test_latent_steps_are_read_as_a_list_of_texts(tmp_path):
+    row = {"prompt": "p", "chain": "d l", "answer": "l"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps(r) + "\n" for r in ({**row, "latent_steps": ["d e", "l m"]}, {**row, "prompt": "q"}))
+    )
+    assert [r.get("latent_steps") for r in load_rows(str(path))] == [["d e", "l m"], None]
+    for steps in ("d e", [], ["d", 3], ["d", " "]):
+        path.write_text(json.dumps({**row, "latent_steps": steps}) + "\n")
+        with pytest.raises(DataError, match=r"latent_steps is .*; give a list of texts"):
+            load_rows(str(path))
