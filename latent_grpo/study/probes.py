@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,12 +24,11 @@ from latent_grpo.quickstart.graph_world import GraphWorld, make_problems
 from latent_grpo.quickstart.run import HELD_OUT_PROBLEMS, TRAIN_PROBLEMS, base_model, grpo_config, sft_config
 from latent_grpo.quickstart.worlds import WORLDS
 from latent_grpo.rollout.generate import generate_latent
-from latent_grpo.saving.atomic_files import write_json, write_whole
 from latent_grpo.sft import LatentSFTTrainer, build_examples
 from latent_grpo.study.gradient_probes import GROUP, MARGIN_GRADIENTS, LastStep, direction, sign_shares
 from latent_grpo.study.policy_probes import answer_mass, invalid_samples, off_manifold, selection
+from latent_grpo.study.probes_report import Finding, write_report
 from latent_grpo.trainer import LatentGRPOTrainer
-from latent_grpo.watching.environment import environment
 from latent_grpo.watching.tables import Cells
 
 UPDATES = (0, 1, 4, 16)  # after which the signs of the components are looked at
@@ -48,17 +47,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked, loss on latent": {"loss_on": "latent"},
     "kept, loss on latent": {"loss_on": "latent", "invalid": "keep"},
 }
-
-
-@dataclass
-class Finding:
-    """What one probe says."""
-
-    title: str
-    prediction: str
-    cells: Cells
-    holds: bool
-    numbers: list[dict[str, Any]]
 
 
 @dataclass
@@ -110,11 +98,16 @@ def signs(bench: Bench) -> Finding:
     rows = [[f"{n['noise']}, {n['updates']} updates", *(f"{n[m]:.3f}" for m in MARGIN_GRADIENTS)] for n in numbers]
     on_policy = {n["noise"]: n["none"] for n in numbers if n["updates"] == 0}
     return Finding(
+        "signs",
         "Components whose update has the advantage's sign",
         "With one-sided noise all of them on policy; with two-sided noise only those whose noise was above 0 (Eq. 15).",
         Cells(["noise", *MARGIN_GRADIENTS], rows),
         on_policy["one_sided"] > 0.995 > 0.95 > on_policy["two_sided"],
         numbers,
+        (
+            "With two-sided noise, part of every update goes against the reward; one-sided noise ends that.",
+            "Look at what the noise is here before you trust the sign of an update.",
+        ),
     )
 
 
@@ -146,12 +139,17 @@ def directions(bench: Bench) -> Finding:
         rows.append([name, *columns, f"{size:.2f}"])
     headings = ["surrogate", f"cosine, {SAMPLES} samples", f"cosine, a group of {GROUP}", "size"]
     return Finding(
+        "directions",
         "Cosine of the surrogate's gradient to the true gradient of the expected reward, at the last latent step",
         "The surrogate points along it, with either noise. Where the kept ids do not vary, one-sided noise makes it "
         "e^-1.5 = 0.22 times as large.",
         Cells(headings, rows),
         min(mean(spreads["one_sided"]), mean(spreads["two_sided"])) > 0.9,
         [{"problems": len(found), **{name: mean(values) for name, values in spreads.items()}}],
+        (
+            "On average either noise learns the right thing; what differs is how much a latent step weighs.",
+            "The surrogate does not follow the reward here: no rule of noise or selection can make up for that.",
+        ),
     )
 
 
@@ -172,6 +170,7 @@ def noise(bench: Bench) -> Finding:
         for scale in SCALES
     ]
     return Finding(
+        "noise",
         "Accuracy after noisy latent steps, and divergence of the next step's distribution in nats, by noise scale",
         "Noise leaves the mixtures that the warm start has seen: accuracy falls and divergence grows with the scale.",
         Cells(["scale", *SETTINGS], rows),
@@ -181,6 +180,10 @@ def noise(bench: Bench) -> Finding:
             for name in SETTINGS
         ),
         numbers,
+        (
+            "Keep the noise below the spread of the log-probs within a mixture; wide mixtures lose most by it.",
+            "The warm start reads noisy mixtures as well as clean ones: more noise explores more here.",
+        ),
     )
 
 
@@ -195,12 +198,17 @@ def first_tokens(bench: Bench) -> Finding:
     ]
     sums, after = ({n["rule"]: n[key] for n in numbers} for key in ("sum", "entropies"))
     return Finding(
+        "first tokens",
         f"First-token selection, {ROLLOUTS} rollouts",
         "best_of_correct leaves a negative sum at the first step and its entropy falls; best_of_group a positive one.",
         Cells(["rule", "sum of a group", "entropy before", "entropy after", "Pass@1 after"], rows),
         sums["best_of_correct"] < -0.1 < 0.1 < sums["best_of_group"]
         and after["best_of_correct"][1] < after["best_of_group"][1],
         numbers,
+        (
+            "best_of_group is the default: the rule as the paper words it makes the first step nearly deterministic.",
+            "The sign of the sum does not decide what becomes of the first step here.",
+        ),
     )
 
 
@@ -225,11 +233,16 @@ def routes(bench: Bench) -> Finding:
     labels, alone = ("route A", "route B", "average"), numbers[1]
     table = [[n["warm start"], *(f"{n[label]:.3f}" for label in labels)] for n in numbers]
     return Finding(
+        "routes",
         "Weight of the answer at the last step, after the first step of either of two right routes and their average",
         "The average holds a mixture that single routes never show, so there it reads worse than both.",
         Cells(["warm start", *labels], table),
         alone["average"] < min(alone["route A"], alone["route B"]),
         numbers,
+        (
+            "Selecting one route at the first step has something to mend for such a warm start.",
+            "Averages of routes do little harm here, so selection has little to mend.",
+        ),
     )
 
 
@@ -249,49 +262,17 @@ def masking(bench: Bench) -> Finding:
     rows = [[n["variant"], *(f"{n[key]:.3f}" for key in keys)] for n in numbers]
     at = {n["variant"]: n for n in numbers}
     return Finding(
+        "masking",
         f"Cut-off responses masked or kept, {2 * ROLLOUTS} rollouts, means of the last ten",
         "Kept, cut-off responses make runs longer. With the loss on latent steps alone nothing trains a run's end.",
         Cells(["variant", "latent steps", "cut off", "Pass@1 after"], rows),
         at["kept"]["cut_off"] > at["masked"]["cut_off"] + 0.02,
         numbers,
+        (
+            "Mask cut-off responses. If text steps have no loss, bound the latent run with max_latent_steps.",
+            "Masking makes no difference where hardly any response is cut off.",
+        ),
     )
-
-
-def probes(out: Path, *, world: str = "graph", seed: int = 0) -> list[Finding]:
-    """Run every probe of a world, write probes.md and probes.json into `out`, and return the findings.
-
-    Raises ConfigError if `out` holds something.
-    """
-    started = time.perf_counter()
-    bench = make_bench(out, world, seed)
-    console = Console(highlight=False)
-    findings = []
-    for finding in run_probes(bench):
-        findings.append(finding)
-        console.print(finding.cells.rich(finding.title, verdict(finding)))
-    seconds = time.perf_counter() - started
-    place = environment(torch.device("cpu"))
-    lines = [f"# Probes of the {world} world, seed {seed}\n"]
-    lines.append(
-        f"`latent-grpo probes --world {world} --seed {seed}`: {seconds:.0f} s, {place['device']}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}.\n"
-    )
-    for finding in findings:
-        lines += [f"## {finding.title}\n", f"Prediction: {finding.prediction}\n", finding.cells.markdown()]
-        lines.append(f"{'It holds here.' if finding.holds else 'It does not hold here.'}\n")
-    write_whole(out / "probes.md", "\n".join(lines))
-    record = [{key: value for key, value in asdict(finding).items() if key != "cells"} for finding in findings]
-    write_json(
-        out / "probes.json",
-        {"world": world, "seed": seed, "seconds": seconds, "environment": place, "findings": record},
-    )
-    console.print(f"{seconds:.0f} s; probes.md and probes.json are in {out}/")
-    return findings
-
-
-def verdict(finding: Finding) -> str:
-    """Return prediction and outcome of a finding as text."""
-    return f"Prediction: {finding.prediction} {'It holds here.' if finding.holds else 'It does not hold here.'}"
 
 
 def run_probes(bench: Bench) -> Iterator[Finding]:
@@ -303,3 +284,21 @@ def run_probes(bench: Bench) -> Iterator[Finding]:
     if bench.world == "graph":
         yield routes(bench)
     yield masking(bench)
+
+
+def probes(out: Path, *, world: str = "graph", seed: int = 0) -> list[Finding]:
+    """Run every probe of a world, write probes.md, .json and .svg into `out`, and return the findings.
+
+    Raises ConfigError if `out` holds something.
+    """
+    started = time.perf_counter()
+    bench = make_bench(out, world, seed)
+    console = Console(highlight=False)
+    findings = []
+    for finding in run_probes(bench):
+        findings.append(finding)
+        console.print(finding.cells.rich(finding.title, finding.outcome))
+    seconds = round(time.perf_counter() - started)
+    write_report(out, findings, f"latent-grpo probes --world {world} --seed {seed}", seconds)
+    console.print(f"{seconds} s; probes.md, probes.json and probes.svg are in {out}/")
+    return findings

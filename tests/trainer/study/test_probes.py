@@ -48,6 +48,8 @@ def test_every_probe_runs_and_the_page_says_what_came_out(tmp_path, monkeypatch,
     for finding in record["findings"]:
         assert finding["title"] in page
         assert finding["prediction"] in page
+        assert finding["outcome"] in page
+    assert "<svg" in (out / "probes.svg").read_text()
     signs = record["findings"][0]["numbers"]
     # By construction, apart from margins of exactly 0, which the lower end of the clamp gives.
     assert [row["aligned"] > 0.9 for row in signs if row["noise"] == "one_sided" and row["updates"] == 0] == [True]
