@@ -61,7 +61,8 @@ from latent_grpo.update.optimizer import Updater
 from latent_grpo.update.probe import start_probe
 from latent_grpo.update.replay import replay_logprob, warn_of_gap
 from latent_grpo.update.statistics import GAP, update_metrics
-from latent_grpo.watching.metrics import CONSOLE, Metrics, progress_bar
+from latent_grpo.watching.header import train_header
+from latent_grpo.watching.metrics import Metrics, progress_bar
 from latent_grpo.watching.names import evaluation_metrics
 from latent_grpo.watching.response_log import print_completions, write_completions
 from latent_kernels import PolicyStats
@@ -198,10 +199,10 @@ class LatentGRPOTrainer:
         choice = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         with only_run_in(self.output_dir), stops(args, self.checkpoints) as stop:
             history = self.resume(choice) if choice else None
-            self.metrics = Metrics(args, history)
+            header = train_header(args, self.full_model, len(self.rows), self.total_steps, self.length.note())
+            self.metrics = Metrics(args, history, header)
+            self.checkpoints.record()
             values: dict[str, float] = dict(history[-1]) if history else {}
-            if self.length.note() and rank() == 0:
-                CONSOLE.print(self.length.note(), soft_wrap=True, markup=False)
             with progress_bar(args.label(), self.total_steps, self.step) as bar:
                 while not self.length.reached(self.step, self.updater.updates):
                     values = self.take_step()

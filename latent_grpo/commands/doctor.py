@@ -42,6 +42,7 @@ from latent_grpo.update.replay import replay_logprob
 from latent_grpo.watching.environment import environment, package_version
 
 QUESTION = "What is 12 + 30?"  # shown where no data is given
+RESPONSES, LIMIT = 8, 128  # sampled to see whether they end, and their longest length
 PARITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 
 
@@ -101,6 +102,7 @@ def model_checks(
             True,
         ),
         ("rollout/replay gap", f"{gap:.1e} (bound {PARITY_BOUND[dtype]:g})", gap <= PARITY_BOUND[dtype]),
+        ("responses that end", ending(model, tokenizer, prompt_format, ids[0], data), True),
         ("training memory", training_memory(path, dtype), True),
     ]
 
@@ -118,6 +120,24 @@ def parity(model: Any, tokenizer: Any, prompt_format: PromptFormat, end_id: int)
     rollout = generate_latent(model, *prompts, sampling, num_generations=2)
     with torch.no_grad():
         return float((replay_logprob(model, rollout, sampling.temperature) - rollout.logprob).abs().max())
+
+
+def ending(model: Any, tokenizer: Any, prompt_format: PromptFormat, end_id: int, rows: list[Any]) -> str:
+    """Return in words how many of RESPONSES sampled responses, to as many prompts if there are so many, end."""
+    prompts = [row["prompt"] for row in rows[:RESPONSES]] if len(rows) >= RESPONSES else [rows[0]["prompt"]]
+    ids, mask = encode_prompts(tokenizer, prompts, model.device, prompt_format=prompt_format)
+    room = getattr(model.config, "max_position_embeddings", None) or LIMIT + ids.shape[1]
+    limit = max(2, min(LIMIT, room - ids.shape[1]))
+    sampling = LatentSampling(
+        latent_top_k=min(10, len(lm_head(model))),
+        max_new_tokens=limit,
+        end_token_id=end_id,
+        eos_token_id=eos_ids(model, tokenizer),
+    )
+    rollout = generate_latent(model, ids, mask, sampling, num_generations=RESPONSES // len(prompts))
+    ended, runs = int(rollout.finished.sum()), int((rollout.mask & ~rollout.is_latent).any(-1).sum())
+    text = f"{ended} of {RESPONSES} within {limit} steps; {runs} latent runs end"
+    return text if ended else f"{text}: train a warm start (sft), or raise max_completion_length"
 
 
 def training_memory(path: str, dtype: str) -> str:

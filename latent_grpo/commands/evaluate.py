@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from latent_grpo.commands.from_run import require_model
 from latent_grpo.commands.options import (
     LIMIT_FLAG,
     Parser,
     add_flags_named,
+    complete_sampling,
     load_for_sampling,
     prompt_options,
+    require_sources,
     sampling_flags,
+    source_of,
 )
 from latent_grpo.config import LatentSampling, PromptOptions
 from latent_grpo.errors import ConfigError, require
@@ -103,7 +107,10 @@ def protocol_flags(tries: Any) -> None:
 def run(prog: str, argv: Sequence[str]) -> int:
     """Evaluate a model on benchmarks by name, files or Hub data."""
     args = eval_parser(prog).parse_args(argv)
+    complete_sampling(args)
     check(args)
+    require_model(args.model)
+    require_sources(*map(source_of, args.data))
     from latent_grpo.parallel.process_group import process_group
 
     with process_group():

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from latent_grpo.commands.options import Parser, load_for_sampling, sampling_flags
+from latent_grpo.commands.from_run import require_model
+from latent_grpo.commands.options import Parser, complete_sampling, load_for_sampling, sampling_flags
 
 
 def generate_parser(prog: str) -> Parser:
@@ -23,6 +24,8 @@ def generate_parser(prog: str) -> Parser:
 def run(prog: str, argv: Sequence[str]) -> int:
     """Answer one prompt and show every latent step as its mixture."""
     args = generate_parser(prog).parse_args(argv)
+    complete_sampling(args)
+    require_model(args.model)
     # Below the parser, because these imports take seconds.
     from latent_grpo.model import embedding_table
     from latent_grpo.prompts import check_prompts, encode_prompts

@@ -11,6 +11,7 @@ from dataclasses import Field, fields
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from latent_grpo.commands.from_run import take, take_mode
 from latent_grpo.config import LatentGRPOConfig, LatentSampling, PromptOptions, check_options, default_of, groups_of
 from latent_grpo.errors import ConfigError, require, unknown_key
 
@@ -32,6 +33,8 @@ STEP_FLAGS = (
     "top_k",
     "seed",
 )
+OF_RUN = ("method", "latent_top_k", "tau")  # taken from the run that made the model
+MODE = "Reason in latent or text steps. [default: as the run that made the model, else latent]"
 LIMIT_FLAG = "max_completion_length"
 MODEL_FLAGS = ("dtype", "device")
 # Flags that every command understands, and the names of the same options in configurations.
@@ -180,6 +183,7 @@ def parse_config(prog: str, config_class: type, description: str, argv: Sequence
     from latent_grpo.recipes.read import read_yaml
 
     parser = config_parser(prog, config_class, description)
+    kept = {item.name: default_of(item) for item in fields(config_class)}
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     for path in first.parse_known_args(argv)[0].config:
@@ -187,8 +191,19 @@ def parse_config(prog: str, config_class: type, description: str, argv: Sequence
         values = read_yaml(path, config_class)
         numbers = {k: str(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         parser.set_defaults(**{**values, **numbers})
+    named = {name for path in first.parse_known_args(argv)[0].config for name in read_yaml(path, config_class)}
+    own = [name for name in OF_RUN if name in kept and name not in named]
+    parser.set_defaults(**dict.fromkeys(own))
     namespace = parser.parse_args(argv)
+    if own:
+        take(namespace, namespace.model_name_or_path or "", own, {name: kept[name] for name in own})
     return config_class(**{item.name: getattr(namespace, item.name) for item in fields(config_class)})
+
+
+def complete_sampling(args: argparse.Namespace) -> None:
+    """Set the flags of `sampling_flags` that were not given, from the run that made the model or to their defaults."""
+    take_mode(args)
+    take(args, args.model, OF_RUN, {name: getattr(LatentSampling(), name) for name in OF_RUN})
 
 
 def load_dataset_rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
@@ -206,6 +221,13 @@ def require_given(**values: Any) -> None:
             raise ConfigError(f"{name} is not given; set --{name} or put it into the --config file")
 
 
+def source_of(text: str) -> str:
+    """Return the source of `LABEL=SOURCE`, or a source without a label as it is."""
+    label, mark, source = text.partition("=")
+    # A "=" behind a folder or a dot belongs to the path of a file.
+    return source if mark and label and source and not set("/\\.") & set(label) else text
+
+
 def require_sources(*sources: str | None) -> None:
     """Raise DataError if one of the data sources is a file that does not exist. It takes no time, unlike imports."""
     from latent_grpo.data.files import check_source
@@ -217,10 +239,11 @@ def require_sources(*sources: str | None) -> None:
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of commands that sample from a finished model."""
     parser.add_argument("--model", required=True, metavar="STR", help="Model folder or Hub name.")
-    parser.add_argument("--mode", choices=("latent", "text"), default="latent", help="Reason in latent or text steps.")
+    parser.add_argument("--mode", choices=("latent", "text"), help=MODE)
     add_flags_named(parser.add_argument_group("How a response is sampled"), (*STEP_FLAGS, LIMIT_FLAG))
     add_flags_named(parser.add_argument_group("Which model is used, in what precision, on what device"), MODEL_FLAGS)
     prompt_flags(parser)
+    parser.set_defaults(**dict.fromkeys(OF_RUN))  # None: not given
 
 
 def prompt_flags(parser: argparse.ArgumentParser) -> None:

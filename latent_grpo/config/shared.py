@@ -102,6 +102,7 @@ class RunOptions(OptimizerOptions):
     """How long a run is, what it writes and what it shows."""
 
     output_dir: str = option("runs/latent", "Folder for checkpoints and metrics.")
+    overwrite: bool = option(False, "Remove the run that output_dir holds, and start anew.")
     seed: int = option(0, "Seed of data order, sampling and noise.", Range(0, 2**32, open_high=True))
     max_steps: int = option(
         -1,
@@ -152,6 +153,8 @@ class RunOptions(OptimizerOptions):
         one_warmup = not (self.warmup_steps and self.warmup_ratio)
         require(one_warmup, "warmup_ratio", self.warmup_ratio, f"warmup_steps is {self.warmup_steps}; give only one")
         require(self.max_steps != 0, "max_steps", self.max_steps, "give 1 or more, or -1 to go by epochs")
+        fresh = not (self.overwrite and self.resume_from_checkpoint)
+        require(fresh, "overwrite", self.overwrite, "resume_from_checkpoint continues the run; give only one")
         bounded = self.long_prompts == "error" or self.max_prompt_length is not None
         require(bounded, "long_prompts", self.long_prompts, "it needs max_prompt_length")
         for sink in self.report_to:

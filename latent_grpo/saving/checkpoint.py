@@ -46,6 +46,7 @@ from latent_grpo.saving.model_files import OwnFiles, read_model, write_model
 from latent_grpo.saving.random_streams import random_state, set_random_state
 from latent_grpo.saving.run_folder import REPLACED, remove_leftovers
 from latent_grpo.saving.run_identity import check_identity, run_identity
+from latent_grpo.saving.run_record import write_record
 from latent_grpo.saving.tensor_shards import read_shards, write_shards
 from latent_grpo.update.lora import has_adapters
 from latent_grpo.update.optimizer import Updater
@@ -97,6 +98,10 @@ class Checkpoints:
         self.model, self.full_model, self.tokenizer, self.updater = model, full_model, tokenizer, updater
         self.output_dir, self.prompt_format = Path(args.output_dir), prompt_format
         self.marked: Mark | None = None
+
+    def record(self) -> None:
+        """Write how the run was made beside its weights. Only rank 0 writes."""
+        on_rank_zero(lambda: write_record(self.output_dir, self.kind, self.args, self.rows))
 
     def mark(self, step: int, position: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """Remember where the run stands after a step, without the large tensors. `save_last` can write it later.

@@ -17,6 +17,8 @@ from latent_grpo.errors import ConfigError
 from latent_grpo.parallel.process_group import on_rank_zero
 
 REPLACED = ".replaced"  # ends the hidden name of a checkpoint while another one of its step takes its name
+RUN_FOLDERS = ("checkpoint-[0-9]*", "completions", "tensorboard")
+RUN_FILES = ("metrics.jsonl", "run.json", "wandb_run_id.txt", "*.safetensors", "*.safetensors.index.json")
 LOCK_FILE = ".lock"  # only on file systems that lock no folders, as NFS
 
 
@@ -86,3 +88,18 @@ def remove_leftovers(folder: Path) -> None:
                 continue
         if path.name.startswith(".checkpoint-") or path.name.endswith(".partial"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run has written into a folder: metrics, checkpoints, logs and weights. Other files stay.
+
+    A folder without the metrics of a run keeps all, so that a model that no run wrote is not lost.
+    """
+    if not (folder / "metrics.jsonl").is_file():
+        return
+    for pattern in RUN_FOLDERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()

@@ -23,7 +23,15 @@ FINGERPRINT_ROWS = 1000  # hashed rows of the training data at most, spread over
 FREE_OPTIONS = frozenset(
     (
         # They say where the run writes and what it reports. They do not reach the parameters.
-        *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to"),
+        *(
+            "output_dir",
+            "overwrite",
+            "resume_from_checkpoint",
+            "save_steps",
+            "save_total_limit",
+            "logging_steps",
+            "report_to",
+        ),
         *("save_failure", "max_skipped_updates", "max_hours", "reward_timeout"),
         *("project", "run_name", "log_table", "log_completions", "num_completions_to_print", "probe_steps"),
         # They say which phases `encode` runs, and when it measures.

@@ -22,6 +22,7 @@ from latent_grpo.saving.interrupt import stops
 from latent_grpo.saving.run_folder import only_run_in
 from latent_grpo.seeds import rank_seed
 from latent_grpo.update.optimizer import Updater
+from latent_grpo.watching.header import warm_start_header
 from latent_grpo.watching.metrics import Metrics, progress_bar
 
 
@@ -99,7 +100,9 @@ class UpdateLoop(ABC):
         choice = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         with only_run_in(self.output_dir), stops(args, self.checkpoints) as stop:
             history = self.resume(choice) if choice else None
-            self.metrics = Metrics(args, history)
+            header = warm_start_header(args, self.label, self.model, len(self.examples), self.total_steps)
+            self.metrics = Metrics(args, history, header)
+            self.checkpoints.record()
             values: dict[str, float] = dict(history[-1]) if history else {}
             self.model.train()
             with progress_bar(f"{self.label} ", self.total_steps, self.step) as bar:

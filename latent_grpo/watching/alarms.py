@@ -1,9 +1,9 @@
-"""Alarms that warn of a collapsing run, from the metrics of its steps."""
+"""Alarms that warn of a run that cannot learn or collapses, from the metrics of its steps."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,25 @@ ALARMS = (
 )
 
 
+def first_alarms(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a metric and a line for each alarm that the first rollout of a run sets off: cause and remedy."""
+    if values.get("completions/clipped_ratio") == 1.0:
+        share = values.get("latent/share")
+        if share is None:
+            cause = "check with doctor --model that prompts and end of sequence are those that the model knows"
+        elif share == 1.0:
+            cause = "the warm start does not yet end its latent runs: train it longer"
+        else:
+            cause = "latent runs end, but the text behind them does not: train the warm start longer"
+        yield "completions/clipped_ratio", f"every response was cut off; {cause}, or raise max_completion_length"
+    elif values.get("frac_reward_zero_std") == 1.0 and values.get("reward_std") == 0.0:
+        yield (
+            "reward",
+            f"every response has the reward {values['reward']:g}: there is nothing to learn; look at some with "
+            "num_completions_to_print, and check that the reward reads them and that the prompts are not too hard",
+        )
+
+
 class Alarms:
     """The alarms of one run. Feed `update` the metrics of every logged step, in order."""
 
@@ -57,10 +76,16 @@ class Alarms:
         self.start: dict[str, list[float]] = {alarm.metric: [] for alarm in ALARMS}
         self.recent: dict[str, deque[float]] = {alarm.metric: deque(maxlen=WINDOW) for alarm in ALARMS}
         self.fired: set[str] = set()
+        self.begun = False  # whether a rollout was seen
 
     def update(self, values: dict[str, Any]) -> list[str]:
         """Return a line for each alarm that these values set off. Each alarm fires once per run."""
         lines = []
+        if not self.begun and values.get("phase") == "train":
+            self.begun = True
+            for name, line in first_alarms(values):
+                self.fired.add(name)
+                lines.append(f"step {values['step']}: {line}")
         for alarm in ALARMS:
             name, value = alarm.metric, values.get(alarm.metric)
             if value is None or values.get("phase") != "train":  # alarms are about reinforcement only

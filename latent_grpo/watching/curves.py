@@ -37,7 +37,7 @@ PANELS = (
         )
     ),
 )
-STEPS_OF = {"sft": "warm start", "train": "Latent-GRPO"}  # other phases have plain names
+STEPS_OF = {"sft": "warm start", "train": "training"}  # other phases have plain names
 
 
 def draw_curves(metrics: Path, picture: Path, *, caption: str) -> None:

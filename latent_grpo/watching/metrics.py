@@ -17,38 +17,18 @@ from latent_grpo.errors import ConfigError, SaveError
 from latent_grpo.parallel.process_group import on_rank_zero, rank
 from latent_grpo.saving.atomic_files import write_whole
 from latent_grpo.saving.integrity import checkpoints_in
+from latent_grpo.saving.run_folder import remove_run
 from latent_grpo.watching.alarms import Alarms
 from latent_grpo.watching.names import renamed
+from latent_grpo.watching.notebook import NotebookBar, NotebookTable, in_notebook
+from latent_grpo.watching.run_table import Column, columns_for, heading, legend, table_line
 from latent_grpo.watching.trackers import open_trackers, tracked_name
 
 # Lines and bar share one console, so that the lines are printed above the bar. They go to standard error, because
 # standard output is for results.
 CONSOLE = Console(stderr=True, highlight=False)
 
-# Metric, its heading in the table, its format. Fixed widths keep the columns of a log file aligned.
-TABLE = (
-    ("step", "step", "6d"),
-    ("loss", "loss", "9.4f"),
-    ("ce", "ce", "8.4f"),
-    ("reward", "reward", "7.3f"),
-    ("reward_std", "std", "6.3f"),
-    ("groups_kept", "kept", "5.2f"),
-    ("completions/mean_length", "length", "7.1f"),
-    ("latent/mean_length", "latent", "7.1f"),
-    ("latent/mixture_entropy", "entropy", "8.3f"),
-    ("completions/clipped_ratio", "cut", "5.2f"),
-    ("clip_ratio/region_mean", "clip", "6.3f"),
-    ("kl", "kl", "8.4f"),
-    ("grad_norm", "grad", "8.3f"),
-    ("learning_rate", "rate", "9.1e"),
-    ("tokens_per_second", "tok/s", "7.0f"),
-    ("eval_pass_at_1", "Pass@1", "7.3f"),
-    ("latent/read_back", "read back", "10.3f"),
-    ("latent/read_answers", "answers", "8.3f"),
-)
 LINES_PER_HEADING = 20
-READ = ("latent/read_back", "latent/read_answers")
-EVALUATIONS = {"train": ("eval_pass_at_1",), "encoder": READ, "decoder": READ, "union": READ}  # by phase
 
 
 class Metrics:
@@ -57,26 +37,36 @@ class Metrics:
     Collective: every rank makes one and calls its methods, but only rank 0 writes.
     history: the lines of a resumed run up to its checkpoint. They replace the content of the file, which may hold later
     steps. None starts a new run.
+    header: a line that is printed before the table, which then has a legend too. Default: neither.
     Raises ConfigError if a new run would write into a folder that already holds a run or a model.
     """
 
-    def __init__(self, args: RunOptions, history: list[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, args: RunOptions, history: list[dict[str, Any]] | None = None, header: str | None = None
+    ) -> None:
         self.history = [renamed(row) for row in history or []]  # a checkpoint may be of an earlier version
         self.alarms = Alarms()
         # An alarm that fired before the checkpoint must not fire again.
         for values in self.history:
             self.alarms.update(values)
         self.show = args.log_table
-        self.lines = 0
+        self.lines, self.header = 0, header
+        self.columns: list[Column] = []
+        self.table = NotebookTable() if in_notebook() else None
         on_rank_zero(lambda: self.open(args, resumed=history is not None))
+        if header is not None and self.show and rank() == 0:
+            CONSOLE.print(header, markup=False)
 
     def open(self, args: RunOptions, resumed: bool) -> None:
         """Open the file and the trackers. Raise ConfigError if the folder is taken or cannot be written."""
         folder, path = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl"
         # An empty file is of a run that stopped before its first logged step: there is nothing to lose.
+        if args.overwrite and not resumed:
+            remove_run(folder)
         has_metrics = path.is_file() and path.stat().st_size > 0
         if not resumed and (has_metrics or checkpoints_in(folder)):
-            raise ConfigError(f"output_dir {str(folder)!r} already holds a run; resume it or choose another folder")
+            remedy = "resume it, start anew with overwrite, or choose another folder"
+            raise ConfigError(f"output_dir {str(folder)!r} already holds a run; {remedy}")
         # A run writes its final model into the folder itself.
         if not resumed and any(folder.glob("*.safetensors")):
             raise ConfigError(f"output_dir {str(folder)!r} already holds a model; choose another folder")
@@ -103,13 +93,14 @@ class Metrics:
         except OSError as error:
             what = f"metrics of step {values['step']} could not be written to {self.file.name!r} ({error.strerror})"
             raise SaveError(f"{what}; make room, and resume the newest checkpoint") from error
-        if self.show:
-            if self.lines % LINES_PER_HEADING == 0:
-                CONSOLE.print(heading(values), style="bold", soft_wrap=True, markup=False)
-            CONSOLE.print(table_line(values), soft_wrap=True, markup=False)
-            self.lines += 1
-        for line in self.alarms.update(values):
-            CONSOLE.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
+        warnings = [f"warning: {line}" for line in self.alarms.update(values)]
+        if self.show and self.table is not None:
+            self.table.add(values, warnings)
+        else:
+            if self.show:
+                self.print_line(values)
+            for line in warnings:
+                CONSOLE.print(line, style="yellow", soft_wrap=True, markup=False)
         numbers = {
             tracked_name(values["phase"], name): value
             for name, value in values.items()
@@ -117,6 +108,16 @@ class Metrics:
         }
         for tracker in self.trackers:
             tracker.log(numbers, values["step"])
+
+    def print_line(self, values: dict[str, Any]) -> None:
+        """Print the line of a step, and before it the headings if it is their turn."""
+        if self.lines % LINES_PER_HEADING == 0:
+            self.columns = columns_for(values, CONSOLE.width)
+            if self.header is not None and not self.lines:
+                CONSOLE.print(legend(self.columns), style="dim", markup=False)
+            CONSOLE.print(heading(self.columns), style="bold", soft_wrap=True, markup=False)
+        CONSOLE.print(table_line(self.columns, values), soft_wrap=True, markup=False)
+        self.lines += 1
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -149,26 +150,6 @@ def last_step(history: list[dict[str, Any]]) -> int:
     return int(history[-1]["step"]) if history else 0
 
 
-def heading(values: dict[str, Any]) -> str:
-    """Return the headings of the table's columns that `values` has.
-
-    The columns of evaluations are always there, because only few lines have their figures. They are the last columns,
-    so that the other lines can leave them out.
-    """
-    names = {*values, *EVALUATIONS.get(values["phase"], ())}
-    return "".join(f"{label:>{width(form)}}" for name, label, form in TABLE if name in names)
-
-
-def table_line(values: dict[str, Any]) -> str:
-    """Return the figures of `values` as a line below `heading`."""
-    return "".join(f"{values[name]:{form}}" for name, _, form in TABLE if name in values)
-
-
-def width(form: str) -> int:
-    """Return the width of a format such as 7.3f."""
-    return int(form.rstrip("def").split(".")[0])
-
-
 class Bar:
     """A progress bar with a short line of figures at its end."""
 
@@ -182,8 +163,11 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
-    """Yield a progress bar on standard error. It draws nothing unless `shown` and on rank 0."""
+def progress_bar(label: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar | NotebookBar]:
+    """Yield a progress bar on standard error or in a notebook. It draws nothing unless `shown` and on rank 0."""
+    if shown and rank() == 0 and in_notebook():
+        yield NotebookBar(label, total, done)
+        return
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     columns = (TextColumn(label), BarColumn(24), MofNCompleteColumn(), *times, TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=CONSOLE, disable=not shown or rank() > 0) as progress:

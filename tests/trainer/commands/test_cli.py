@@ -102,6 +102,9 @@ WITHOUT_TORCH = {  # command, its exit code
     "train --model m --data org/name --eval_dataset no.jsonl --eval_steps 1": 2,
     "sft --model m --data /no/such.jsonl": 2,
     "encode --model m --data /no/such.jsonl": 2,
+    "eval --model m --data gsm8k=/no/such.jsonl": 2,
+    "eval --model ./no/model --data svamp": 2,
+    "generate --model ./no/model --prompt p": 2,
 }
 RUN_AS_MODULE = """
 import json, runpy, sys

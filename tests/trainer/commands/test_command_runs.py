@@ -96,4 +96,5 @@ def test_sft_then_eval_then_generate(input_folder, tmp_path, capsys):
     assert precision == f"{model}: bfloat16 on cpu"
     assert any("answer:" in line for line in response)
     assert main(["doctor", "--model", model]) == 0
+    assert "of 8 within 128 steps" in " ".join(capsys.readouterr().out.split())
     assert torch.get_default_dtype() == torch.float32  # no command changes it for its caller
