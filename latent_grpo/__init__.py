@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latent_grpo.config import LatentGRPOConfig, LatentSampling, LatentSFTConfig
+    from latent_grpo.data.rows import load_rows
     from latent_grpo.evaluation import evaluate, pass_at_k
     from latent_grpo.parallel.process_group import process_group
     from latent_grpo.rollout.generate import generate_latent
@@ -25,6 +26,7 @@ __all__ = [
     "RunPage",
     "evaluate",
     "generate_latent",
+    "load_rows",
     "pass_at_k",
     "process_group",
     "replay",
@@ -43,6 +45,7 @@ _HOME = {
     "RunPage": "watching.page",
     "evaluate": "evaluation",
     "generate_latent": "rollout.generate",
+    "load_rows": "data.rows",
     "pass_at_k": "evaluation",
     "process_group": "parallel.process_group",
     "replay": "update.replay",

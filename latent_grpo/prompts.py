@@ -305,7 +305,12 @@ def require_rows(name: str, rows: Any) -> None:
         keys = ", ".join(map(repr, rows))
         raise DataError(f"{name} is a mapping with the keys {keys}; give one split of it, or a list of rows")
     if isinstance(rows, str) or hasattr(rows, "iloc") or not all(hasattr(rows, x) for x in ("__len__", "__getitem__")):
-        raise DataError(f"{name} is a {type(rows).__name__}; give a list of rows (dicts), or a datasets.Dataset")
+        remedy = "give a list of rows (dicts), or a datasets.Dataset"
+        if isinstance(rows, str):
+            remedy += f", as latent_grpo.load_rows({rows!r})"
+        elif hasattr(rows, "take"):  # a streaming data set of the library datasets
+            remedy += f": rows are drawn by number, so take some of the stream, as list({name}.take(10000))"
+        raise DataError(f"{name} is a {type(rows).__name__}; {remedy}")
     if not len(rows):
         raise DataError(f"{name} is empty; give rows with a 'prompt' column")
 

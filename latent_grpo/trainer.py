@@ -25,6 +25,7 @@ from transformers import TrainerState, set_seed
 from latent_grpo.architecture import check_context, check_prompt_lengths
 from latent_grpo.collect import Collector
 from latent_grpo.config import LatentGRPOConfig, LatentSampling
+from latent_grpo.data.rows import with_own_columns
 from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.errors import require
 from latent_grpo.evaluation import evaluate
@@ -78,8 +79,8 @@ class LatentGRPOTrainer:
         reward_funcs: one or several reward functions with TRL's signature, reward models, or their names (see
             `resolve_reward`). Default: `args.reward_funcs`.
         args: the options. Default: `LatentGRPOConfig()`.
-        train_dataset: rows (dicts, or a `datasets.Dataset`) with the column `prompt`. The reward functions get the
-            other columns.
+        train_dataset: rows (dicts, or a `datasets.Dataset`) with `prompt`, or with columns that
+            `load_rows` knows or the options name. The reward functions get the other columns.
         eval_dataset: rows with `prompt` and `answer`. Needed if `args.eval_steps` is set.
         processing_class: the tokenizer. Default: the tokenizer in the model's folder.
         reward_processing_classes: the tokenizer of a reward model, or a list with an entry for each of `reward_funcs`,
@@ -119,7 +120,7 @@ class LatentGRPOTrainer:
         chosen = args.reward_funcs if reward_funcs is None else reward_funcs
         self.reward_funcs = resolve_rewards(chosen, args.reward_weights, reward_processing_classes, self.device)
         self.prompt_format = resolve_format(args, source if loaded else args.model_name_or_path or source)
-        self._prepare_data(train_dataset, eval_dataset)
+        self._prepare_data(*with_own_columns(args, train_dataset=train_dataset, eval_dataset=eval_dataset))
         self.sampling = self._sampling_options()
         used = (self.sampling, self.rows, self.tokenizer, self.reward_funcs, self.prompt_format)
         self.collector = Collector(args, *used)
@@ -374,10 +375,8 @@ class LatentGRPOTrainer:
         """Return Pass@1 and lengths on the evaluation rows, without noise, as `eval_NAME`; {} without rows."""
         if not self.eval_rows:
             return {}
-        result = evaluate(
-            self.full_model, self.tokenizer, self.eval_rows, self.sampling, prompt_format=self.prompt_format
-        )
-        return evaluation_metrics(result)
+        given = (self.full_model, self.tokenizer, self.eval_rows, self.sampling)
+        return evaluation_metrics(evaluate(*given, prompt_format=self.prompt_format))
 
     def log_completions(self, batch: Batch) -> None:
         """Print responses and write them to the Parquet log, as the options ask. Only rank 0 does so."""

@@ -34,6 +34,8 @@ COMMANDS = {
     "doctor": ("doctor", "Check the environment and a model, or predict the memory of training (--plan)."),
 }
 
+TRACEBACK = "LATENT_GRPO_TRACEBACK"  # environment variable
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
@@ -60,7 +62,13 @@ def run_command(command: str, prog: str, argv: Sequence[str]) -> int:
         known = exit_code(error)
         if known is None and not several_processes():
             raise
-        return end_together(known or FAILURE, None if known is None else f"{prog}: {error}")
+        message = None if known is None else f"{prog}: {error}"
+        if message is not None and isinstance(error, RewardError) and error.__cause__ is not None:
+            shown = os.environ.get(TRACEBACK)  # of the user's own code
+            message = (
+                f"{traceback.format_exc()}{message}" if shown else f"{message} ({TRACEBACK}=1 shows its traceback)"
+            )
+        return end_together(known or FAILURE, message)
 
 
 def several_processes() -> bool:

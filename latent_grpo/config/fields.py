@@ -8,12 +8,15 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import wraps
 from numbers import Real
 from os import PathLike, fspath
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from latent_grpo.errors import require
+from latent_grpo.errors import ConfigError, require, unknown_key
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,22 @@ def option(default: Any, help: str, range: Range | None = None) -> Any:
 def default_of(item: Field[Any]) -> Any:
     """Return the default of a dataclass field."""
     return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def named(config_class: type[Config]) -> type[Config]:
+    """Make a configuration answer an unknown option with ConfigError, which names the nearest one or what to use."""
+    made: Any = config_class.__init__
+
+    @wraps(made)
+    def init(self: Any, *values: Any, **options: Any) -> None:
+        known = [item.name for item in fields(config_class)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in known:
+                raise ConfigError(unknown_key(name, known))
+        made(self, *values, **options)
+
+    config_class.__init__ = init  # type: ignore[method-assign,assignment]
+    return config_class
 
 
 def check_options(config: Any) -> None:

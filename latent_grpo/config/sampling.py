@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, SHARE, Range, check_options, option
+from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, SHARE, Range, check_options, named, option
 from latent_grpo.errors import require
 
 
@@ -65,6 +65,7 @@ class SamplingOptions:
             require(short, name, steps, f"a response has at most {limit} steps; give less")
 
 
+@named
 @dataclass
 class LatentSampling(SamplingOptions):
     """Sampling options of `generate_latent`, with the ids that it needs from the tokenizer."""

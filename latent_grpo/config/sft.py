@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_grpo.config.fields import BELOW_ONE, NON_NEGATIVE, ONE_OR_MORE, RATE, Range, option
+from latent_grpo.config.fields import BELOW_ONE, NON_NEGATIVE, ONE_OR_MORE, RATE, Range, named, option
 from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, RunOptions
 from latent_grpo.errors import require
@@ -47,6 +47,7 @@ class WarmStartOptions(RunOptions):
         require(holds, "answer_template", template, "give a Python format with {answer} and no other field")
 
 
+@named
 @dataclass
 class LatentSFTConfig(WarmStartOptions, DataOptions, PromptOptions, AdapterOptions, ModelOptions):
     """The warm start: chain-of-thought tokens become latent targets (arXiv 2510.15522)."""
@@ -76,6 +77,7 @@ class LatentSFTConfig(WarmStartOptions, DataOptions, PromptOptions, AdapterOptio
         require(soft or not self.soft_labels, "soft_labels", self.soft_labels, "give --targets soft_labels too")
 
 
+@named
 @dataclass
 class EncodeConfig(WarmStartOptions, DataOptions, PromptOptions, AdapterOptions, ModelOptions):
     """The first stage of Latent-SFT: an encoder turns chains of thought into soft labels (arXiv 2510.15522)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, option
+from latent_grpo.config.fields import NON_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, named, option
 from latent_grpo.config.prompt import PromptOptions
 from latent_grpo.config.sampling import LatentSampling, SamplingOptions
 from latent_grpo.config.shared import AdapterOptions, DataOptions, ModelOptions, RunOptions
@@ -188,6 +188,7 @@ class WatchingOptions:
     )
 
 
+@named
 @dataclass
 class LatentGRPOConfig(
     WatchingOptions,

@@ -108,6 +108,27 @@ def load_training_rows(options: DataOptions, *, keep_columns: bool = False) -> l
     return load_rows(options.dataset, split=options.dataset_split, keep_columns=keep_columns, **chosen)
 
 
+def with_own_columns(options: DataOptions, **data: Any) -> list[Any]:
+    """Return data sets given in Python, by name, with `prompt` and `answer`, read as `load_rows` reads a file.
+
+    Rows that have `prompt` already stay as they are, unless the options name columns; so does what is no list of rows.
+    """
+    return [_with_own_columns(name, rows, options) for name, rows in data.items()]
+
+
+def _with_own_columns(name: str, rows: Any, options: DataOptions) -> Any:
+    columns = _Columns(options.prompt_column, options.answer_column, options.chain_column)
+    listed = all(hasattr(rows, x) for x in ("__len__", "__getitem__")) and not isinstance(rows, str | Mapping)
+    if not listed or hasattr(rows, "iloc") or not len(rows) or not isinstance(rows[0], Mapping):
+        return rows
+    if not columns.named() and "prompt" in rows[0]:
+        return rows
+    records = [Record(f"{name}: row {number}", row) for number, row in enumerate(rows, 1)]
+    names = list(dict.fromkeys(field for record in records for field in fields_of(record)))
+    chosen = _recognise(records[0], names, columns)
+    return [{**_other_fields(record), **_row(record, chosen, columns)} for record in records]
+
+
 def _check_expected(source: str, names: Sequence[str], expected: Sequence[str]) -> None:
     missing = [name for name in expected if name not in names]
     if missing:

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from latent_grpo.architecture import check_context, check_length
 from latent_grpo.config import LatentSFTConfig
+from latent_grpo.data.rows import with_own_columns
 from latent_grpo.decoding_proof import check_decoding
 from latent_grpo.model import (
     body,
@@ -59,6 +60,7 @@ class LatentSFTTrainer(UpdateLoop):
         check_decoding(model)
         check_saved_weights(model)
         set_seed(args.seed)  # new adapters start from random values
+        (train_dataset,) = with_own_columns(args, train_dataset=train_dataset)
         require_rows("train_dataset", train_dataset)
         prompt_format = resolve_format(args, args.model_name_or_path or model.config._name_or_path)
         (lengths,) = check_vocabulary(model, processing_class, prompt_format, True, train_dataset)

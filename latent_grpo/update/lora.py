@@ -40,7 +40,7 @@ def add_adapters(model: Any, args: AdapterOptions, dropout: float = 0.0) -> None
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ConfigError("use_peft is True: pip install 'latent-grpo[peft]'") from error
+        raise ConfigError("use_peft is True: pip install peft") from error
     targets = args.lora_target_modules
     # PEFT knows "all-linear" only as a string, and takes every other string for a regular expression.
     chosen = "all-linear" if targets == ["all-linear"] else targets

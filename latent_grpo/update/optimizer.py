@@ -196,5 +196,5 @@ def make_optimizer(parameters: list[Tensor], args: RunOptions) -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ConfigError(f"optim is {args.optim!r}: pip install 'latent-grpo[bitsandbytes]'") from error
+        raise ConfigError(f"optim is {args.optim!r}: pip install bitsandbytes") from error
     return AdamW8bit(parameters, **options)

@@ -113,8 +113,8 @@ def run_name(args: RunOptions) -> str:
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Import and return a module. Raise ConfigError, which names the extra to install, if it is missing."""
+    """Import and return a module. Raise ConfigError, which names the package to install, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"report_to is {extra!r}: pip install 'latent-grpo[{extra}]'") from error
+        raise ConfigError(f"report_to is {extra!r}: pip install {extra}") from error
