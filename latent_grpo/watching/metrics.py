@@ -37,7 +37,8 @@ class Metrics:
     Collective: every rank makes one and calls its methods, but only rank 0 writes.
     history: the lines of a resumed run up to its checkpoint. They replace the content of the file, which may hold later
     steps. None starts a new run.
-    header: a line that is printed before the table, which then has a legend too. Default: neither.
+    header: a line that is printed before the table, which then has a legend too, and remarks as further lines.
+    Default: none of them.
     Raises ConfigError if a new run would write into a folder that already holds a run or a model.
     """
 
@@ -54,8 +55,9 @@ class Metrics:
         self.columns: list[Column] = []
         self.table = NotebookTable() if in_notebook() else None
         on_rank_zero(lambda: self.open(args, resumed=history is not None))
-        if header is not None and self.show and rank() == 0:
-            CONSOLE.print(header, markup=False)
+        for number, line in enumerate((header or "").splitlines()):
+            if rank() == 0 and (self.show or number):  # a remark is for runs without a table too
+                CONSOLE.print(line, markup=False, soft_wrap=number > 0)
 
     def open(self, args: RunOptions, resumed: bool) -> None:
         """Open the file and the trackers. Raise ConfigError if the folder is taken or cannot be written."""

@@ -65,7 +65,7 @@ OPTIONS = {  # options of LatentGRPOConfig, what the line names
     "one component": (dict(latent_top_k=1), "latent_top_k is 1"),
     "half a step": (dict(max_completion_length=1.5), "max_completion_length is 1.5: give a whole number"),
     "nothing": (dict(beta=None), "beta is None: give a value"),
-    "words for weights": (dict(reward_weights=["a"]), "reward_weights is 'a': give a list of numbers"),
+    "words for weights": (dict(reward_weights=["a"]), "reward_weights is ['a']: give a list of numbers"),
     "two ways to begin": (dict(overwrite=True, resume_from_checkpoint="true"), "overwrite is True"),
 }
 TRAINERS = {  # what differs from a trainer that works, what the line names
@@ -112,9 +112,9 @@ def model(tokenizer, tmp_path_factory):
     return made, str(folder)
 
 
-def trainer(model, tokenizer, out, *, rows=ROWS, reward="accuracy", **options):
-    given = options.pop("model", model[0])
-    given = model[1] if given == "{inputs}" else given
+def trainer(own, tokenizer, out, *, rows=ROWS, reward="accuracy", **options):
+    given = options.pop("model", own[0])
+    given = own[1] if given == "{inputs}" else given
     args = LatentGRPOConfig(output_dir=str(out), **{**SMALL, **options})
     return LatentGRPOTrainer(given, reward, args, rows, None, tokenizer)
 
@@ -131,7 +131,7 @@ def test_a_trainer(change, expected, model, tokenizer, tmp_path):
     [
         (dict(reward=too_few), "too_few"),
         (dict(reward=words), "'good'"),
-        (dict(resume_from_checkpoint="true"), "holds no checkpoint"),
+        (dict(resume_from_checkpoint="true"), "no checkpoint to resume from in"),
     ],
     ids=["too few rewards", "words for rewards", "nothing to resume"],
 )

@@ -46,7 +46,7 @@ def test_a_run_says_where_it_runs_and_explains_its_headings(latent, tokenizer, w
     expected = f"{kind} on cpu, float32: 64 rows; 1 steps, each of 4 prompts x 4 responses of at most {limit}"
     assert said.startswith(expected)
     head = next(number for number, line in enumerate(lines) if line.startswith("  step"))
-    assert "length: steps of a response" in " ".join(lines[:head])
+    assert "length: steps of a response" in " ".join(" ".join(lines[:head]).split())
     # A run of text has no column for latent steps, whose figures would all be zero, and no label of them.
     assert ("latent" in lines[head]) == ("entropy" in lines[head]) == latent
     own = " ".join(line for line in lines if "/" not in line or "━" in line)  # without paths in warnings
