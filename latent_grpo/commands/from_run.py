@@ -37,10 +37,10 @@ def options_of(model: str) -> dict[str, Any]:
     return {}
 
 
-def take(args: argparse.Namespace, model: str, names: Iterable[str], defaults: dict[str, Any]) -> None:
+def take(args: argparse.Namespace, model: str, names: Iterable[str], defaults: dict[str, Any]) -> list[str]:
     """Set the options `names` of a namespace that are None to those of the model's run, else to `defaults`.
 
-    A line on standard error says what was taken and differs from the default.
+    Return a line that says what was taken and differs from the default, if anything does.
     """
     known = options_of(model)
     taken = []
@@ -50,25 +50,26 @@ def take(args: argparse.Namespace, model: str, names: Iterable[str], defaults: d
         setattr(args, name, known.get(name, defaults[name]))
         if getattr(args, name) != defaults[name]:
             taken.append(f"{name} {getattr(args, name)}")
-    if taken:
-        note(f"{', '.join(taken)} as in the run that made {model} (run.json); flags override it")
+    return [f"{', '.join(taken)} as in the run that made {model} (run.json); flags override it"] if taken else []
 
 
-def take_mode(args: argparse.Namespace) -> None:
-    """Set `mode` of a command that samples. Say so if a model is asked for latent steps that it has not learnt."""
+def take_mode(args: argparse.Namespace) -> list[str]:
+    """Set `mode` of a command that samples. Return a line if a model is asked for latent steps it has not learnt."""
     known, model = options_of(args.model), args.model
     text = known.get("latent") is False
     if args.mode is None:
         args.mode = "text" if text else "latent"
         if text:
-            note(f"mode text as in the run that made {model} (run.json); --mode latent overrides it")
+            return [f"mode text as in the run that made {model} (run.json); --mode latent overrides it"]
     elif args.mode == "latent" and text:
-        note(f"{model} was trained without latent steps (run.json): in latent mode it has not learnt to end them")
+        return [f"{model} was trained without latent steps (run.json): in latent mode it has not learnt to end them"]
     if args.mode == "latent" and not known and Path(model).is_dir() and not (Path(model) / FORMAT).is_file():
-        note(f"{model} is not from a latent warm start: in latent mode it has not learnt to end its latent steps")
+        return [f"{model} is not from a latent warm start: in latent mode it has not learnt to end its latent steps"]
+    return []
 
 
-def note(line: str) -> None:
-    """Print a line on standard error, from one process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {line}", file=sys.stderr)
+def say(notes: Iterable[str]) -> None:
+    """Print lines on standard error, from one process."""
+    for line in notes:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {line}", file=sys.stderr)

@@ -11,7 +11,7 @@ from dataclasses import Field, fields
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from latent_grpo.commands.from_run import take, take_mode
+from latent_grpo.commands.from_run import say, take, take_mode
 from latent_grpo.config import LatentGRPOConfig, LatentSampling, PromptOptions, check_options, default_of, groups_of
 from latent_grpo.errors import ConfigError, require, unknown_key
 
@@ -196,14 +196,15 @@ def parse_config(prog: str, config_class: type, description: str, argv: Sequence
     parser.set_defaults(**dict.fromkeys(own))
     namespace = parser.parse_args(argv)
     if own:
-        take(namespace, namespace.model_name_or_path or "", own, {name: kept[name] for name in own})
+        say(take(namespace, namespace.model_name_or_path or "", own, {name: kept[name] for name in own}))
     return config_class(**{item.name: getattr(namespace, item.name) for item in fields(config_class)})
 
 
 def complete_sampling(args: argparse.Namespace) -> None:
     """Set the flags of `sampling_flags` that were not given, from the run that made the model or to their defaults."""
-    take_mode(args)
-    take(args, args.model, OF_RUN, {name: getattr(LatentSampling(), name) for name in OF_RUN})
+    notes = take_mode(args)
+    notes += take(args, args.model, OF_RUN, {name: getattr(LatentSampling(), name) for name in OF_RUN})
+    args.notes = notes  # said once the model is loaded: a mistake is answered in one line
 
 
 def load_dataset_rows(args: Any, source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
@@ -291,4 +292,5 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     sampling.eos_token_id = eos_ids(model, tokenizer)
     vocab = len(lm_head(model))
     require(args.latent_top_k <= vocab, "latent_top_k", args.latent_top_k, f"the vocabulary has {vocab} tokens")
+    say(args.notes)
     return model, tokenizer, sampling, prompt_format
