@@ -276,6 +276,8 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from latent_grpo.parallel.process_group import rank
     from latent_grpo.prompts import resolve_format
 
+    if "notes" not in args:
+        complete_sampling(args)
     latent, limit = args.mode == "latent", args.max_completion_length
     require(limit >= 1, LIMIT_FLAG, limit, "give 1 or more")
     given = {name: getattr(args, name) for name in (*STEP_FLAGS, "noise") if name in args}  # only eval has --noise
