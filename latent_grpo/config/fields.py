@@ -78,7 +78,7 @@ def named(config_class: type[Config]) -> type[Config]:
                 raise ConfigError(unknown_key(name, known))
         made(self, *values, **options)
 
-    config_class.__init__ = init  # type: ignore[method-assign,assignment]
+    config_class.__init__ = init  # type: ignore[method-assign]
     return config_class
 
 
