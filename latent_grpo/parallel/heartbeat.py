@@ -6,6 +6,7 @@ The processes talk through the store of torchrun, beside the collectives, which 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -53,12 +54,14 @@ def heartbeat() -> Iterator[None]:
     """Let the other ranks see that this one runs, and end this process when another one has been silent for too long.
 
     A rank that is stopped or hangs with its interpreter would otherwise keep the others waiting until the timeout of
-    the process group, which says nothing about it.
+    the process group, which says nothing about it. A process whose torchrun was killed gets SIGTERM: nobody would end
+    it, and the next start of the run would find the folder taken.
     """
-    store, done = store_of_run(), threading.Event()
+    store, done, parent = store_of_run(), threading.Event(), os.getppid()
     if store is None:
         yield
         return
+    threading.Thread(target=_end_with, args=(parent, done), daemon=True, name="parent").start()
     thread = threading.Thread(target=_beat, args=(store, done), daemon=True, name="heartbeat")
     thread.start()
     try:
@@ -66,6 +69,13 @@ def heartbeat() -> Iterator[None]:
     finally:
         done.set()
         thread.join(STORE_SECONDS)
+
+
+def _end_with(parent: int, done: threading.Event) -> None:
+    while not done.wait(BEAT_SECONDS):
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _beat(store: Any, done: threading.Event) -> None:

@@ -254,7 +254,9 @@ class Checkpoints:
             tensors = torch.load(folder / TENSOR_FILE, weights_only=True, map_location="cpu")
             read_model(folder, self.model)
             self.updater.load(tensors["updater"], read_shards(folder / SHARDS, self.updater.empty))
-            streams, position = tensors["random"], tensors["position"]
+            streams, position = tensors["random"], dict(tensors["position"])
+            if rank() < len(streams):  # a rank that the saved run did not have keeps the streams it started with
+                set_random_state(streams[rank()])
         except ConfigError:
             raise
         except Exception as error:  # a damaged file can raise anything
@@ -266,8 +268,6 @@ class Checkpoints:
             cause = f"checkpoint {str(folder)!r} cannot be used: {name!r} holds NaN or infinity"
             raise ConfigError(f"{cause}; choose an older one, or start anew in another output_dir")
         copy_to_full(self.full_model, self.model, frozen=True)
-        if rank() < len(streams):  # a rank that the saved run did not have keeps the streams it started with
-            set_random_state(streams[rank()])
         return state["step"], position, state["log_history"]
 
     def _identity(self) -> dict[str, Any]:
