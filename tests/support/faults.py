@@ -39,7 +39,7 @@ from support.killed_runs import ROWS, SFT, TRAIN, metrics_of, random_reward
 
 KINDS = ("train", "sft", "ranks")  # ranks: train in two processes
 FAULTS = ("kill", "kill", "term", "disk", "stall", "nan")
-ENDS = 900.0  # seconds in which what is left of a run must end by itself, on a machine that others use too
+ENDS = 900.0  # seconds in which what is left of a run must end by itself; more on a machine that others use too
 STOPPED = 143
 CAUSES = {"term": "", "disk": "SaveError: ", "nan": "TrainingError: "}  # what the last lines name
 LOG = 3000  # characters of a run's log that an error shows
@@ -223,6 +223,7 @@ class Harness:
 
 def main() -> None:
     """Run the faults that the arguments ask for, and print the counts."""
+    global ENDS
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10**9, help="Stop after so many faults.")
     parser.add_argument("--seconds", type=float, default=1e9, help="Start no further run after so long.")
@@ -230,8 +231,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--steps", type=int, default=6, help="Steps of a run.")
     parser.add_argument("--most", type=int, default=6, help="Faults of a run, at most.")
+    parser.add_argument("--ends", type=float, default=ENDS, help="Seconds in which a run must end after a fault.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    ENDS = args.ends
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         harness = Harness(Path(folder), args.seed, args.steps, verified=args.faults)
