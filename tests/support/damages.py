@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,10 @@ def _damage_state(kind: str, path: Path, rng: random.Random) -> str:
     if kind == "drop key":
         del state[key]
     elif isinstance(state[key], dict):
-        state[key][rng.choice(sorted(state[key]))] = rng.choice((0, "x", None, [], {}))
+        name = rng.choice(sorted(state[key]))
+        state[key][name] = rng.choice([value for value in (0, "x", None, [], {}) if value != state[key][name]])
     else:
-        state[key] = rng.choice((0, "x", None, [], {}, [{}]))
+        state[key] = rng.choice([value for value in (0, "x", None, [], {}, [{}]) if value != state[key]])
     path.write_text(text[: rng.randrange(len(text) - 1)] if kind == "cut state" else json.dumps(state))
     return path.name
 
@@ -209,13 +211,13 @@ class Damages:
         assert not self.marker.exists(), kind
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Make and resume the damages that the arguments ask for, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="Damages.")
     parser.add_argument("--forged", type=int, default=0, help="Changes with checksums that match, besides.")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         damages = Damages(Path(folder), args.seed)
         for number in range(args.count):

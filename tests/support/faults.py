@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ class Harness:
         return sum(count for name, count in self.counts.items() if ": " in name and "ended" not in name)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the faults that the arguments ask for, and print the counts."""
     global ENDS
     parser = argparse.ArgumentParser(description=__doc__)
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=6, help="Faults of a run, at most.")
     parser.add_argument("--ends", type=float, default=ENDS, help="Seconds in which a run must end after a fault.")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     ENDS = args.ends
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -34,6 +34,8 @@ ELSEWHERE = {
     ("python", "docs/models.py"): "tests/tools/test_models_page.py",
     ("python", "docs/options.py"): "tests/tools/test_docs.py",
     ("python", "docs/trl.py"): "tests/tools/test_trl_page.py",
+    ("python", "-m", "support.damages"): "tests/trainer/saving/test_damages.py",
+    ("python", "-m", "support.faults"): "tests/trainer/saving/test_random_faults.py",
     ("python", "-m", "bench", "gpu-report"): "tests/tools/test_gpu_report.py",
     ("python", "-m", "bench.before_after"): "tests/tools/test_before_after.py",
     ("python", "-m", "bench.planner"): "tests/trainer/commands/test_memory_plan.py",
