@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from support import REPOSITORY
 from support.small_runs import ROWS
 
+from latent_grpo.parallel import heartbeat
 from latent_grpo.quickstart.toy_task import make_model, make_tokenizer
 from latent_grpo.saving.integrity import checkpoints_in, step_of
 from latent_grpo.saving.run_folder import only_run_in
@@ -83,3 +86,14 @@ def test_bad_input_is_told_once(two_ranks, tmp_path):
         done = two_ranks(tmp_path / "taken", "")
     assert done["codes"] == {"0": 2, "1": 2}
     assert done["log"].count("another run is writing there") == 1
+
+
+def test_a_process_whose_torchrun_was_killed_is_asked_to_stop(monkeypatch):
+    sent, done = [], threading.Event()
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat.os, "kill", lambda *given: sent.append(given))
+    threading.Timer(0.1, done.set).start()
+    heartbeat._end_with(os.getppid(), done)
+    assert sent == []
+    heartbeat._end_with(-1, threading.Event())
+    assert sent == [(os.getpid(), signal.SIGTERM)]
