@@ -14,7 +14,7 @@ def place(model: Any) -> str:
     device = model.device
     name = f"{device} ({device_name(device)})" if device.type == "cuda" else str(device)
     processes = f", {world_size()} processes" if world_size() > 1 else ""
-    return f"{name}, {str(model.dtype).removeprefix('torch.')}{processes}"
+    return f"{name}, {str(next(model.parameters()).dtype).removeprefix('torch.')}{processes}"
 
 
 def train_header(args: LatentGRPOConfig, model: Any, rows: int, steps: int, note: str | None) -> str:
