@@ -39,7 +39,7 @@ WORLDS = {
         sft={"max_steps": 1300, "per_device_train_batch_size": 32, "learning_rate": 4e-3, "warmup_steps": 50},
         grpo={
             "max_rollouts": 200,
-            "learning_rate": 5e-4,
+            "learning_rate": 3e-4,
             "warmup_steps": 10,
             "eval_steps": 20,
             "per_device_train_batch_size": 256,
