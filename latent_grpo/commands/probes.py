@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_grpo.commands.options import Parser
+from latent_grpo.commands.quickstart import world_parser
 
 
 def probes_parser(prog: str) -> Parser:
@@ -14,16 +15,7 @@ def probes_parser(prog: str) -> Parser:
         "Small experiments on each mechanism of the method, with predictions: signs and directions of latent "
         "gradients, noise, first-token selection, masking. Minutes on a CPU."
     )
-    parser = Parser(prog=prog, description=about)
-    parser.add_argument("--out", default="runs/probes", help="Folder, new or empty. [default: runs/probes]")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of problems, model and noise. [default: 0]")
-    parser.add_argument(
-        "--world",
-        choices=("graph", "arithmetic"),
-        default="graph",
-        help="The task: reachability in graphs, or word problems. [default: graph]",
-    )
-    return parser
+    return world_parser(prog, about, "runs/probes", "Folder, new or empty.")
 
 
 def run(prog: str, argv: Sequence[str]) -> int:

@@ -11,18 +11,20 @@ from latent_grpo.commands.options import Parser
 def quickstart_parser(prog: str) -> Parser:
     """Return the parser of `quickstart`."""
     about = "A warm start, Latent-GRPO and evaluation of a tiny model on made-up problems: minutes on a CPU."
-    parser = Parser(prog=prog, description=about)
-    parser.add_argument(
-        "--out",
-        default="runs/quickstart",
-        help="Folder for checkpoints, metrics and curves. [default: runs/quickstart]",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of problems, model, sampling and noise. [default: 0]")
+    parser = world_parser(prog, about, "runs/quickstart", "Folder for checkpoints, metrics and curves.")
     parser.add_argument(
         "--loss_on",
         choices=("all", "latent", "text"),
         help="Steps that carry the policy loss. [default: a run with all of them, and one with the latent ones]",
     )
+    return parser
+
+
+def world_parser(prog: str, about: str, out: str, holds: str) -> Parser:
+    """Return a parser of what is made on the spot: world, seed, and the output folder. holds: what that is for."""
+    parser = Parser(prog=prog, description=about)
+    parser.add_argument("--out", default=out, help=f"{holds} [default: {out}]")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of problems, model, sampling and noise. [default: 0]")
     parser.add_argument(
         "--world",
         choices=("graph", "arithmetic"),

@@ -27,10 +27,9 @@ from itertools import pairwise
 from string import ascii_lowercase
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from latent_grpo.quickstart.toy_task import word_tokenizer
+from latent_grpo.quickstart.toy_task import tiny_llama, word_tokenizer
 
 Edges = dict[str, list[str]]  # the nodes that a node leads to
 TRIES = 1000  # graphs that are drawn for one problem
@@ -154,22 +153,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCaus
 
     The global random state of torch stays as it was.
     """
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        # Distances are short. With this base and this spread of weights, look-ups are found in few steps.
-        rope_parameters={"rope_type": "default", "rope_theta": 10.0},
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).float()
+    # Distances are short. With this base and this spread of weights, look-ups are found in few steps.
+    found_soon = {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}, "initializer_range": 0.06}
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
+    return tiny_llama(tokenizer, seed, tie_word_embeddings=True, **found_soon, **sizes)

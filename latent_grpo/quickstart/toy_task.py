@@ -155,18 +155,24 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, tied: bool = Tr
 
     The global random state of torch stays as it was.
     """
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
+    return tiny_llama(tokenizer, seed, tie_word_embeddings=tied, **sizes)
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **options: Any) -> LlamaForCausalLM:
+    """Return a randomly initialised float32 Llama with four heads for the vocabulary of a world.
+
+    options: of `LlamaConfig`. The global random state of torch stays as it was.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
-        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

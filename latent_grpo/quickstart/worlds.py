@@ -24,7 +24,6 @@ class World:
     base_share: float = 0.0  # steps on searches in text before a warm start, as a share of the warm start's own
     sft: dict[str, Any] = field(default_factory=dict)  # options of the warm start
     grpo: dict[str, Any] = field(default_factory=dict)  # options of the reinforcement
-    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a comparison's arms, where they differ from it
 
 
 WORLDS = {

@@ -124,8 +124,7 @@ class Plan:
 
     def grpo_options(self, run: Run) -> LatentGRPOConfig:
         """Return the options of a reinforced run. For a warm start, they say how its responses are sampled."""
-        tuned = WORLDS[self.args.world].tuned.get(run.arm, {}) if self.embedded else {}
-        changes: dict[str, Any] = {"latent": run.start.arm == LATENT, **tuned, **ARMS[run.arm].options()}
+        changes: dict[str, Any] = {"latent": run.start.arm == LATENT, **ARMS[run.arm].options()}
         return replace(self.grpo, output_dir=str(run.folder(self.args)), seed=run.seed, **changes)
 
     def identity(self) -> dict[str, Any]:

@@ -80,11 +80,6 @@ class ZeroSum(LatentGRPOTrainer):
         return batch, gap
 
 
-def trained(start: str, args: LatentGRPOConfig, rows: list[Any], held_out: list[Any], zero_sum: bool = False) -> Any:
-    """Return the trainer of a run from the warm start in the folder `start`, before its first step."""
-    return (ZeroSum if zero_sum else LatentGRPOTrainer)(start, None, args, rows, held_out)
-
-
 def selection(
     start: str, args: LatentGRPOConfig, rows: list[Any], held_out: list[Any], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
@@ -96,7 +91,8 @@ def selection(
     for name in names:
         rule: Any = "best_of_group" if name == "zero_sum" else name
         own = replace(args, first_token=rule, output_dir=str(Path(args.output_dir) / name))
-        trainer = trained(start, own, rows, held_out, name == "zero_sum")
+        kind = ZeroSum if name == "zero_sum" else LatentGRPOTrainer
+        trainer = kind(start, None, own, rows, held_out)
         ids, mask = encode_prompts(
             trainer.tokenizer, [row["prompt"] for row in held_out], trainer.device, prompt_format=trainer.prompt_format
         )
@@ -104,7 +100,7 @@ def selection(
         before = entropy(step_logprobs(trainer.model, watched, 0))
         batch, _ = trainer.collect()
         sums = batch.advantages[:, 0].view(-1, args.num_generations).sum(-1)
-        trainer = trained(start, replace(own, output_dir=f"{own.output_dir}/run"), rows, held_out, name == "zero_sum")
+        trainer = kind(start, None, replace(own, output_dir=f"{own.output_dir}/run"), rows, held_out)
         trainer.train()
         after = entropy(step_logprobs(trainer.model, watched, 0))
         yield {
@@ -121,7 +117,7 @@ def invalid_samples(
     """Yield length and share of cut-off responses at the end of a run of each variant, and the accuracy after it."""
     for name, changes in variants.items():
         own = replace(args, output_dir=str(Path(args.output_dir) / name.replace(" ", "-")), **changes)
-        trainer = trained(start, own, rows, held_out)
+        trainer = LatentGRPOTrainer(start, None, own, rows, held_out)
         trainer.train()
         last = [row for row in trainer.metrics.history if "reward" in row][-LAST:]
         keys = {"latent_steps": "latent/mean_length", "cut_off": "completions/clipped_ratio"}

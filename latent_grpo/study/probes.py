@@ -105,7 +105,7 @@ def signs(bench: Bench) -> Finding:
         on_policy["one_sided"] > 0.995 > 0.95 > on_policy["two_sided"],
         numbers,
         (
-            "With two-sided noise, part of every update goes against the reward; one-sided noise ends that.",
+            "With two-sided noise, some components of an update go against the advantage; one-sided noise ends that.",
             "Look at what the noise is here before you trust the sign of an update.",
         ),
     )
